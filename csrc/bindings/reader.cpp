@@ -1,0 +1,3 @@
+#include <nanobind/nanobind.h>
+
+void bind_reader(nanobind::module_&) {}

@@ -1,0 +1,83 @@
+// Batched reads of aligned ranges from one file: io_uring, else a pool of pread threads; O_DIRECT where the file takes it.
+//
+// One owner thread submits, polls and waits. Any thread may look at completed(): reads finish in any order on the device,
+// but tickets are published as a growing prefix, so that a consumer can follow the submission order without reordering.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace dipper {
+
+enum class ReadBackend { kAuto, kIoUring, kPread };
+
+struct ReaderOptions {
+  ReadBackend backend = ReadBackend::kAuto;  // kAuto: io_uring if the kernel gives it, else pread; backend() tells which
+  int depth = 64;                            // reads in flight
+  bool direct = true;                        // try O_DIRECT; direct() tells whether the file system took it
+};
+
+// offset, bytes and dst are multiples of alignment() (bytes of the last range may reach past the file's padded end: an error).
+struct ReadRange {
+  uint64_t offset;
+  uint32_t bytes;
+  uint8_t* dst;
+};
+
+struct ReaderCounters {
+  uint64_t reads = 0;  // requests given to the kernel
+  uint64_t bytes = 0;  // bytes asked of it
+};
+
+class FlashReader {
+ public:
+  FlashReader(const std::string& path, const ReaderOptions& options);
+  ~FlashReader();
+  FlashReader(const FlashReader&) = delete;
+  FlashReader& operator=(const FlashReader&) = delete;
+
+  static constexpr uint32_t alignment() { return 4096; }
+  ReadBackend backend() const;
+  const std::string& backend_note() const;  // why io_uring was not taken, "" otherwise
+  bool direct() const;
+  uint64_t file_bytes() const;
+
+  // Queues the ranges in order; returns the ticket of the first (tickets are consecutive from 0). Never blocks: what does
+  // not fit in `depth` is submitted by later submit/poll/wait calls.
+  uint64_t submit(std::span<const ReadRange> ranges);
+  // Owner: collects completions and refills the device's queue. Does not block.
+  void poll();
+  // All tickets < completed() are done (their bytes are visible to a thread that saw this value).
+  uint64_t completed() const noexcept;
+  // Owner: blocks until completed() >= n_tickets. Throws FlashError (path, offset, bytes, errno or short read) if any read failed;
+  // the reader then refuses further work, and in-flight reads have been drained.
+  void wait(uint64_t n_tickets);
+  // True once a read has failed; completed() no longer grows. For threads that spin on completed().
+  bool failed() const noexcept;
+
+  ReaderCounters counters() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Records wanted from a region -> aligned ranges, and where each record lies in staging.
+// offsets: ascending file offsets of records of record_bytes. Ranges are widened to `alignment`; two that touch or overlap
+// become one, cut at max_bytes. dst of the ranges is staging + position, filled from 0 upwards.
+struct ReadPlan {
+  std::vector<ReadRange> ranges;
+  std::vector<uint32_t> staging_offset;  // of each record
+  std::vector<uint32_t> n_ranges_needed; // record i is complete when the first n_ranges_needed[i] ranges are
+  uint64_t staging_bytes = 0;
+};
+void plan_reads(std::span<const uint64_t> offsets, uint32_t record_bytes, uint32_t alignment, uint32_t max_bytes, uint8_t* staging,
+                ReadPlan& plan);
+// Most staging that any n_records of a region of region_bytes can need.
+uint64_t max_staging_bytes(uint64_t n_records, uint32_t record_bytes, uint64_t region_bytes, uint32_t alignment);
+
+}  // namespace dipper
