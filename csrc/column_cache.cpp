@@ -54,6 +54,7 @@ ColumnCache::ColumnCache(int32_t n_columns, int32_t capacity, CachePolicy policy
   slots_.resize(n, -1);
   keys_.resize(n);
   missed_.resize(n);
+  kept_.resize(n);
   column_in_.resize(static_cast<size_t>(capacity));
   freed_.resize(static_cast<size_t>(capacity));
   admitted_.reserve(static_cast<size_t>(capacity));
@@ -124,15 +125,15 @@ void ColumnCache::admit_best() {
     freed_[n_freed] = slot;
     n_freed += !cut.keeps(keys_[column], column);
   }
-  size_t next_freed = 0;
+  size_t n_admitted = 0;
   for (const int32_t column : step_.misses) {
-    if (!cut.keeps(keys_[column], column)) continue;
-    if (size_ < capacity_) {
-      admit(column, size_++, -1);
-    } else {
-      const int32_t slot = freed_[next_freed++];
-      admit(column, slot, column_in_[slot]);
-    }
+    kept_[n_admitted] = column;
+    n_admitted += cut.keeps(keys_[column], column);
+  }
+  for (size_t i = 0; i < n_free; ++i) admit(kept_[i], size_++, -1);
+  for (size_t i = n_free; i < n_admitted; ++i) {
+    const int32_t slot = freed_[i - n_free];
+    admit(kept_[i], slot, column_in_[slot]);
   }
 }
 

@@ -92,10 +92,10 @@ class ColumnCache {
   std::vector<int32_t> column_in_;  // [capacity] column of a slot, the first size_ are valid
 
   Step step_;
-  std::vector<int32_t> missed_;      // room for n_columns
-  std::vector<Admission> admitted_;  // room for n_columns
-  std::vector<int32_t> freed_;       // slots
-  std::vector<uint32_t> keys_;       // [n_columns]
+  std::vector<int32_t> missed_, kept_;  // room for n_columns; kept: misses that enter
+  std::vector<Admission> admitted_;     // room for n_columns
+  std::vector<int32_t> freed_;          // slots
+  std::vector<uint32_t> keys_;          // [n_columns]
   SelectionScratch scratch_;
   uint64_t hits_ = 0, misses_ = 0, evictions_ = 0, admissions_ = 0;
 };

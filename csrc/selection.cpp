@@ -83,7 +83,8 @@ bool to_keys(std::span<const float> scores, float gamma, const uint8_t* cached, 
       const uint32_t magnitude = std::bit_cast<uint32_t>(s[i]) & 0x7fffffffu;
       nan |= static_cast<int32_t>(kInfinity - magnitude);
       const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * gamma);
-      keys[i] = cached[i] ? magnitude : scaled;
+      const uint32_t keep = 0u - cached[i];  // a select by bits: vector code needs no branch and no blend
+      keys[i] = scaled ^ ((scaled ^ magnitude) & keep);
     }
   }
   return nan >= 0;
@@ -144,7 +145,7 @@ KeyCut top_k_cut(std::span<const uint32_t> keys, int32_t k, SelectionScratch& sc
   const int shift = std::max(0, static_cast<int>(std::bit_width(high - low)) - n_bits);
   scratch.bins.assign((size_t{1} << n_bits) + 1, 0);
   uint32_t* bins = scratch.bins.data();
-  for (const uint32_t key : keys) ++bins[key < low ? 0 : ((key - low) >> shift) + 1];
+  for (const uint32_t key : keys) ++bins[((std::max(key, low) - low) >> shift) + (key >= low)];
 
   // need: how many keys the bin of the threshold gives.
   uint32_t bin = ((high - low) >> shift) + 1, need = static_cast<uint32_t>(k);

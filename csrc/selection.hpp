@@ -23,7 +23,7 @@ int32_t n_selected(double density, int32_t n);
 struct KeyCut {
   uint32_t key;
   int32_t tie_end;
-  bool keeps(uint32_t k, int32_t index) const { return k > key || (k == key && index < tie_end); }
+  bool keeps(uint32_t k, int32_t index) const { return (k > key) | ((k == key) & (index < tie_end)); }  // no branch
 };
 
 // The cut of the k largest keys, ties to the lower index; 1 <= k <= keys.size(). A preference among ties other than the
@@ -33,9 +33,9 @@ KeyCut top_k_cut(std::span<const uint32_t> keys, int32_t k, SelectionScratch& sc
 // The k largest keys as ascending indices, ties to the lower index; 0 <= k <= keys.size(). out has room for k.
 void top_k_keys(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scratch, int32_t* out);
 
-// Mask of a region: the k largest of |scores[i]|, times gamma (fp32) where cached[i] == 0; ascending indices, ties to
-// the lower index. cached may be null when gamma == 1. Infinite scores rank; a NaN is a ConfigError ("score of column
-// 17 is NaN ..."), and so are k outside [1, n], gamma outside (0, 1] and gamma < 1 without cached.
+// Mask of a region: the k largest of |scores[i]|, times gamma (fp32) where cached[i] (0 or 1) is 0; ascending indices,
+// ties to the lower index. cached may be null when gamma == 1. Infinite scores rank; a NaN is a ConfigError ("score of
+// column 17 is NaN ..."), and so are k outside [1, n], gamma outside (0, 1] and gamma < 1 without cached.
 void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
            int32_t* out);
 
