@@ -341,5 +341,5 @@ int main() {
   test_decay_ends();
   test_cache_errors();
   test_scan_is_a_loop();
-  std::puts("test_cache: ok");
+  return check_result();
 }
