@@ -141,8 +141,7 @@ void ColumnCache::admit_best() {
 // is neither has key 0, below all others: a missed column has a history, a cached one the lowest bit.
 KeyCut ColumnCache::cut_of_best() {
   for (int32_t column = 0; column < n_columns_; ++column) {
-    const uint32_t cached = cached_[column];
-    keys_[column] = (history_[column] << 1 | cached) & (0u - cached);
+    keys_[column] = (history_[column] << 1 | 1u) & (0u - cached_[column]);
   }
   for (const int32_t column : step_.misses) keys_[column] = history_[column] << 1;
   return top_k_cut(keys_, capacity_, scratch_);

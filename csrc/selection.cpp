@@ -136,8 +136,7 @@ KeyCut top_k_cut(std::span<const uint32_t> keys, int32_t k, SelectionScratch& sc
     high = std::max(high, key);
     low_minus_1 = std::min(low_minus_1, key - 1);  // a zero wraps to the largest
   }
-  if (high == 0) return {0, k};
-  const uint32_t low = low_minus_1 + 1;
+  const uint32_t low = low_minus_1 + 1;  // 0 when all are
 
   // Bin 0 holds the zeros (columns out of question in the cache's keys), the others are equally wide between the
   // smallest and the largest key that is not zero: for the bits of floats that is nearly a logarithmic scale.

@@ -265,6 +265,12 @@ void test_history_limits() {
     plain.step(mask);
     CHECK(std::equal(plain.cached(), plain.cached() + 8, limited.cached()));
   }
+  // A column older than half of the limit is just old: it leaves first.
+  ColumnCache old(3, 2, CachePolicy::kLru, 1.0f, 4);
+  old.step(Columns{0});
+  for (int i = 0; i < 10; ++i) old.step(Columns{1});
+  old.step(Columns{2});
+  CHECK(old.slot_of(0) == -1 && old.slot_of(1) == 1 && old.slot_of(2) == 0);
   // LFU: at the limit of 3 both columns count the same, so the cached one stays.
   ColumnCache lfu(2, 1, CachePolicy::kLfu, 1.0f, 3);
   for (int i = 0; i < 3; ++i) lfu.step(Columns{1});
