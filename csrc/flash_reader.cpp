@@ -444,19 +444,24 @@ struct FlashReader::Impl {
     counters.bytes += bytes;
   }
 
-  // Fills free places in the device's queue, oldest first. Places are refilled by the eighth of the queue, so that
-  // a system call carries several reads.
+  // Fills free places in the device's queue, oldest first. By the eighth of the queue: places are refilled once so many
+  // are free, so that a system call carries several reads, and the device starts on the first while the rest are
+  // prepared.
   void refill() {
     if (failed.load(std::memory_order_relaxed)) return;
+    const size_t chunk = std::max<size_t>(1, static_cast<size_t>(depth) / 8);
     const size_t n_waiting = retries.size() + static_cast<size_t>(next_ticket - next_dispatch);
     const size_t n_free = static_cast<size_t>(depth) - in_flight;
-    if (n_free < std::min(n_waiting, std::max<size_t>(1, static_cast<size_t>(depth) / 8))) return;
-    size_t n = std::min(n_waiting, n_free);
-    for (; n > 0 && !retries.empty(); --n) {
-      dispatch(retries.back());
-      retries.pop_back();
+    if (n_free < std::min(n_waiting, chunk)) return;
+    for (size_t n = std::min(n_waiting, n_free); n > 0; --n) {
+      if (retries.empty()) {
+        dispatch(next_dispatch++);
+      } else {
+        dispatch(retries.back());
+        retries.pop_back();
+      }
+      if (n > 1 && (n - 1) % chunk == 0) queue->flush();  // the last part goes with the caller's own system call
     }
-    for (; n > 0; --n) dispatch(next_dispatch++);
   }
 
   // Takes finished reads (waiting for about min_done) and publishes the prefix.
