@@ -1,0 +1,551 @@
+"""Bundles: open and validate, verify checksums, read weights back, account for bytes (docs/bundle-format.md is normative).
+
+`Bundle.open` trusts nothing in the header: hash, version, sizes, offsets, alignment, overlap and shapes are checked before
+any of it is used. `Bundle.verify` reads every byte. `pack` makes a bundle; its writer lives in `packer` and is imported
+only then, so running a bundle needs no checkpoint reader's time.
+
+Example:
+    bundle = Bundle.open("model.dipper")
+    gate = bundle.dequantise("layers.0.gate")  # f32 [intermediate, hidden]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from dipper.errors import BundleError
+from dipper.glu import ModelConfig, matrix_shapes, vector_shapes
+from dipper.grid import (
+    F32,
+    U8,
+    Array,
+    CodedRows,
+    Grid,
+    dequantise,
+    join_planes,
+    padded_rows,
+    plane_bytes,
+    tile_sizes,
+    unpack_tiles,
+)
+
+__all__ = ["ALIGNMENT", "RESIDENT_ALIGNMENT", "VERSION", "Bundle", "header_bytes", "pack"]
+
+VERSION = 1
+ALIGNMENT = 4096
+RESIDENT_ALIGNMENT = 64
+REGION_MATRICES = {"input": ("gate", "up"), "glu": ("down",)}
+_MAX_HEADER_BYTES = 64 << 20
+_FILES = ("resident.bin", "flash.bin", "tokenizer.json", "chat_template.jinja")
+_GRID_KEYS = ("codes", "group", "zero_point", "scale", "super_blocks")
+_HEADER_KEYS = frozenset(
+    ("format", "version", "created_by", "alignment", "source", "model", "files", "tensors", "regions", "embedding")
+)
+
+
+def pack(
+    source: Path | str,
+    out: Path | str,
+    bits: str = "source",
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = False,
+    tokenizer: bool = True,
+) -> Path:
+    """Pack a checkpoint into a bundle directory, one tensor at a time.
+
+    Peak memory is two of the largest tensors plus 200 MB at most. Nothing is left under ``out`` unless packing succeeds.
+
+    Args:
+        source: a ``.gguf`` file or a Hugging Face folder.
+        out: the directory to make.
+        bits: ``source`` keeps every tensor's own grid (lossless); ``16`` stores the MLP as 16-bit floats; ``8`` and ``4``
+            quantise the MLP of a 16- or 32-bit source in groups of 32 inputs. With ``4``, ``8`` and ``16`` the attention and
+            head of a 16- or 32-bit source are stored at 8 bits; an untied embedding keeps 16 bits.
+        progress: called with (bytes written, bytes in all) as files grow.
+        overwrite: replace a bundle that is already at ``out``.
+        tokenizer: whether to write tokenizer files; without them only token ids can be used.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        CheckpointError: the source is cut, malformed, or of an unknown architecture.
+        ConfigError: ``bits`` is unknown, or would quantise a quantised source again.
+        BundleError: ``out`` exists, its folder is missing or not writable, or the disk is full.
+    """
+    from dipper.packer import write_bundle
+
+    return write_bundle(Path(source), Path(out), bits=bits, progress=progress, overwrite=overwrite, tokenizer=tokenizer)
+
+
+# --- the header --------------------------------------------------------------------------------------------------------
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def header_bytes(header: dict[str, Any]) -> bytes:
+    """The bytes of bundle.json for a header without its hash."""
+    return _canonical({**header, "header_sha256": hashlib.sha256(_canonical(header)).hexdigest()}) + b"\n"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """bundle.json without its hash, which is checked; so are format and version."""
+    file = path / "bundle.json"
+    if not path.is_dir() or not file.is_file():
+        raise BundleError(f"{path}: is not a bundle (no bundle.json); make one with `dipper pack SOURCE {path.name}`")
+    if file.stat().st_size > _MAX_HEADER_BYTES:
+        raise BundleError(f"{file}: has {file.stat().st_size} bytes, a header has at most {_MAX_HEADER_BYTES}; pack again")
+    try:
+        header = json.loads(file.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file}: is not valid JSON ({error}); the bundle is damaged: pack again") from error
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+    if not isinstance(header, dict) or header.get("format") != "dipper-bundle":
+        raise BundleError(f"{file}: is not the header of a dipper bundle; pack again")
+    version = header.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise BundleError(f"{file}: format version {version!r} is not a number from 1; the bundle is damaged: pack again")
+    if version > VERSION:
+        raise BundleError(f"{path}: format version {version} is newer than this dipper reads ({VERSION}): upgrade")
+    stated = header.pop("header_sha256", None)
+    if stated != hashlib.sha256(_canonical(header)).hexdigest():
+        raise BundleError(f"{file}: does not match its own checksum; the bundle is damaged: pack again")
+    return header
+
+
+# --- validation --------------------------------------------------------------------------------------------------------
+
+
+class _Spans:
+    """Byte ranges of one file: aligned, inside, disjoint."""
+
+    def __init__(self, file: str, n_bytes: int) -> None:
+        self.file, self.n_bytes = file, n_bytes
+        self.taken: list[tuple[int, int, str]] = []
+
+    def add(self, name: str, offset: Any, n_bytes: int, alignment: int) -> None:
+        _require(_is_count(offset), f"{name}: offset {offset!r} is not a number from 0")
+        _require(offset % alignment == 0, f"{name}: offset {offset} is not a multiple of {alignment}")
+        _require(offset + n_bytes <= self.n_bytes, f"{name}: ends at {offset + n_bytes}, {self.file} has {self.n_bytes} bytes")
+        self.taken.append((offset, offset + n_bytes, name))
+
+    def check_overlap(self) -> None:
+        self.taken.sort()
+        for (_, end, name), (start, _, other) in zip(self.taken, self.taken[1:], strict=False):
+            _require(start >= end, f"{name} and {other} overlap in {self.file} at byte {start}")
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _grid_of(entry: dict[str, Any]) -> Grid:
+    values = {key: entry[key] for key in _GRID_KEYS}
+    for key in ("group", "zero_point", "super_blocks"):
+        _require(isinstance(values[key], int) and not isinstance(values[key], bool), f"{key} is {values[key]!r}")
+    for key in ("codes", "scale"):
+        _require(isinstance(values[key], str), f"{key} is {values[key]!r}")
+    return Grid(**values)
+
+
+def _validate(header: dict[str, Any], path: Path) -> ModelConfig:
+    """Check everything a reader relies on; raises ValueError, KeyError or TypeError."""
+    _require(set(header) == _HEADER_KEYS, f"keys are missing or unknown: {sorted(set(header) ^ _HEADER_KEYS)}")
+    _require(header["alignment"] == ALIGNMENT, f"alignment is {header['alignment']!r}, not {ALIGNMENT}")
+    model = ModelConfig.from_json(header["model"])
+    files = header["files"]
+    _validate_files(files, path)
+    resident = _Spans("resident.bin", files["resident.bin"]["bytes"])
+    flash = _Spans("flash.bin", files["flash.bin"]["bytes"])
+    _validate_tensors(header["tensors"], model, resident)
+    _validate_regions(header["regions"], model, resident, flash)
+    _validate_embedding(header["embedding"], model, flash)
+    resident.check_overlap()
+    flash.check_overlap()
+    return model
+
+
+def _validate_files(files: dict[str, Any], path: Path) -> None:
+    for name, entry in files.items():
+        _require(name in _FILES, f"file {name!r} is not part of a bundle")
+        _require(_is_count(entry["bytes"]), f"{name}: bytes is {entry['bytes']!r}")
+    for name in ("resident.bin", "flash.bin"):
+        _require(name in files, f"{name} is not listed")
+        _require(files[name]["bytes"] % ALIGNMENT == 0, f"{name}: {files[name]['bytes']} bytes are not whole {ALIGNMENT}s")
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            raise BundleError(f"{file}: is missing; the bundle is incomplete: pack again")
+        if file.stat().st_size != entry["bytes"]:
+            raise BundleError(
+                f"{file}: has {file.stat().st_size} bytes, the header says {entry['bytes']}; "
+                "the bundle is cut or damaged: pack again"
+            )
+
+
+def _validate_tensors(tensors: dict[str, Any], model: ModelConfig, resident: _Spans) -> None:
+    matrices = {n: s for n, s in matrix_shapes(model).items() if not n.endswith((".gate", ".up", ".down"))}
+    vectors = vector_shapes(model)
+    for table in model.rope:
+        for name in filter(None, (table.short, table.long)):
+            _require(name not in matrices and name not in vectors, f"RoPE vector {name!r} takes another tensor's name")
+            vectors[name] = table.dim // 2
+    required = {*matrices, "final_norm", *(n for n in vectors if n.startswith("rope") or n.endswith((".attn_norm", ".mlp_norm")))}
+    missing = sorted(required - set(tensors))
+    _require(not missing, f"tensors are missing, the first is {missing[:1]}")
+    for name, entry in tensors.items():
+        if entry["kind"] == "vector":
+            _require(entry["shape"] == [vectors.get(name)], f"{name}: shape is {entry['shape']}, not [{vectors.get(name)}]")
+            resident.add(name, entry["offset"], 4 * vectors[name], RESIDENT_ALIGNMENT)
+            continue
+        _require(entry["kind"] == "matrix", f"{name}: kind is {entry['kind']!r}")
+        shape = matrices.get(name)
+        _require(shape is not None and entry["shape"] == list(shape), f"{name}: shape is {entry['shape']}, not {shape}")
+        assert shape is not None
+        grid = _grid_of(entry)
+        n_bytes = shape[1] * sum(plane_bytes(shape[0], bits) for bits, _ in grid.planes)
+        _require(entry["bytes"] == n_bytes, f"{name}: bytes is {entry['bytes']!r}, not {n_bytes}")
+        resident.add(name, entry["offset"], n_bytes, RESIDENT_ALIGNMENT)
+        _validate_scales(name, entry["scales"], grid, shape, resident)
+
+
+def _validate_scales(name: str, scales: dict[str, Any], grid: Grid, shape: tuple[int, int], resident: _Spans) -> None:
+    arrays = grid.scale_arrays(shape[1])
+    _require(set(scales) - {"tier"} == {a for a, _, _ in arrays}, f"{name}: scale arrays are {sorted(scales)}")
+    for array, dtype, n_entries in arrays:
+        n_bytes = n_entries * padded_rows(shape[0]) * dtype.itemsize
+        _require(scales[array]["bytes"] == n_bytes, f"{name}.{array}: bytes is {scales[array]['bytes']!r}, not {n_bytes}")
+        resident.add(f"{name}.{array}", scales[array]["offset"], n_bytes, RESIDENT_ALIGNMENT)
+
+
+def _validate_regions(regions: list[dict[str, Any]], model: ModelConfig, resident: _Spans, flash: _Spans) -> None:
+    wanted = [(layer, kind) for layer in range(model.n_layers) for kind in REGION_MATRICES]
+    found = [(region["layer"], region["kind"]) for region in regions]
+    _require(found == wanted, f"regions are not `input` then `glu` of {model.n_layers} layers")
+    shapes = matrix_shapes(model)
+    for region in regions:
+        name = f"layers.{region['layer']}.{region['kind']}"
+        names = REGION_MATRICES[region["kind"]]
+        _require([m["name"] for m in region["matrices"]] == list(names), f"{name}: matrices are not {', '.join(names)}")
+        n_columns = shapes[f"layers.{region['layer']}.{names[0]}"][1]
+        _require(region["n_columns"] == n_columns, f"{name}: n_columns is {region['n_columns']!r}, not {n_columns}")
+        _require(region["columns_per_unit"] == 1, f"{name}: columns_per_unit is {region['columns_per_unit']!r}, version 1 has 1")
+        _validate_order(name, region["order"], n_columns)
+        offset = 0
+        for matrix in region["matrices"]:
+            full = f"layers.{region['layer']}.{matrix['name']}"
+            offset = _validate_matrix(full, matrix, region, shapes[full], offset, resident)
+        _require(region["record_bytes"] == offset, f"{name}: record_bytes is {region['record_bytes']!r}, not {offset}")
+        _require(region["bytes"] == n_columns * offset, f"{name}: bytes is {region['bytes']!r}, not {n_columns * offset}")
+        flash.add(name, region["offset"], _padded(region["bytes"]), ALIGNMENT)
+
+
+def _validate_order(name: str, order: Any, n_columns: int) -> None:
+    if order is not None:
+        _require(isinstance(order, list) and all(_is_count(j) for j in order), f"{name}: order is not a list of columns")
+        _require(sorted(order) == list(range(n_columns)), f"{name}: order is not a permutation of {n_columns} columns")
+
+
+def _validate_matrix(
+    name: str, matrix: dict[str, Any], region: dict[str, Any], shape: tuple[int, int], offset: int, resident: _Spans
+) -> int:
+    """Check one matrix of a region whose planes start at ``offset`` of the record; returns where they end."""
+    grid = _grid_of(matrix)
+    _require(matrix["rows"] == shape[0], f"{name}: rows is {matrix['rows']!r}, not {shape[0]}")
+    _require(len(matrix["planes"]) == len(grid.planes), f"{name}: {grid.codes} has {len(grid.planes)} planes")
+    for plane, (bits, shift) in zip(matrix["planes"], grid.planes, strict=True):
+        expected = {"bits": bits, "shift": shift, "kind": "codes", "tier": "flash", "offset": offset}
+        expected["stride"] = region["record_bytes"]
+        _require(plane == expected, f"{name}: plane is {plane}, expected {expected}")
+        offset += plane_bytes(shape[0], bits)
+    tier = matrix["scales"]["tier"]
+    _require(tier == "resident", f"{name}: scales are in {tier!r}, version 1 has them resident")
+    _validate_scales(name, matrix["scales"], grid, shape, resident)
+    return offset
+
+
+def _validate_embedding(entry: dict[str, Any] | None, model: ModelConfig, flash: _Spans) -> None:
+    _require((entry is None) == model.tied, f"the embedding is {'absent' if entry is None else 'present'} and tied is {model.tied}")
+    if entry is None:
+        return
+    grid = _grid_of(entry)
+    row_bytes = _embedding_row_bytes(grid, model.hidden_size)
+    expected = {"rows": model.vocab_size, "row_bytes": row_bytes, "bytes": model.vocab_size * row_bytes}
+    for key, value in expected.items():
+        _require(entry[key] == value, f"embedding: {key} is {entry[key]!r}, not {value}")
+    flash.add("embedding", entry["offset"], _padded(entry["bytes"]), ALIGNMENT)
+
+
+def _embedding_row_bytes(grid: Grid, hidden: int) -> int:
+    codes = sum(plane_bytes(hidden, bits) for bits, _ in grid.planes)
+    return codes + sum(n_entries * dtype.itemsize for _, dtype, n_entries in grid.scale_arrays(hidden))
+
+
+def _padded(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+# --- the bundle --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A validated bundle.
+
+    Attributes:
+        path: its directory.
+        header: bundle.json without its hash.
+        model: the header's `model`.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    model: ModelConfig
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """Open a bundle and validate its header; weights are read later, and checked by `verify`.
+
+        Raises:
+            BundleError: it is absent, cut, damaged, or of a newer format.
+        """
+        path = Path(path)
+        header = _read_header(path)
+        try:
+            model = _validate(header, path)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+            raise BundleError(f"{path}: the header is inconsistent: {problem}; pack again") from error
+        return cls(path, header, model)
+
+    def verify(self) -> None:
+        """Read every byte and compare all checksums.
+
+        Raises:
+            BundleError: a byte differs; the message names the part.
+        """
+        for name, entry in self.header["files"].items():
+            if "sha256" in entry:
+                self._verify_span(name, name, 0, entry["bytes"], entry["sha256"])
+        for region in self.header["regions"]:
+            part = f"layer {region['layer']} {region['kind']} columns"
+            self._verify_span("flash.bin", part, region["offset"], _padded(region["bytes"]), region["sha256"])
+        embedding = self.header["embedding"]
+        if embedding is not None:
+            span = embedding["offset"], _padded(embedding["bytes"])
+            self._verify_span("flash.bin", "embedding rows", *span, embedding["sha256"])
+
+    def _verify_span(self, file: str, part: str, offset: int, n_bytes: int, sha256: str) -> None:
+        digest = hashlib.sha256()
+        for start in range(0, n_bytes, 1 << 22):
+            digest.update(self._read(file, offset + start, min(1 << 22, n_bytes - start)))
+        if digest.hexdigest() != sha256:
+            raise BundleError(f"{self.path / file}: {part} do not match their checksum; the bundle is damaged: pack again")
+
+    def _read(self, file: str, offset: int, n_bytes: int) -> U8:
+        try:
+            with (self.path / file).open("rb") as stream:
+                stream.seek(offset)
+                content = stream.read(n_bytes)
+        except OSError as error:
+            raise BundleError(f"{self.path / file}: cannot be read ({error.strerror}); check the disk") from error
+        if len(content) < n_bytes:
+            raise BundleError(f"{self.path / file}: ends {n_bytes - len(content)} bytes early; it was cut: pack again")
+        return np.frombuffer(content, np.uint8)
+
+    # --- weights
+
+    def dequantise(self, name: str) -> F32:
+        """A tensor as fp32.
+
+        Args:
+            name: any name of the header's `tensors`, or ``layers.N.gate|up|down``, or ``embedding`` (tied: the head).
+
+        Returns:
+            ``[R, C]`` of a matrix, ``[n]`` of a vector.
+
+        Raises:
+            BundleError: there is no such tensor, or it cannot be read.
+        """
+        if name == "embedding":
+            return self.embedding_rows(np.arange(self.model.vocab_size)) if not self.model.tied else self.dequantise("head")
+        matrix = self._region_matrix(name)
+        if matrix is not None:
+            return self._dequantise_columns(*matrix)
+        entry = self.header["tensors"].get(name)
+        if entry is None:
+            raise BundleError(f"{self.path}: has no tensor {name!r}; `dipper inspect` lists them")
+        if entry["kind"] == "vector":
+            return self._read("resident.bin", entry["offset"], 4 * entry["shape"][0]).view("<f4").copy()
+        n_rows, n_inputs = entry["shape"]
+        grid = _grid_of(entry)
+        codes = unpack_tiles(grid, self._read("resident.bin", entry["offset"], entry["bytes"]), n_rows, n_inputs)
+        scales = self._read_scales(grid, entry["scales"], n_rows, n_inputs, tiled=True)
+        return dequantise(grid, CodedRows(codes, scales))
+
+    def _region_matrix(self, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        for region in self.header["regions"]:
+            for matrix in region["matrices"]:
+                if name == f"layers.{region['layer']}.{matrix['name']}":
+                    return region, matrix
+        return None
+
+    def _dequantise_columns(self, region: dict[str, Any], matrix: dict[str, Any]) -> F32:
+        grid, n_rows = _grid_of(matrix), matrix["rows"]
+        records = self._read("flash.bin", region["offset"], region["bytes"]).reshape(-1, region["record_bytes"])
+        if region["order"] is not None:
+            records = records[np.argsort(region["order"])]
+        planes = [
+            records[:, plane["offset"] : plane["offset"] + plane_bytes(n_rows, plane["bits"])] for plane in matrix["planes"]
+        ]
+        scales = self._read_scales(grid, matrix["scales"], n_rows, region["n_columns"], tiled=False)
+        return dequantise(grid, CodedRows(join_planes(grid, planes, n_rows), scales))
+
+    def _read_scales(
+        self, grid: Grid, scales: dict[str, Any], n_rows: int, n_inputs: int, *, tiled: bool
+    ) -> dict[str, Array]:
+        """Scale arrays ``[n_rows, n_blocks or n_super]``; stored by tile for resident matrices, whole for regions."""
+        result = {}
+        sizes = tile_sizes(n_rows) if tiled else [padded_rows(n_rows)]
+        for name, dtype, n_entries in grid.scale_arrays(n_inputs):
+            flat = self._read("resident.bin", scales[name]["offset"], scales[name]["bytes"]).view(dtype)
+            starts = np.cumsum([0, *sizes]) * n_entries
+            tiles = [
+                flat[a:b].reshape(n_entries, size).T for a, b, size in zip(starts, starts[1:], sizes, strict=False)
+            ]
+            result[name] = np.concatenate(tiles)[:n_rows]
+        return result
+
+    def embedding_row(self, token: int) -> F32:
+        """One row of the input embedding, fp32 ``[hidden_size]``, before `embedding_scale`."""
+        return self.embedding_rows(np.array([token]))[0]
+
+    def embedding_rows(self, tokens: Array) -> F32:
+        """Rows of the input embedding, fp32 ``[n, hidden_size]``, before `embedding_scale`.
+
+        Raises:
+            BundleError: a token id is outside the vocabulary.
+        """
+        tokens = np.asarray(tokens)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.model.vocab_size:
+            raise BundleError(f"{self.path}: token ids reach {tokens.max()}, the vocabulary has {self.model.vocab_size}")
+        entry = self.header["embedding"]
+        if entry is None:
+            return self.dequantise("head")[tokens]
+        grid, hidden, row_bytes = _grid_of(entry), self.model.hidden_size, entry["row_bytes"]
+        if len(tokens) > self.model.vocab_size // 8:
+            raw = self._read("flash.bin", entry["offset"], entry["bytes"]).reshape(-1, row_bytes)[tokens]
+        else:
+            raw = np.stack([self._read("flash.bin", entry["offset"] + int(t) * row_bytes, row_bytes) for t in tokens])
+        fields = list(_fields(raw, _embedding_fields(grid, hidden)))
+        n_planes = len(grid.planes)
+        codes = np.ascontiguousarray(join_planes(grid, fields[:n_planes], hidden).T)
+        arrays = zip(grid.scale_arrays(hidden), fields[n_planes:], strict=True)
+        return dequantise(grid, CodedRows(codes, {a[0]: field.copy().view(a[1]) for a, field in arrays}))
+
+    # --- accounting
+
+    def bytes_by_part(self) -> dict[str, dict[str, int]]:
+        """Bytes of each part.
+
+        Returns:
+            ``{"resident": {attention, head, norms, mlp_scales}, "flash": {input_records, glu_records, embedding}}``.
+            `norms` holds every vector. Alignment padding is in no part.
+        """
+        resident = {"attention": 0, "head": 0, "norms": 0, "mlp_scales": 0}
+        flash = {"input_records": 0, "glu_records": 0, "embedding": 0}
+        for name, entry in self.header["tensors"].items():
+            if entry["kind"] == "vector":
+                resident["norms"] += 4 * entry["shape"][0]
+            else:
+                scales = sum(span["bytes"] for span in entry["scales"].values())
+                resident["head" if name == "head" else "attention"] += entry["bytes"] + scales
+        for region in self.header["regions"]:
+            flash[f"{region['kind']}_records"] += region["bytes"]
+            for matrix in region["matrices"]:
+                resident["mlp_scales"] += sum(s["bytes"] for n, s in matrix["scales"].items() if n != "tier")
+        if self.header["embedding"] is not None:
+            flash["embedding"] = self.header["embedding"]["bytes"]
+        return {"resident": resident, "flash": flash}
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of all MLPs, without padding: what "bits per MLP weight" divides by."""
+        return 3 * self.model.n_layers * self.model.hidden_size * self.model.intermediate_size
+
+    def describe(self) -> dict[str, Any]:
+        """What `dipper inspect` shows: model, source, grids by kind of tensor, and bytes."""
+        grids: dict[str, set[str]] = {}
+        for name, entry in self._grid_entries():
+            grids.setdefault(name, set()).add(_grid_label(_grid_of(entry)))
+        parts = self.bytes_by_part()
+        mlp_bytes = parts["resident"]["mlp_scales"] + parts["flash"]["input_records"] + parts["flash"]["glu_records"]
+        return {
+            "path": str(self.path),
+            "version": self.header["version"],
+            "created_by": self.header["created_by"],
+            "source": self.header["source"],
+            "model": self.header["model"],
+            "grids": {name: sorted(labels) for name, labels in grids.items()},
+            "bytes": parts,
+            "files": {name: entry["bytes"] for name, entry in self.header["files"].items()},
+            "mlp_weights": self.mlp_weights,
+            "bits_per_mlp_weight": 8 * mlp_bytes / self.mlp_weights,
+            "record_bytes": {
+                kind: sorted({r["record_bytes"] for r in self.header["regions"] if r["kind"] == kind})
+                for kind in REGION_MATRICES
+            },
+        }
+
+    def _grid_entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for region in self.header["regions"]:
+            for matrix in region["matrices"]:
+                yield matrix["name"], matrix
+        for name, entry in self.header["tensors"].items():
+            if entry["kind"] == "matrix":
+                yield name.rsplit(".", 1)[-1], entry
+        if self.header["embedding"] is not None:
+            yield "embedding", self.header["embedding"]
+
+
+def _embedding_fields(grid: Grid, hidden: int) -> list[int]:
+    sizes = [plane_bytes(hidden, bits) for bits, _ in grid.planes]
+    return sizes + [n_entries * dtype.itemsize for _, dtype, n_entries in grid.scale_arrays(hidden)]
+
+
+def _fields(raw: U8, sizes: list[int]) -> Iterator[U8]:
+    start = 0
+    for size in sizes:
+        yield raw[:, start : start + size]
+        start += size
+
+
+def _grid_label(grid: Grid) -> str:
+    return grid.codes if grid.is_float else f"{grid.codes}/{grid.group} {grid.scale}"

@@ -1,0 +1,331 @@
+"""Grids: how a stored weight becomes a number, and how codes lie in planes (docs/bundle-format.md, sections 1 and 2).
+
+A matrix ``W[R, C]`` is stored as codes plus scales by output row and block of ``group`` consecutive inputs::
+
+    W[r, j] = s[r, b] * (code[r, j] - zero_point) + m[r, b],    b = j // group,    all in fp32
+
+``CodedRows`` holds rows in that form, ``pack_plane`` lays some bits of their codes out column by column, ``quantise``
+makes codes and scales from fp32 weights. Everything here is a pure function of arrays.
+
+Example:
+    >>> import numpy as np
+    >>> grid, rows = quantise(np.eye(64, dtype=np.float32), bits=8)
+    >>> pack_plane(rows.codes, bits=8, shift=0).shape
+    (64, 64)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "CodedRows",
+    "Grid",
+    "bf16_to_f32",
+    "dequantise",
+    "join_planes",
+    "pack_plane",
+    "pack_tiles",
+    "padded_rows",
+    "plane_bytes",
+    "quantise",
+    "quantised_grid",
+    "tile_sizes",
+    "unpack_plane",
+    "unpack_tiles",
+]
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+TILE = 128
+HALF_TILE = 64
+LANES = 16
+
+# codes -> planes (bits, shift), low bits first.
+_PLANES: dict[str, tuple[tuple[int, int], ...]] = {
+    "q4": ((4, 0),),
+    "q5": ((4, 0), (1, 4)),
+    "q6": ((4, 0), (2, 4)),
+    "q8": ((8, 0),),
+    "f16": ((16, 0),),
+    "bf16": ((16, 0),),
+    "f32": ((32, 0),),
+}
+# bf16 has no numpy type: its codes are the raw 16 bits.
+_CODE_DTYPES = {"q4": "u1", "q5": "u1", "q6": "u1", "q8": "i1", "f16": "<f2", "bf16": "<u2", "f32": "<f4"}
+_FLOATS = ("f16", "bf16", "f32")
+
+# scale -> arrays in stored order: (name, dtype, one entry per super-block instead of per block).
+_SCALES: dict[str, tuple[tuple[str, str, bool], ...]] = {
+    "f16": (("d", "<f2", False),),
+    "f16m": (("d", "<f2", False), ("m", "<f2", False)),
+    "u8": (("sub", "u1", False), ("d", "<f2", True)),
+    "i8": (("sub", "i1", False), ("d", "<f2", True)),
+    "u8m": (("sub", "u1", False), ("subm", "u1", False), ("d", "<f2", True), ("dm", "<f2", True)),
+    "none": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What the codes and scales of one matrix mean; the fields are those of a bundle's header.
+
+    Attributes:
+        codes: one of q4, q5, q6, q8, f16, bf16, f32.
+        group: consecutive inputs that share a scale.
+        zero_point: the code of weight 0 where there is no offset.
+        scale: one of f16, f16m, u8, i8, u8m, none.
+        super_blocks: blocks that share a super-block's ``d`` and ``dm``; 1 where there are none.
+    """
+
+    codes: str
+    group: int = 32
+    zero_point: int = 0
+    scale: str = "none"
+    super_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.codes not in _PLANES:
+            raise ValueError(f"codes is {self.codes!r}, known are {', '.join(_PLANES)}")
+        if self.scale not in _SCALES:
+            raise ValueError(f"scale is {self.scale!r}, known are {', '.join(_SCALES)}")
+        if self.is_float != (self.scale == "none"):
+            raise ValueError(f"codes {self.codes!r} do not go with scale {self.scale!r}")
+        if self.group < 1 or self.super_blocks < 1:
+            raise ValueError(f"group is {self.group} and super_blocks {self.super_blocks}, both must be at least 1")
+        if not -128 <= self.zero_point <= 127:
+            raise ValueError(f"zero_point is {self.zero_point}, it must lie in -128..127")
+
+    @property
+    def planes(self) -> tuple[tuple[int, int], ...]:
+        """The (bits, shift) of each plane, low bits first."""
+        return _PLANES[self.codes]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return sum(bits for bits, _ in self.planes)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the codes are the numbers themselves."""
+        return self.codes in _FLOATS
+
+    @property
+    def code_dtype(self) -> np.dtype[Any]:
+        """Type of the array that holds codes; bf16 is held as its raw 16 bits."""
+        return np.dtype(_CODE_DTYPES[self.codes])
+
+    def n_blocks(self, n_inputs: int) -> int:
+        """Blocks of a row of ``n_inputs``."""
+        return -(-n_inputs // self.group)
+
+    def scale_arrays(self, n_inputs: int) -> list[tuple[str, np.dtype[Any], int]]:
+        """Name, type and entries per row of each scale array of a matrix with ``n_inputs``, in stored order."""
+        n_blocks = self.n_blocks(n_inputs)
+        n_super = -(-n_blocks // self.super_blocks)
+        return [(name, np.dtype(dtype), n_super if per_super else n_blocks) for name, dtype, per_super in self._arrays]
+
+    @property
+    def _arrays(self) -> tuple[tuple[str, str, bool], ...]:
+        return _SCALES[self.scale]
+
+    def to_json(self) -> dict[str, Any]:
+        """The header's keys for this grid."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Some output rows of a matrix: codes ``[n, C]`` and scale arrays ``[n, n_blocks or n_super]`` by name."""
+
+    codes: Array
+    scales: dict[str, Array]
+
+    def take(self, rows: Any) -> CodedRows:
+        """The same in another row order, or fewer rows; exact in every grid since scales belong to rows."""
+        return CodedRows(self.codes[rows], {name: array[rows] for name, array in self.scales.items()})
+
+
+def bf16_to_f32(raw: Array) -> F32:
+    """The fp32 numbers of raw bf16 bits (any shape)."""
+    return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def dequantise(grid: Grid, rows: CodedRows) -> F32:
+    """The fp32 weights ``[n, C]`` of coded rows."""
+    if grid.codes == "bf16":
+        return bf16_to_f32(rows.codes)
+    weights = rows.codes.astype(np.float32)
+    if grid.is_float:
+        return weights
+    if grid.zero_point:
+        weights -= np.float32(grid.zero_point)
+    s, m = _scale_and_offset(grid, rows.scales)
+    n_inputs = weights.shape[1]
+    weights *= _per_input(s, grid.group, n_inputs)
+    if m is not None:
+        weights += _per_input(m, grid.group, n_inputs)
+    return weights
+
+
+def _per_input(per_block: F32, group: int, n_inputs: int) -> F32:
+    return np.repeat(per_block, group, axis=1)[:, :n_inputs]
+
+
+def _scale_and_offset(grid: Grid, scales: dict[str, Array]) -> tuple[F32, F32 | None]:
+    """s and m of every row and block, fp32 ``[n, n_blocks]``; m is None where the grid has no offset."""
+    d = scales["d"].astype(np.float32)
+    if grid.scale in ("f16", "f16m"):
+        return d, scales["m"].astype(np.float32) if grid.scale == "f16m" else None
+    sub = scales["sub"].astype(np.float32)
+    n_blocks = sub.shape[1]
+    s = _per_input(d, grid.super_blocks, n_blocks) * sub
+    if grid.scale != "u8m":
+        return s, None
+    dm = scales["dm"].astype(np.float32)
+    return s, -(_per_input(dm, grid.super_blocks, n_blocks) * scales["subm"].astype(np.float32))
+
+
+def padded_rows(n_rows: int) -> int:
+    """Rows of a matrix as stored: the next multiple of 64."""
+    return -(-n_rows // HALF_TILE) * HALF_TILE
+
+
+def tile_sizes(n_rows: int) -> list[int]:
+    """Rows of each tile: 128, and 64 for a last half tile."""
+    padded = padded_rows(n_rows)
+    return [TILE] * (padded // TILE) + [HALF_TILE] * (padded % TILE // HALF_TILE)
+
+
+def plane_bytes(n_rows: int, bits: int) -> int:
+    """Bytes of one column's plane of ``bits``-bit fields."""
+    return sum(_tile_bytes(size, bits) for size in tile_sizes(n_rows))
+
+
+def _tile_bytes(size: int, bits: int) -> int:
+    # A half tile of 1-bit fields fills whole bytes too: 16 lanes of 4 bits in 16 bytes.
+    return LANES if bits == 1 else size * bits // 8
+
+
+def pack_plane(codes: Array, bits: int, shift: int) -> U8:
+    """One plane of every column.
+
+    Args:
+        codes: ``[R, C]``, any code type.
+        bits: width of a field; 1, 2 and 4 take bits of integer codes, 8, 16 and 32 take the whole code.
+        shift: lowest bit of the code that the plane holds.
+
+    Returns:
+        ``[C, plane_bytes(R, bits)]`` bytes, C-contiguous.
+    """
+    n_rows, n_columns = codes.shape
+    if padded_rows(n_rows) != n_rows:
+        codes = np.concatenate([codes, np.zeros((padded_rows(n_rows) - n_rows, n_columns), codes.dtype)])
+    if bits >= 8:
+        return np.ascontiguousarray(codes.T).view(np.uint8)
+    fields = (codes.view(np.uint8) >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
+    n_full = len(codes) // TILE * TILE
+    parts = [_pack_fields(part, bits, n_fields) for part, n_fields in ((fields[:n_full], 8), (fields[n_full:], 4))]
+    stacked = np.concatenate(parts) if len(parts[0]) and len(parts[1]) else parts[0] if len(parts[0]) else parts[1]
+    return np.ascontiguousarray(stacked.T)
+
+
+def _pack_fields(fields: U8, bits: int, n_fields: int) -> U8:
+    """Fields ``[tiles * n_fields * 16, C]`` -> bytes ``[tiles * tile_bytes, C]``: row 16k + i is field k of lane i."""
+    n_columns = fields.shape[1]
+    per_byte = min(8 // bits, n_fields)
+    lane_bytes = n_fields // per_byte
+    split = fields.reshape(-1, lane_bytes, per_byte, LANES, n_columns)
+    packed = split[:, :, 0].copy()
+    for field in range(1, per_byte):
+        packed |= split[:, :, field] << np.uint8(field * bits)
+    return packed.swapaxes(1, 2).reshape(-1, n_columns)
+
+
+def unpack_plane(packed: U8, bits: int, n_rows: int) -> Array:
+    """The fields ``[n_rows, C]`` of packed columns ``[C, plane_bytes]``: the inverse of `pack_plane`, unshifted.
+
+    Fields of 8, 16 and 32 bits come back as unsigned integers: view them as the grid's code type.
+    """
+    n_columns = len(packed)
+    if bits >= 8:
+        rows = np.ascontiguousarray(packed).view(f"<u{bits // 8}")
+        return np.ascontiguousarray(rows.T[:n_rows])
+    n_full = padded_rows(n_rows) // TILE
+    full_bytes = n_full * _tile_bytes(TILE, bits)
+    by_byte = np.ascontiguousarray(packed.T)
+    parts = [
+        _unpack_fields(by_byte[:full_bytes], bits, 8, n_columns),
+        _unpack_fields(by_byte[full_bytes:], bits, 4, n_columns),
+    ]
+    return np.concatenate(parts)[:n_rows]
+
+
+def _unpack_fields(by_byte: U8, bits: int, n_fields: int, n_columns: int) -> U8:
+    per_byte = min(8 // bits, n_fields)
+    lane_bytes = n_fields // per_byte
+    packed = by_byte.reshape(-1, LANES, lane_bytes, n_columns).swapaxes(1, 2)
+    mask = np.uint8((1 << bits) - 1)
+    fields = np.stack([(packed >> np.uint8(field * bits)) & mask for field in range(per_byte)], axis=2)
+    return fields.reshape(-1, n_columns)
+
+
+def pack_tiles(grid: Grid, codes: Array) -> U8:
+    """Codes ``[R, C]`` of a resident matrix as stored: for each tile, for each column, the tile bytes of its planes."""
+    n_columns = codes.shape[1]
+    out = []
+    start = 0
+    for size in tile_sizes(len(codes)):
+        tile = codes[start : start + size]
+        planes = [pack_plane(tile, bits, shift) for bits, shift in grid.planes]
+        out.append(np.concatenate(planes, axis=1).reshape(-1) if len(planes) > 1 else planes[0].reshape(-1))
+        start += size
+    return np.concatenate(out) if out else np.zeros(0, np.uint8).reshape(n_columns * 0)
+
+
+def unpack_tiles(grid: Grid, packed: U8, n_rows: int, n_columns: int) -> Array:
+    """The codes ``[n_rows, n_columns]`` of a resident matrix: the inverse of `pack_tiles`."""
+    parts = []
+    start = row = 0
+    for size in tile_sizes(n_rows):
+        sizes = [_tile_bytes(size, bits) for bits, _ in grid.planes]
+        stop = start + n_columns * sum(sizes)
+        columns = packed[start:stop].reshape(n_columns, sum(sizes))
+        cuts = np.cumsum([0, *sizes])
+        planes = [columns[:, a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        parts.append(join_planes(grid, planes, min(size, n_rows - row)))
+        start, row = stop, row + size
+    return np.concatenate(parts)
+
+
+def join_planes(grid: Grid, planes: list[U8], n_rows: int) -> Array:
+    """The codes ``[n_rows, C]`` whose planes are ``[C, plane_bytes]`` each."""
+    if len(planes) == 1:
+        return unpack_plane(planes[0], grid.planes[0][0], n_rows).view(grid.code_dtype)
+    codes = np.zeros((n_rows, len(planes[0])), np.uint8)
+    for (bits, shift), plane in zip(grid.planes, planes, strict=True):
+        codes |= unpack_plane(plane, bits, n_rows) << np.uint8(shift)
+    return codes.view(grid.code_dtype)
+
+
+# --- quantising 16-bit sources -----------------------------------------------------------------------------------------
+
+
+def quantised_grid(bits: int, n_inputs: int) -> Grid:
+    """The grid that `quantise` makes of rows with ``n_inputs``: 8 or 4 bits."""
+    if bits == 8:
+        return Grid(codes="q8", scale="f16")
+    return Grid(codes="q4", scale="u8m", super_blocks=-(-n_inputs // 32))
+
+
+def quantise(weights: F32, bits: int) -> tuple[Grid, CodedRows]:
+    """placeholder."""
+    raise NotImplementedError

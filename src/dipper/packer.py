@@ -1,0 +1,488 @@
+"""The writer behind `bundle.pack`: a checkpoint becomes a bundle, one tensor at a time.
+
+The header is laid out first (every offset and size follows from the grids), so the space needed is known before anything
+is written, and writing is one sequential pass over both files. A region is built column by column in one buffer as large
+as its packed matrices; everything else passes through in slices of rows. The directory is built as `NAME.partial-PID`
+and renamed when it is complete and flushed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dipper import __version__
+from dipper.bundle import ALIGNMENT, RESIDENT_ALIGNMENT, VERSION, header_bytes
+from dipper.checkpoint import Checkpoint, open_checkpoint
+from dipper.errors import BundleError, CheckpointError, ConfigError
+from dipper.glu import Model, Part, read_model
+from dipper.grid import (
+    TILE,
+    Array,
+    CodedRows,
+    Grid,
+    dequantise,
+    pack_plane,
+    pack_tiles,
+    padded_rows,
+    plane_bytes,
+    quantise,
+    quantised_grid,
+    tile_sizes,
+)
+
+__all__ = ["Progress", "write_bundle"]
+
+Progress = Callable[[int, int], None]
+
+BITS = ("source", "4", "8", "16")
+# Weights held at a time while rows pass through: about 30 MB of codes, fp32 values and planes.
+_SLICE_WEIGHTS = 1 << 20
+_REGIONS = {"input": ("gate", "up"), "glu": ("down",)}
+
+
+def write_bundle(
+    source: Path, out: Path, *, bits: str, progress: Progress | None, overwrite: bool, tokenizer: bool
+) -> Path:
+    """Pack ``source`` into the bundle directory ``out``; see `bundle.pack`."""
+    if bits not in BITS:
+        raise ConfigError(f"bits is {bits!r}; it must be one of {', '.join(BITS)}")
+    _check_target(out, overwrite)
+    checkpoint = open_checkpoint(source)
+    model = read_model(checkpoint)
+    targets = _target_grids(checkpoint, model, bits)
+    header = _layout(model, targets)
+    _check_space(out, header)
+    with _partial_directory(out) as partial:
+        _write_files(partial, checkpoint, model, targets, header, progress)
+        if tokenizer:
+            _write_tokenizer(checkpoint, partial, header)
+        _finish_header(partial, checkpoint, header, bits)
+        _publish(partial, out, overwrite)
+    return out
+
+
+# --- what each tensor becomes ------------------------------------------------------------------------------------------
+
+
+def _is_mlp(name: str) -> bool:
+    return name.endswith((".gate", ".up", ".down"))
+
+
+def _target_grids(checkpoint: Checkpoint, model: Model, bits: str) -> dict[str, Grid]:
+    """The grid of every matrix in the bundle."""
+    matrices = {name: part for name, part in model.parts.items() if len(part.shape) == 2}
+    if bits in ("4", "8"):
+        _refuse_requantising(checkpoint, matrices, bits)
+    return {name: _target_grid(name, part, bits) for name, part in matrices.items()}
+
+
+def _target_grid(name: str, part: Part, bits: str) -> Grid:
+    own = part.grid
+    if bits == "source":
+        return own
+    half = own if own.codes == "bf16" else Grid(codes="f16")
+    if name == "embedding":
+        return half if own.is_float else own
+    if bits == "16" and _is_mlp(name):
+        return half
+    if not own.is_float:
+        return own
+    return quantised_grid(int(bits) if _is_mlp(name) else 8, part.shape[1])
+
+
+def _refuse_requantising(checkpoint: Checkpoint, matrices: dict[str, Part], bits: str) -> None:
+    quantised = [p.tensor for p in matrices.values() if not p.grid.is_float]
+    if quantised:
+        kinds = ", ".join(sorted({t.type_name for t in quantised}))
+        raise ConfigError(
+            f"{checkpoint.path}: {len(quantised)} matrices are quantised already ({kinds}) and --bits {bits} would quantise "
+            "them again, which costs quality; use --bits source"
+        )
+
+
+def _recode(rows: CodedRows, source: Grid, target: Grid, part: Part) -> CodedRows:
+    """Rows of the source grid in the target grid."""
+    if source == target:
+        return rows
+    weights = dequantise(source, rows)
+    if not target.is_float:
+        return quantise(weights, target.bits)[1]
+    with np.errstate(over="ignore"):
+        halves = weights.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise CheckpointError(
+            f"{part.tensor.path}: tensor {part.tensor.name!r} reaches {np.abs(weights).max():.4g}, beyond the 65504 of "
+            "16-bit floats; use --bits source"
+        )
+    return CodedRows(halves, {})
+
+
+def _recoded_slices(part: Part, target: Grid) -> Iterator[tuple[int, CodedRows]]:
+    """(first row, rows in the target grid), in slices of whole tiles."""
+    n_rows, n_inputs = part.shape
+    step = max(_SLICE_WEIGHTS // n_inputs // TILE, 1) * TILE
+    for start in range(0, n_rows, step):
+        yield start, _recode(part.rows(start, min(start + step, n_rows)), part.grid, target, part)
+
+
+# --- layout ------------------------------------------------------------------------------------------------------------
+
+
+class _Allocator:
+    """Hands out offsets of one file."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def take(self, n_bytes: int, alignment: int) -> int:
+        offset = _round_up(self.end, alignment)
+        self.end = offset + n_bytes
+        return offset
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _layout(model: Model, targets: dict[str, Grid]) -> dict[str, Any]:
+    """The header with every offset and size, before checksums and tokenizer files."""
+    resident, flash = _Allocator(), _Allocator()
+    tensors: dict[str, Any] = {}
+    regions: list[dict[str, Any]] = []
+    names = sorted((n for n in model.parts if "layers" not in n and n != "embedding"), key=lambda n: n == "head")
+    for name, vector in model.vectors.items():
+        tensors[name] = _place_vector(len(vector), resident)
+    for name in names:
+        tensors[name] = _place_tensor(model.parts[name], targets.get(name), resident)
+    for layer in range(model.config.n_layers):
+        prefix = f"layers.{layer}."
+        for name in (n for n in model.parts if n.startswith(prefix) and not _is_mlp(n)):
+            tensors[name] = _place_tensor(model.parts[name], targets.get(name), resident)
+        for kind in _REGIONS:
+            regions.append(_place_region(model, targets, layer, kind, resident, flash))
+    embedding = None if model.config.tied else _place_embedding(model.parts["embedding"], targets["embedding"], flash)
+    files = {
+        "resident.bin": {"bytes": _round_up(resident.end, ALIGNMENT)},
+        "flash.bin": {"bytes": _round_up(flash.end, ALIGNMENT)},
+    }
+    return {
+        "format": "dipper-bundle", "version": VERSION, "created_by": f"dipper {__version__}", "alignment": ALIGNMENT,
+        "model": model.config.to_json(), "files": files, "tensors": tensors, "regions": regions, "embedding": embedding,
+    }  # fmt: skip
+
+
+def _place_vector(length: int, resident: _Allocator) -> dict[str, Any]:
+    return {"kind": "vector", "shape": [length], "offset": resident.take(4 * length, RESIDENT_ALIGNMENT)}
+
+
+def _place_tensor(part: Part, grid: Grid | None, resident: _Allocator) -> dict[str, Any]:
+    if grid is None:
+        return _place_vector(part.shape[0], resident)
+    n_rows, n_inputs = part.shape
+    n_bytes = n_inputs * sum(plane_bytes(n_rows, bits) for bits, _ in grid.planes)
+    return {
+        "kind": "matrix",
+        "shape": [n_rows, n_inputs],
+        **grid.to_json(),
+        "offset": resident.take(n_bytes, RESIDENT_ALIGNMENT),
+        "bytes": n_bytes,
+        "scales": _place_scales(grid, n_rows, n_inputs, resident),
+    }
+
+
+def _place_scales(grid: Grid, n_rows: int, n_inputs: int, resident: _Allocator) -> dict[str, Any]:
+    scales = {}
+    for name, dtype, n_entries in grid.scale_arrays(n_inputs):
+        n_bytes = n_entries * padded_rows(n_rows) * dtype.itemsize
+        scales[name] = {"offset": resident.take(n_bytes, RESIDENT_ALIGNMENT), "bytes": n_bytes}
+    return scales
+
+
+def _place_region(
+    model: Model, targets: dict[str, Grid], layer: int, kind: str, resident: _Allocator, flash: _Allocator
+) -> dict[str, Any]:
+    matrices = []
+    record_bytes = 0
+    for name in _REGIONS[kind]:
+        full = f"layers.{layer}.{name}"
+        grid, (n_rows, n_columns) = targets[full], model.parts[full].shape
+        planes = []
+        for bits, shift in grid.planes:
+            planes.append({"bits": bits, "shift": shift, "kind": "codes", "tier": "flash", "offset": record_bytes})
+            record_bytes += plane_bytes(n_rows, bits)
+        scales = {"tier": "resident", **_place_scales(grid, n_rows, n_columns, resident)}
+        matrices.append({"name": name, "rows": n_rows, **grid.to_json(), "planes": planes, "scales": scales})
+    for matrix in matrices:
+        for plane in matrix["planes"]:
+            plane["stride"] = record_bytes
+    n_bytes = n_columns * record_bytes
+    return {
+        "layer": layer, "kind": kind, "n_columns": n_columns, "columns_per_unit": 1, "order": None,
+        "offset": flash.take(n_bytes, ALIGNMENT), "record_bytes": record_bytes, "bytes": n_bytes, "matrices": matrices,
+    }  # fmt: skip
+
+
+def _place_embedding(part: Part, grid: Grid, flash: _Allocator) -> dict[str, Any]:
+    n_rows, n_inputs = part.shape
+    row_bytes = sum(plane_bytes(n_inputs, bits) for bits, _ in grid.planes)
+    row_bytes += sum(n_entries * dtype.itemsize for _, dtype, n_entries in grid.scale_arrays(n_inputs))
+    n_bytes = n_rows * row_bytes
+    return {
+        "rows": n_rows,
+        "row_bytes": row_bytes,
+        "offset": flash.take(n_bytes, ALIGNMENT),
+        "bytes": n_bytes,
+        **grid.to_json(),
+    }
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+class _Sink:
+    """A file written front to back; digests follow the bytes."""
+
+    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], None]) -> None:
+        self.file, self.on_bytes, self.position = file, on_bytes, 0
+        self.digest = hashlib.sha256()
+
+    def write(self, content: Any) -> None:
+        view = memoryview(content).cast("B")
+        self.file.write(view)
+        self.digest.update(view)
+        self.position += len(view)
+        self.on_bytes(len(view))
+
+    def pad_to(self, offset: int) -> None:
+        assert offset >= self.position, f"laid out at {offset}, already at {self.position}"
+        self.write(bytes(offset - self.position))
+
+    def take_digest(self) -> str:
+        """The digest of what was written since the last call."""
+        result = self.digest.hexdigest()
+        self.digest = hashlib.sha256()
+        return result
+
+
+def _write_files(
+    folder: Path,
+    checkpoint: Checkpoint,
+    model: Model,
+    targets: dict[str, Grid],
+    header: dict[str, Any],
+    progress: Progress | None,
+) -> None:
+    total = sum(entry["bytes"] for entry in header["files"].values())
+    done = 0
+
+    def on_bytes(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if progress is not None:
+            progress(done, total)
+
+    with (folder / "resident.bin").open("wb") as resident_file, (folder / "flash.bin").open("wb") as flash_file:
+        resident, flash = _Sink(resident_file, on_bytes), _Sink(flash_file, on_bytes)
+        pending = {n: entry for n, entry in header["tensors"].items()}
+        for layer in range(-1, model.config.n_layers):  # -1: what belongs to no layer
+            prefix = f"layers.{layer}."
+            for name in [n for n in pending if n.startswith(prefix) or (layer < 0 and "layers." not in n)]:
+                _write_tensor(name, pending.pop(name), model, targets, resident)
+            for region in (r for r in header["regions"] if r["layer"] == layer):
+                _write_region(region, model, targets, resident, flash)
+        if header["embedding"] is not None:
+            _write_embedding(header["embedding"], model.parts["embedding"], targets["embedding"], flash)
+        resident.pad_to(header["files"]["resident.bin"]["bytes"])
+        header["files"]["resident.bin"]["sha256"] = resident.take_digest()
+        for file in (resident_file, flash_file):
+            _flush(file)
+
+
+def _write_tensor(
+    name: str, entry: dict[str, Any], model: Model, targets: dict[str, Grid], resident: _Sink
+) -> None:
+    resident.pad_to(entry["offset"])
+    if entry["kind"] == "vector":
+        vector = model.vectors[name] if name in model.vectors else model.parts[name].vector()
+        resident.write(np.ascontiguousarray(vector, "<f4"))
+        return
+    part, grid = model.parts[name], targets[name]
+    slices = []
+    for _, rows in _recoded_slices(part, grid):
+        resident.write(pack_tiles(grid, rows.codes))
+        slices.append(rows.scales)
+    for array_name, span in entry["scales"].items():
+        resident.pad_to(span["offset"])
+        by_block = _scales_by_block(slices, array_name, part.shape[0])
+        start = 0
+        for size in tile_sizes(part.shape[0]):
+            resident.write(np.ascontiguousarray(by_block[:, start : start + size]))
+            start += size
+
+
+def _scales_by_block(slices: list[dict[str, Array]], name: str, n_rows: int) -> Array:
+    """One scale array of all rows as stored: ``[n_blocks or n_super, P]``."""
+    array = np.concatenate([scales[name] for scales in slices])
+    padded = np.zeros((array.shape[1], padded_rows(n_rows)), array.dtype)
+    padded[:, :n_rows] = array.T
+    return padded
+
+
+def _write_region(
+    region: dict[str, Any], model: Model, targets: dict[str, Grid], resident: _Sink, flash: _Sink
+) -> None:
+    records = np.empty((region["n_columns"], region["record_bytes"]), np.uint8)
+    for matrix in region["matrices"]:
+        name = f"layers.{region['layer']}.{matrix['name']}"
+        grid, slices = targets[name], []
+        for start, rows in _recoded_slices(model.parts[name], grid):
+            for plane in matrix["planes"]:
+                packed = pack_plane(rows.codes, plane["bits"], plane["shift"])
+                first = plane["offset"] + plane_bytes(start, plane["bits"])
+                records[:, first : first + packed.shape[1]] = packed
+            slices.append(rows.scales)
+        for array_name, span in matrix["scales"].items():
+            if array_name != "tier":
+                resident.pad_to(span["offset"])
+                resident.write(_scales_by_block(slices, array_name, matrix["rows"]))
+    flash.pad_to(region["offset"])
+    flash.take_digest()
+    flash.write(records)
+    flash.pad_to(_round_up(flash.position, ALIGNMENT))
+    region["sha256"] = flash.take_digest()
+
+
+def _write_embedding(entry: dict[str, Any], part: Part, grid: Grid, flash: _Sink) -> None:
+    flash.pad_to(entry["offset"])
+    flash.take_digest()
+    for _, rows in _recoded_slices(part, grid):
+        columns = rows.codes.T
+        fields = [pack_plane(columns, bits, shift) for bits, shift in grid.planes]
+        fields += [
+            np.ascontiguousarray(rows.scales[name]).view(np.uint8) for name, _, _ in grid.scale_arrays(part.shape[1])
+        ]
+        flash.write(np.ascontiguousarray(np.concatenate(fields, axis=1)))
+    flash.pad_to(_round_up(flash.position, ALIGNMENT))
+    entry["sha256"] = flash.take_digest()
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path, header: dict[str, Any]) -> None:
+    from dipper.tokenizer import write_tokenizer
+
+    ids = write_tokenizer(checkpoint.path, folder)
+    header["model"].update(bos_id=ids["bos_id"], eos_ids=list(ids["eos_ids"]), add_bos=bool(ids["add_bos"]))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        path = folder / name
+        if path.is_file():
+            content = path.read_bytes()
+            header["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _finish_header(folder: Path, checkpoint: Checkpoint, header: dict[str, Any], bits: str) -> None:
+    header["source"] = {
+        "kind": checkpoint.kind,
+        "name": checkpoint.path.resolve().name,
+        "sha256": checkpoint.sha256(),
+        "bits": bits,
+    }
+    with (folder / "bundle.json").open("wb") as file:
+        file.write(header_bytes(header))
+        _flush(file)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# --- the target directory ----------------------------------------------------------------------------------------------
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """Everything about the target that can be known before work."""
+    if out.exists():
+        if not overwrite:
+            raise BundleError(f"{out}: exists already; remove it, pack to another name, or pass --force")
+        if not (out / "bundle.json").is_file():
+            raise BundleError(f"{out}: exists and is not a bundle, so it is not replaced; pack to another name")
+    if not out.parent.is_dir():
+        raise BundleError(f"{out.parent}: there is no such folder; create it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise BundleError(f"{out.parent}: this folder is not writable; pack to another folder")
+
+
+def _check_space(out: Path, header: dict[str, Any]) -> None:
+    # 64 MB for header and tokenizer: the largest vocabularies take half of that.
+    needed = sum(entry["bytes"] for entry in header["files"].values()) + 64_000_000
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise BundleError(f"{out}: needs {needed} bytes and the disk has {free} free; free {needed - free} bytes first")
+
+
+@contextlib.contextmanager
+def _partial_directory(out: Path) -> Iterator[Path]:
+    """The directory a bundle is built in; gone after any error, Ctrl-C included."""
+    _remove_stale(out)
+    partial = out.parent / f"{out.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir()
+        yield partial
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise BundleError(f"{out}: writing failed ({reason}), nothing was left behind; make room or pack elsewhere") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed processes left behind."""
+    pattern = re.compile(re.escape(out.name) + r"\.partial-(\d+)(-old)?")
+    for path in out.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(partial: Path, out: Path, overwrite: bool) -> None:
+    """Rename the finished directory into place, and make the rename last."""
+    _sync_directory(partial)
+    old = partial.with_name(partial.name + "-old")
+    if overwrite and out.exists():
+        os.rename(out, old)
+    try:
+        os.rename(partial, out)
+    except OSError:
+        if old.exists():
+            os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    _sync_directory(out.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
