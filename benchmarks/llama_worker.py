@@ -1,7 +1,7 @@
 """One llama.cpp model kept loaded: reads JSON commands on stdin, answers one JSON line each on stdout.
 
-Runs under the Python that has `llama-cpp-python` (see bench_llamacpp.py), so it imports nothing of dipper. Its low-level
-API is used, with an argmax by numpy as sampling: the least overhead that Python can put on top of llama.cpp.
+Runs under the Python that has `llama-cpp-python` (see bench_llamacpp.py), so it imports nothing of dipper. The
+low-level API is used, with an argmax by numpy as sampling: the least that Python can put on top of llama.cpp.
 
     llama_worker.py quantise SOURCE.gguf TARGET.gguf HEAD_TYPE     (HEAD_TYPE: ggml's number of the head's type, kept)
     llama_worker.py serve MODEL.gguf N_CTX N_THREADS
@@ -24,7 +24,7 @@ import numpy as np
 
 @llama.llama_log_callback
 def _silent(level, text, user_data):
-    if level >= 4:  # GGML_LOG_LEVEL_ERROR
+    if level == 4:  # GGML_LOG_LEVEL_ERROR; 5 continues a line of any level
         sys.stderr.write(text.decode(errors="replace"))
 
 

@@ -1,4 +1,4 @@
-"""What the engine is measured against: transformers in fp32 with a bundle's own dequantised weights, and plain DIP on it.
+"""What the engine is measured against: transformers in fp32 with a bundle's own weights, and plain DIP on it.
 
 Owns `hf_model_from_bundle` (weights, rope tables, windows and scales of the bundle in a transformers model),
 `reference_logits`, and `dip`, which prunes the MLPs of such a model with the engine's exact semantics:
@@ -60,7 +60,9 @@ def _hf_config(model: dict[str, Any], has_bias: Callable[[str], bool]) -> transf
         "tie_word_embeddings": model["tied"],
         "pad_token_id": None,
     }
-    activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}[model["activation"]]
+    activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}[
+        model["activation"]
+    ]
     biased = has_bias("q_bias")
     match model["architecture"]:
         case "llama" if not sliding:
@@ -181,7 +183,9 @@ def hf_model_from_bundle(
     config = _hf_config(header, lambda bias: f"layers.0.{bias}" in names)
     config._attn_implementation = attention
     with torch.device("meta"):  # no weight is initialised only to be replaced
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention
+        )
     gemma = header["architecture"] in ("gemma3", "gemma3_text")
     state = {}
     for name, weight in _state(bundle, gemma, header["architecture"] == "phi3", names):
@@ -242,12 +246,11 @@ def reference_nll(model: transformers.PreTrainedModel, tokens: Sequence[int]) ->
 
 
 class ClosedLoopCache(Protocol):
-    """The part of a column cache that selection sees: a state that each token's mask moves."""
+    """The part of a `dipper.cache.ReferenceCache` that selection sees: a state that each token's mask moves."""
 
-    @property
-    def cached(self) -> np.ndarray: ...  # [n] 0 or 1
+    slots: dict[int, int]  # cached column -> slot
 
-    def step(self, mask: np.ndarray) -> Any: ...  # mask: ascending int32 indices
+    def step(self, mask: list[int]) -> Any: ...
 
 
 def n_selected(density: float, n: int) -> int:
@@ -271,9 +274,11 @@ def closed_loop_mask(scores: np.ndarray, k: int, gamma: float, cache: ClosedLoop
     """Cache-aware masks of a sequence: row by row, select with the state before the token, then step the cache."""
     masks = np.zeros(scores.shape, bool)
     for row, mask in zip(np.abs(scores, dtype=np.float32), masks, strict=True):
-        weighted = np.where(np.asarray(cache.cached, bool), row, row * np.float32(gamma))
+        weighted = row * np.float32(gamma)
+        cached = list(cache.slots)
+        weighted[cached] = row[cached]
         mask[:] = top_k_mask(weighted[None], k)[0]
-        cache.step(np.flatnonzero(mask).astype(np.int32))
+        cache.step(np.flatnonzero(mask).tolist())
     return masks
 
 
