@@ -1,8 +1,8 @@
 """The vocabulary of a GGUF file, rebuilt as a `tokenizers` file.
 
-A GGUF carries pieces, scores or merges, and the *name* of a pre-tokenizer, not the tokenizer itself. What the names mean
-(the splitting pattern, whether whole words skip the merges) is in `_PRE_TOKENIZERS`; a name that is not there is an
-error, since a wrong split changes ids without a sign. Only `write_tokenizer` comes here: at run time a bundle has
+A GGUF carries pieces, scores or merges, and the *name* of a pre-tokenizer, not the tokenizer itself. What the names
+mean (the splitting pattern, whether whole words skip the merges) is in `_PRE_TOKENIZERS`; a name that is not there is
+an error, since a wrong split changes ids without a sign. Only `write_tokenizer` comes here: at run time a bundle has
 `tokenizer.json` and this module is not imported.
 """
 
@@ -106,8 +106,8 @@ def read_gguf_vocabulary(path: Path) -> GgufVocabulary:
     model = meta.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"{path}: the tokenizer model is {model!r}, known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE): "
-            "convert from the original model with a tokenizer.json and pack the Hugging Face folder instead"
+            f"{path}: the tokenizer model is {model!r}, known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece "
+            "BPE): pack the original Hugging Face folder, if it has a tokenizer.json"
         )
     try:
         tokenizer = _byte_level(pieces, path) if model == "gpt2" else _sentence_piece(pieces, path)
@@ -115,7 +115,9 @@ def read_gguf_vocabulary(path: Path) -> GgufVocabulary:
     except CheckpointError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception for a vocabulary that contradicts itself
-        raise CheckpointError(f"{path}: the tokenizer cannot be built ({_first_line(error)}): fetch the file again") from error
+        raise CheckpointError(
+            f"{path}: the tokenizer cannot be built ({_first_line(error)}): fetch the file again"
+        ) from error
     default_bos = True if model == "llama" else _pre_tokenizer(meta, path).add_bos
     add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", default_bos)) and pieces.bos is not None
     template = meta.get("tokenizer.chat_template")
@@ -142,8 +144,8 @@ def _pieces(meta: dict[str, Any], path: Path) -> _Pieces:
     texts = meta.get("tokenizer.ggml.tokens")
     if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
         raise CheckpointError(
-            f"{path}: there is no tokenizer in this GGUF (tokenizer.ggml.tokens): pack the file that holds the first part "
-            "of the model, or convert the model again with its vocabulary"
+            f"{path}: there is no tokenizer in this GGUF (tokenizer.ggml.tokens): pack the file that holds the first "
+            "part of the model, or convert the model again with its vocabulary"
         )
     types = meta.get("tokenizer.ggml.token_type") or [_NORMAL] * len(texts)
     if len(types) != len(texts):
@@ -169,8 +171,8 @@ def _pre_tokenizer(meta: dict[str, Any], path: Path) -> _PreTokenizer:
     name = meta.get("tokenizer.ggml.pre", "default")
     if name not in _PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{path}: the pre-tokenizer {name!r} is not known (known: {', '.join(sorted(_PRE_TOKENIZERS))}), and a wrong one "
-            "would change the tokens silently: pack the original Hugging Face folder, which has a tokenizer.json"
+            f"{path}: the pre-tokenizer {name!r} is not known (known: {', '.join(sorted(_PRE_TOKENIZERS))}), and a "
+            "wrong one would change the tokens silently: pack the original Hugging Face folder with its tokenizer.json"
         )
     return _PRE_TOKENIZERS[name]
 
@@ -194,7 +196,9 @@ def _byte_level(pieces: _Pieces, path: Path) -> tokenizers.Tokenizer:
 def _sentence_piece(pieces: _Pieces, path: Path) -> tokenizers.Tokenizer:
     scores = pieces.meta.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(pieces.texts):
-        raise CheckpointError(f"{path}: a SentencePiece tokenizer needs one score for each of its {len(pieces.texts)} tokens")
+        raise CheckpointError(
+            f"{path}: a SentencePiece tokenizer needs one score for each of {len(pieces.texts)} tokens: fetch it again"
+        )
     ids = pieces.ids()
     unknown = next((text for text, kind in zip(pieces.texts, pieces.types, strict=True) if kind == _UNKNOWN), None)
     if unknown is None:
@@ -247,7 +251,8 @@ _STRING, _ARRAY = 8, 9
 def read_gguf_metadata(path: Path) -> dict[str, Any]:
     """Read the key-value section of a GGUF file.
 
-    The `gguf` package makes several numpy views for each array element: 20 s for a vocabulary of 262,144. This takes 0.2 s.
+    The `gguf` package makes several numpy views for each array element, 20 s for a vocabulary of 262,144; this takes
+    0.2 s.
 
     Raises:
         CheckpointError: the file is not a GGUF, is cut, or holds a value of an unknown type.
