@@ -25,7 +25,7 @@ from dipper.records import RunRecord, Timing, run_record
 
 if TYPE_CHECKING:
     from dipper.engine import Engine
-    from dipper.tokenizer import StreamDecoder, Tokenizer
+    from dipper.tokenizer import DecodeStream, Tokenizer
 
 __all__ = ["GenerationStep", "Sampler", "Sampling", "StopScanner", "stream_generate"]
 
@@ -271,7 +271,7 @@ def _check_room(engine: Engine, n_prompt: int, max_new_tokens: int) -> None:
 class _TextStream:
     """Tokens -> shown text: the tokenizer's stream, then the stop scanner; keeps the whole text."""
 
-    def __init__(self, decoder: StreamDecoder, scanner: StopScanner) -> None:
+    def __init__(self, decoder: DecodeStream, scanner: StopScanner) -> None:
         self._decoder = decoder
         self._scanner = scanner
         self.text = ""
@@ -285,7 +285,7 @@ class _TextStream:
 
     def finish(self) -> str:
         """The rest: a last broken character, then what was held back for a stop string."""
-        shown = self._scanner.feed(self._decoder.flush())
+        shown = self._scanner.feed(self._decoder.finish())
         return self._show(shown + self._scanner.flush())
 
     def _show(self, text: str) -> str:

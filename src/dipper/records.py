@@ -34,8 +34,9 @@ __all__ = [
     "Provenance",
     "RunRecord",
     "Timing",
-    "counter_fields",
+    "Traffic",
     "engine_fields",
+    "header_sha256",
     "json_line",
     "ledger",
     "method_fields",
@@ -155,16 +156,18 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def provenance(bundle: str | os.PathLike[str], header_sha256: str | None) -> Provenance:
-    """Describes this process and the bundle it read.
+def header_sha256(bundle: str | os.PathLike[str]) -> str | None:
+    """The checksum that names a bundle's content, None where there is no readable header."""
+    try:
+        with open(Path(bundle) / "bundle.json", encoding="utf-8") as file:
+            stated = json.load(file).get("header_sha256")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return stated if isinstance(stated, str) else None
 
-    Args:
-        bundle: path of the bundle.
-        header_sha256: its header's checksum, which names its content.
 
-    Returns:
-        The record to store beside a result.
-    """
+def provenance(bundle: str | os.PathLike[str]) -> Provenance:
+    """Describes this process and the bundle that it read."""
     import numpy as np
 
     commit, dirty = _checkout()
@@ -173,7 +176,7 @@ def provenance(bundle: str | os.PathLike[str], header_sha256: str | None) -> Pro
         commit=commit,
         dirty=dirty,
         bundle=os.fspath(bundle),
-        bundle_header_sha256=header_sha256,
+        bundle_header_sha256=header_sha256(bundle),
         python=platform.python_version(),
         numpy=np.__version__,
         cpu=_cpu(),
@@ -216,7 +219,7 @@ class RunRecord:
     density: float | None  # None: dense
     d_in: float | None
     d_glu: float | None
-    gamma: float | None  # None: the method has no gamma
+    gamma: float | None  # 1 for dip; None: dense
     cache: str | None  # None: the method has no column cache
     seed: int
     sampling: dict[str, Any]  # temperature (0: greedy, the seed does not act), top_k, top_p, min_p
@@ -354,40 +357,50 @@ def _mean_stddev(values: Sequence[float]) -> tuple[float, float]:
 
 def method_fields(config: EngineConfig) -> dict[str, Any]:
     """The keys that name a method, with None where a knob does not act."""
-    sparse = not config.method.startswith("dense")
-    split = sparse and config.d_in is not None
+    d_in, d_glu = config.densities if config.prunes else (None, None)
     return {
         "method": config.method,
-        "density": None if not sparse else _density(config),
-        "d_in": config.d_in if split else None,
-        "d_glu": config.d_glu if split else None,
-        "gamma": config.gamma if config.method == "dip-ca" else None,
-        "cache": config.cache if sparse else None,
+        "density": config.mlp_density if config.prunes else None,
+        "d_in": d_in,
+        "d_glu": d_glu,
+        "gamma": config.effective_gamma if config.prunes else None,
+        "cache": config.cache if config.prunes else None,
     }
 
 
-def _density(config: EngineConfig) -> float:
-    """Share of the MLP's columns used: (2 d_in + d_glu) / 3 where the split is given."""
-    if config.d_in is not None and config.d_glu is not None:
-        return (2 * config.d_in + config.d_glu) / 3
-    return config.density
+@dataclass(kw_only=True)
+class Traffic:
+    """Cache and flash counters, summed over as many readings of an engine's counters as are added."""
 
+    n_tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    flash_bytes: int = 0
+    useful_bytes: int = 0
+    reads: int = 0
 
-def counter_fields(counters: Counters) -> dict[str, Any]:
-    """The keys that come from the engine's counters."""
-    return {
-        "hit_rate": ratio(counters.hits, counters.hits + counters.misses),
-        "flash_bytes_per_token": per_token(counters.flash_bytes, counters.n_tokens),
-        "useful_bytes_per_token": per_token(counters.useful_bytes, counters.n_tokens),
-        "reads_per_token": per_token(counters.reads, counters.n_tokens),
-    }
+    def add(self, counters: Counters) -> Traffic:
+        """Adds one reading; returns itself."""
+        self.n_tokens += counters.n_tokens
+        self.hits += counters.hits
+        self.misses += counters.misses
+        self.flash_bytes += counters.flash_bytes
+        self.useful_bytes += counters.useful_bytes
+        self.reads += counters.reads
+        return self
+
+    def fields(self) -> dict[str, Any]:
+        """The keys of a record that come from counters."""
+        return {
+            "hit_rate": ratio(self.hits, self.hits + self.misses),
+            "flash_bytes_per_token": per_token(self.flash_bytes, self.n_tokens),
+            "useful_bytes_per_token": per_token(self.useful_bytes, self.n_tokens),
+            "reads_per_token": per_token(self.reads, self.n_tokens),
+        }
 
 
 def engine_fields(engine: Engine) -> dict[str, Any]:
     """The keys that name an engine and what it holds, shared by all records."""
-    bundle = engine.bundle
-    header = getattr(bundle, "header", None)
-    header_sha256 = header.get("header_sha256") if isinstance(header, Mapping) else None
     return {
         **method_fields(engine.config),
         "dram_bytes": dict(engine.plan.parts),
@@ -397,7 +410,7 @@ def engine_fields(engine: Engine) -> dict[str, Any]:
         "isa": engine.isa,
         "n_threads": engine.n_threads,
         "notes": list(engine.notes),
-        "provenance": provenance(getattr(bundle, "path", ""), header_sha256),
+        "provenance": provenance(engine.bundle.path),
     }
 
 
@@ -441,7 +454,7 @@ def run_record(
         ledger_s=ledger(counters.ledger_s, timing.decode_s),
         reader_backend=engine.reader_backend,
         direct=engine.direct,
-        **counter_fields(counters),
+        **Traffic().add(counters).fields(),
         **engine_fields(engine),
     )
 
