@@ -24,7 +24,11 @@ _BASE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LONGROPE = {"type": "longrope", "short_factor": [1.0 + i / 20 for i in range(12)], "long_factor": [1.5 + i for i in range(12)]}
+_LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0 + i / 20 for i in range(12)],
+    "long_factor": [1.5 + i for i in range(12)],
+}
 _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
@@ -127,7 +131,11 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray], dtype: str) -> 
     entries, blobs, offset = {}, [], 0
     for name, array in arrays.items():
         blob = (to_bf16(array) if dtype == "bf16" else array.astype({"f32": "<f4", "f16": "<f2"}[dtype])).tobytes()
-        entries[name] = {"dtype": dtype.upper(), "shape": list(array.shape), "data_offsets": [offset, offset + len(blob)]}
+        entries[name] = {
+            "dtype": dtype.upper(),
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
         blobs.append(blob)
         offset += len(blob)
     header = json.dumps(entries).encode()
@@ -135,9 +143,7 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray], dtype: str) -> 
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"".join(blobs))
 
 
-def write_hf(
-    folder: Path, kind: str, *, dtype: str = "f32", n_shards: int = 1, seed: int = 0, **changes: Any
-) -> Path:
+def write_hf(folder: Path, kind: str, *, dtype: str = "f32", n_shards: int = 1, seed: int = 0, **changes: Any) -> Path:
     """A Hugging Face folder without a tokenizer: config.json and safetensors (with an index when sharded)."""
     folder.mkdir(parents=True, exist_ok=True)
     torch_dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]

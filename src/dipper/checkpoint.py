@@ -154,7 +154,9 @@ _GGUF_TYPES = {
     8: TensorType("Q8_0", 32, 34, Grid(codes="q8", scale="f16"), _split_q8_0),
     12: TensorType("Q4_K", 256, 144, Grid(codes="q4", scale="u8m", super_blocks=8), _split_q4_k),
     13: TensorType("Q5_K", 256, 176, Grid(codes="q5", scale="u8m", super_blocks=8), _split_q5_k),
-    14: TensorType("Q6_K", 256, 210, Grid(codes="q6", group=16, zero_point=32, scale="i8", super_blocks=16), _split_q6_k),
+    14: TensorType(
+        "Q6_K", 256, 210, Grid(codes="q6", group=16, zero_point=32, scale="i8", super_blocks=16), _split_q6_k
+    ),
 }
 _SAFETENSORS_TYPES = {"F32": _GGUF_TYPES[0], "F16": _GGUF_TYPES[1], "BF16": _GGUF_TYPES[30]}
 # Only so that a message can name what it cannot read.
@@ -264,7 +266,9 @@ def _read_at(path: Path, offset: int, n_bytes: int) -> bytearray:
                     break
                 done += got
     except OSError as error:
-        raise CheckpointError(f"{path}: reading failed ({error.strerror}); check the disk or download the file again") from error
+        raise CheckpointError(
+            f"{path}: reading failed ({error.strerror}); check the disk or download the file again"
+        ) from error
     if done < n_bytes:
         raise CheckpointError(
             f"{path}: {n_bytes} bytes were expected at offset {offset} and {done} are there; "
@@ -322,7 +326,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         return _open_folder(path) if path.is_dir() else _open_gguf(path)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror}); check its permissions") from error
+        raise CheckpointError(
+            f"{error.filename or path}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
 
 
 # --- GGUF --------------------------------------------------------------------------------------------------------------
@@ -365,7 +371,9 @@ class _Cursor:
         if kind == _ARRAY:
             return self._array()
         if kind not in _SCALARS:
-            raise CheckpointError(f"{self.path}: metadata type {kind} at offset {self.at} is unknown; the file is damaged")
+            raise CheckpointError(
+                f"{self.path}: metadata type {kind} at offset {self.at} is unknown; the file is damaged"
+            )
         return self.scalar(_SCALARS[kind])
 
     def _array(self) -> Any:
@@ -416,7 +424,9 @@ def _parse_gguf(cursor: _Cursor, path: Path) -> Checkpoint:
     for _ in range(n_tensors):
         name, n_dims = cursor.string(), cursor.scalar("<I")
         if n_dims > 4:
-            raise CheckpointError(f"{path}: tensor {name!r} has {n_dims} dimensions, at most 4 are allowed; the file is damaged")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has {n_dims} dimensions, at most 4 are allowed; the file is damaged"
+            )
         dims = tuple(cursor.scalar("<Q") for _ in range(n_dims))
         infos.append((name, dims, cursor.scalar("<I"), cursor.scalar("<Q")))
     alignment = metadata.get("general.alignment", 32)
@@ -436,7 +446,9 @@ def _gguf_tensor(
     kind = _GGUF_TYPES.get(type_id)
     type_name = kind.name if kind else _GGUF_OTHER_TYPES.get(type_id, f"of unknown type {type_id}")
     if len(dims) not in (1, 2) or 0 in dims:
-        raise CheckpointError(f"{path}: tensor {name!r} has the shape {dims}; dense models have vectors and matrices only")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the shape {dims}; dense models have vectors and matrices only"
+        )
     tensor = Tensor(name, tuple(reversed(dims)), path, data + offset, kind, type_name)
     if kind is not None:
         if dims[0] % kind.block:
@@ -473,7 +485,9 @@ def _open_folder(path: Path) -> Checkpoint:
     for shard in shards:
         for tensor in _safetensors_header(shard):
             if tensor.name in tensors:
-                raise CheckpointError(f"{shard}: tensor {tensor.name!r} is in {tensors[tensor.name].path.name} too; remove one")
+                raise CheckpointError(
+                    f"{shard}: tensor {tensor.name!r} is in {tensors[tensor.name].path.name} too; remove one"
+                )
             tensors[tensor.name] = tensor
     return Checkpoint("hf", path, config, tensors, [config_path, *shards])
 
@@ -505,7 +519,9 @@ def _shards(path: Path) -> list[Path]:
         )
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise CheckpointError(f"{path}: {', '.join(missing)} named by the index is missing; download the rest of the model")
+        raise CheckpointError(
+            f"{path}: {', '.join(missing)} named by the index is missing; download the rest of the model"
+        )
     return shards
 
 

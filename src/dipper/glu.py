@@ -79,7 +79,16 @@ class ModelConfig:
     add_bos: bool = False
 
     def __post_init__(self) -> None:
-        sizes = ("n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_context")
+        sizes = (
+            "n_layers",
+            "hidden_size",
+            "intermediate_size",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "vocab_size",
+            "max_context",
+        )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
@@ -94,7 +103,9 @@ class ModelConfig:
                 raise ValueError(f"layer {index} has rope {layer.rope} of {len(self.rope)} and window {layer.window}")
         for table in self.rope:
             if table.dim < 2 or table.dim % 2 or table.dim > self.head_dim:
-                raise ValueError(f"a rope table has dim {table.dim}, it must be even and at most head_dim {self.head_dim}")
+                raise ValueError(
+                    f"a rope table has dim {table.dim}, it must be even and at most head_dim {self.head_dim}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The header's `model` object."""
@@ -245,7 +256,12 @@ _TOP_NAMES = {
     "gguf": {"embedding": "token_embd.weight", "head": "output.weight", "final_norm": "output_norm.weight"},
 }
 # Source tensors that hold nothing a bundle needs: tables that are computed, or read on their own.
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "o_bias")
 
 
@@ -291,7 +307,9 @@ def read_model(checkpoint: Checkpoint) -> Model:
             f"{checkpoint.path}: the metadata lacks {error.args[0]!r}; the file is incomplete: convert or download it again"
         ) from error
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{checkpoint.path}: the metadata is wrong: {error}; convert or download it again") from error
+        raise CheckpointError(
+            f"{checkpoint.path}: the metadata is wrong: {error}; convert or download it again"
+        ) from error
     return Model(config, vectors, _parts(checkpoint, architecture, config))
 
 
@@ -389,7 +407,9 @@ def _find(checkpoint: Checkpoint, source: str, shape: tuple[int, ...], fused: st
         raise CheckpointError(
             f"{checkpoint.path}: tensor {source!r} is missing; the checkpoint is incomplete: download it again"
         )
-    if fused:  # every part of a fused tensor lies inside it when its row count is the sum, checked by the caller's shapes
+    if (
+        fused
+    ):  # every part of a fused tensor lies inside it when its row count is the sum, checked by the caller's shapes
         fits = len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and tensor.shape[0] >= shape[0]
     else:
         fits = tensor.shape == shape
@@ -476,7 +496,9 @@ def _yarn(inverse: Any, params: dict[str, Any], dim: int, max_context: int) -> _
     if scale is None:
         mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
         scale = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1)
-    return _Rope((inverse * (1 - stretched + stretched / factor)).astype(np.float32), scale_short=scale, scale_long=scale)
+    return _Rope(
+        (inverse * (1 - stretched + stretched / factor)).astype(np.float32), scale_short=scale, scale_long=scale
+    )
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -597,12 +619,17 @@ def _hf_windows(config: dict[str, Any], architecture: Architecture) -> list[int]
     return [window if (i + 1) % pattern else 0 for i in range(n_layers)]
 
 
-def _hf_ropes(config: dict[str, Any], architecture: Architecture, head_dim: int, max_context: int) -> tuple[list[_Rope], Any]:
+def _hf_ropes(
+    config: dict[str, Any], architecture: Architecture, head_dim: int, max_context: int
+) -> tuple[list[_Rope], Any]:
     """The tables, and the index of the table for a layer's window."""
     parameters = dict(config.get("rope_parameters") or {})
     scaling = dict(config.get("rope_scaling") or {})
     if architecture.name == "gemma3":
-        local = {"rope_theta": config.get("rope_local_base_freq", 10000.0), **(parameters.get("sliding_attention") or {})}
+        local = {
+            "rope_theta": config.get("rope_local_base_freq", 10000.0),
+            **(parameters.get("sliding_attention") or {}),
+        }
         full = {"rope_theta": config.get("rope_theta", 1e6), **scaling, **(parameters.get("full_attention") or {})}
         return [_rope(p, head_dim, max_context) for p in (local, full)], lambda window: 0 if window else 1
     params = {"rope_theta": config.get("rope_theta", 10000.0), **scaling, **parameters}
@@ -706,7 +733,9 @@ def _gguf_ropes(
     params = {key: value for key, value in params.items() if value is not None}
     dim = get("rope.dimension_count", head_dim)
     if architecture.gguf_interleaved and dim != head_dim:
-        raise ValueError(f"rope.dimension_count is {dim} and heads have {head_dim}: partial rotation of interleaved rows")
+        raise ValueError(
+            f"rope.dimension_count is {dim} and heads have {head_dim}: partial rotation of interleaved rows"
+        )
     full = _rope(params, dim, max_context)
     if architecture.name == "gemma3":
         local = _rope({"rope_theta": get("rope.freq_base_swa", 10000.0)}, dim, max_context)

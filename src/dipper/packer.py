@@ -116,16 +116,12 @@ def _recode(rows: CodedRows, source: Grid, target: Grid, part: Part) -> CodedRow
     if source == target:
         return rows
     weights = dequantise(source, rows)
-    if not target.is_float:
-        return quantise(weights, target.bits)[1]
-    with np.errstate(over="ignore"):
-        halves = weights.astype(np.float16)
-    if not np.isfinite(halves).all():
-        raise CheckpointError(
-            f"{part.tensor.path}: tensor {part.tensor.name!r} reaches {np.abs(weights).max():.4g}, beyond the 65504 of "
-            "16-bit floats; use --bits source"
-        )
-    return CodedRows(halves, {})
+    if np.abs(weights).max() <= np.finfo(np.float16).max:
+        return CodedRows(weights.astype(np.float16), {}) if target.is_float else quantise(weights, target.bits)[1]
+    raise CheckpointError(
+        f"{part.tensor.path}: tensor {part.tensor.name!r} reaches {np.abs(weights).max():.4g}, beyond the 65504 of "
+        "16-bit floats and scales; use --bits source"
+    )
 
 
 def _recoded_slices(part: Part, target: Grid) -> Iterator[tuple[int, CodedRows]]:
@@ -309,9 +305,7 @@ def _write_files(
             _flush(file)
 
 
-def _write_tensor(
-    name: str, entry: dict[str, Any], model: Model, targets: dict[str, Grid], resident: _Sink
-) -> None:
+def _write_tensor(name: str, entry: dict[str, Any], model: Model, targets: dict[str, Grid], resident: _Sink) -> None:
     resident.pad_to(entry["offset"])
     if entry["kind"] == "vector":
         vector = model.vectors[name] if name in model.vectors else model.parts[name].vector()
@@ -440,7 +434,9 @@ def _partial_directory(out: Path) -> Iterator[Path]:
         yield partial
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise BundleError(f"{out}: writing failed ({reason}), nothing was left behind; make room or pack elsewhere") from error
+        raise BundleError(
+            f"{out}: writing failed ({reason}), nothing was left behind; make room or pack elsewhere"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
