@@ -1,8 +1,8 @@
-"""Bundles: open and validate, verify checksums, read weights back, account for bytes (docs/bundle-format.md is normative).
+"""Bundles: open and validate, verify checksums, read weights back, account for bytes; docs/bundle-format.md is the law.
 
-`Bundle.open` trusts nothing in the header: hash, version, sizes, offsets, alignment, overlap and shapes are checked before
-any of it is used. `Bundle.verify` reads every byte. `pack` makes a bundle; its writer lives in `packer` and is imported
-only then, so running a bundle needs no checkpoint reader's time.
+`Bundle.open` trusts nothing in the header: hash, version, sizes, offsets, alignment, overlap and shapes are checked
+before any of it is used. `Bundle.verify` reads every byte. `pack` makes a bundle; its writer lives in `packer` and is
+imported only then, so running a bundle needs no checkpoint reader's time.
 
 Example:
     bundle = Bundle.open("model.dipper")
@@ -61,14 +61,14 @@ def pack(
 ) -> Path:
     """Pack a checkpoint into a bundle directory, one tensor at a time.
 
-    Peak memory is two of the largest tensors plus 200 MB at most. Nothing is left under ``out`` unless packing succeeds.
+    Peak memory is two of the largest tensors plus 200 MB at most. ``out`` appears only when it is complete.
 
     Args:
         source: a ``.gguf`` file or a Hugging Face folder.
         out: the directory to make.
-        bits: ``source`` keeps every tensor's own grid (lossless); ``16`` stores the MLP as 16-bit floats; ``8`` and ``4``
-            quantise the MLP of a 16- or 32-bit source in groups of 32 inputs. With ``4``, ``8`` and ``16`` the attention and
-            head of a 16- or 32-bit source are stored at 8 bits; an untied embedding keeps 16 bits.
+        bits: ``source`` keeps every tensor's own grid (lossless); ``16`` stores the MLP as 16-bit floats; ``8`` and
+            ``4`` quantise the MLP of a 16- or 32-bit source in groups of 32 inputs. With ``4``, ``8`` and ``16`` the
+            attention and head of a 16- or 32-bit source are stored at 8 bits; an untied embedding keeps 16 bits.
         progress: called with (bytes written, bytes in all) as files grow.
         overwrite: replace a bundle that is already at ``out``.
         tokenizer: whether to write tokenizer files; without them only token ids can be used.
@@ -86,7 +86,7 @@ def pack(
     return write_bundle(Path(source), Path(out), bits=bits, progress=progress, overwrite=overwrite, tokenizer=tokenizer)
 
 
-# --- the header --------------------------------------------------------------------------------------------------------
+# --- the header ------------------------------------------------------------------------------------------------------
 
 
 def _canonical(content: Any) -> bytes:
@@ -139,7 +139,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-# --- validation --------------------------------------------------------------------------------------------------------
+# --- validation ------------------------------------------------------------------------------------------------------
 
 
 class _Spans:
@@ -339,7 +339,7 @@ def _padded(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
-# --- the bundle --------------------------------------------------------------------------------------------------------
+# --- the bundle ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -392,13 +392,16 @@ class Bundle:
     def _verify_span(self, file: str, part: str, offset: int, n_bytes: int, sha256: str) -> None:
         digest = hashlib.sha256()
         for start in range(0, n_bytes, 1 << 22):
-            digest.update(self._read(file, offset + start, min(1 << 22, n_bytes - start)))
+            digest.update(self._read_bytes(file, offset + start, min(1 << 22, n_bytes - start)))
         if digest.hexdigest() != sha256:
             raise BundleError(
                 f"{self.path / file}: {part} do not match their checksum; the bundle is damaged: pack again"
             )
 
     def _read(self, file: str, offset: int, n_bytes: int) -> U8:
+        return np.frombuffer(self._read_bytes(file, offset, n_bytes), np.uint8)
+
+    def _read_bytes(self, file: str, offset: int, n_bytes: int) -> bytes:
         try:
             with (self.path / file).open("rb") as stream:
                 stream.seek(offset)
@@ -407,7 +410,7 @@ class Bundle:
             raise BundleError(f"{self.path / file}: cannot be read ({error.strerror}); check the disk") from error
         if len(content) < n_bytes:
             raise BundleError(f"{self.path / file}: ends {n_bytes - len(content)} bytes early; it was cut: pack again")
-        return np.frombuffer(content, np.uint8)
+        return content
 
     # --- weights
 
@@ -436,7 +439,8 @@ class Bundle:
         if entry is None:
             raise BundleError(f"{self.path}: has no tensor {name!r}; `dipper inspect` lists them")
         if entry["kind"] == "vector":
-            return self._read("resident.bin", entry["offset"], 4 * entry["shape"][0]).view("<f4").copy()
+            vector: F32 = self._read("resident.bin", entry["offset"], 4 * entry["shape"][0]).view("<f4").copy()
+            return vector
         n_rows, n_inputs = entry["shape"]
         grid = _grid_of(entry)
         codes = unpack_tiles(grid, self._read("resident.bin", entry["offset"], entry["bytes"]), n_rows, n_inputs)
@@ -479,7 +483,8 @@ class Bundle:
 
     def embedding_row(self, token: int) -> F32:
         """One row of the input embedding, fp32 ``[hidden_size]``, before `embedding_scale`."""
-        return self.embedding_rows(np.array([token]))[0]
+        row: F32 = self.embedding_rows(np.array([token]))[0]
+        return row
 
     def embedding_rows(self, tokens: Array) -> F32:
         """Rows of the input embedding, fp32 ``[n, hidden_size]``, before `embedding_scale`.
