@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-# One entry per kind of checkpoint: what differs from _BASE. Sizes are awkward on purpose: inner sizes that are no multiple of
-# 64 or 128, hidden sizes that are no multiple of 32, heads wider than hidden / heads, tied and untied heads.
+# One entry per kind of checkpoint: what differs from _BASE. Sizes are awkward on purpose: inner sizes that are no
+# multiple of 64 or 128, hidden sizes that are no multiple of 32, heads wider than hidden / heads.
 _BASE: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 96,
@@ -24,10 +24,18 @@ _BASE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LONGROPE = {"type": "longrope", "short_factor": [1.0 + i / 20 for i in range(12)], "long_factor": [1.5 + i for i in range(12)]}
+_LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0 + i / 20 for i in range(12)],
+    "long_factor": [1.5 + i for i in range(12)],
+}
 _LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True, "num_key_value_heads": 6},
@@ -40,23 +48,53 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama-bias": {"model_type": "llama", "attention_bias": True},
     "mistral": {"model_type": "mistral", "sliding_window": 8},
     "qwen2": {
-        "model_type": "qwen2", "hidden_size": 80, "num_attention_heads": 4, "intermediate_size": 200, "tie_word_embeddings": True,
+        "model_type": "qwen2",
+        "hidden_size": 80,
+        "num_attention_heads": 4,
+        "intermediate_size": 200,
+        "tie_word_embeddings": True,
     },
     "qwen2-window": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-    "qwen3": {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 24, "intermediate_size": 100},
+    "qwen3": {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "head_dim": 24,
+        "intermediate_size": 100,
+    },
     "phi3": {
-        "model_type": "phi3", "num_attention_heads": 4, "intermediate_size": 136, "original_max_position_embeddings": 64,
-        "rope_scaling": _LONGROPE, "pad_token_id": 0,
+        "model_type": "phi3",
+        "num_attention_heads": 4,
+        "intermediate_size": 136,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": _LONGROPE,
+        "pad_token_id": 0,
     },
-    "phi3-window": {"model_type": "phi3", "num_attention_heads": 4, "sliding_window": 7, "pad_token_id": 0,
-                    "original_max_position_embeddings": 128},
+    "phi3-window": {
+        "model_type": "phi3",
+        "num_attention_heads": 4,
+        "sliding_window": 7,
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 128,
+    },
     "gemma3": {
-        "model_type": "gemma3_text", "hidden_size": 72, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32,
-        "intermediate_size": 160, "num_hidden_layers": 7, "sliding_window": 8, "sliding_window_pattern": 3, "query_pre_attn_scalar": 20,
-        "rope_theta": 1e6, "rope_local_base_freq": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh",
+        "model_type": "gemma3_text",
+        "hidden_size": 72,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "intermediate_size": 160,
+        "num_hidden_layers": 7,
+        "sliding_window": 8,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 20,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
     },
-}  # fmt: skip
+}
 # One name per architecture, for tests that need not see every variant.
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3")
 
@@ -71,8 +109,11 @@ def tensors(kind: str, seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
     """The fp32 tensors of a tiny model by their Hugging Face names."""
     c, rng = config(kind, **changes), np.random.default_rng(seed)
     hidden, inner, n_heads, n_kv = (
-        c["hidden_size"], c["intermediate_size"], c["num_attention_heads"], c["num_key_value_heads"],
-    )  # fmt: skip
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_attention_heads"],
+        c["num_key_value_heads"],
+    )
     head_dim = c.get("head_dim", hidden // n_heads)
     q_rows, kv_rows = n_heads * head_dim, n_kv * head_dim
     model = c["model_type"]
@@ -127,7 +168,11 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray], dtype: str) -> 
     entries, blobs, offset = {}, [], 0
     for name, array in arrays.items():
         blob = (to_bf16(array) if dtype == "bf16" else array.astype({"f32": "<f4", "f16": "<f2"}[dtype])).tobytes()
-        entries[name] = {"dtype": dtype.upper(), "shape": list(array.shape), "data_offsets": [offset, offset + len(blob)]}
+        entries[name] = {
+            "dtype": dtype.upper(),
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
         blobs.append(blob)
         offset += len(blob)
     header = json.dumps(entries).encode()
@@ -135,9 +180,7 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray], dtype: str) -> 
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"".join(blobs))
 
 
-def write_hf(
-    folder: Path, kind: str, *, dtype: str = "f32", n_shards: int = 1, seed: int = 0, **changes: Any
-) -> Path:
+def write_hf(folder: Path, kind: str, *, dtype: str = "f32", n_shards: int = 1, seed: int = 0, **changes: Any) -> Path:
     """A Hugging Face folder without a tokenizer: config.json and safetensors (with an index when sharded)."""
     folder.mkdir(parents=True, exist_ok=True)
     torch_dtype = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]
@@ -172,13 +215,19 @@ def save_with_transformers(folder: Path, kind: str, *, dtype: str = "float32", s
     return folder
 
 
-# --- GGUF --------------------------------------------------------------------------------------------------------------
+# --- GGUF -------------------------------------------------------------------------------------------------------------
 
 # type -> (inputs in a block, bytes of a block, offsets of its f16 fields).
 BLOCKS = {
-    "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)), "Q5_0": (32, 22, (0,)), "Q5_1": (32, 24, (0, 2)), "Q8_0": (32, 34, (0,)),
-    "Q4_K": (256, 144, (0, 2)), "Q5_K": (256, 176, (0, 2)), "Q6_K": (256, 210, (208,)),
-}  # fmt: skip
+    "Q4_0": (32, 18, (0,)),
+    "Q4_1": (32, 20, (0, 2)),
+    "Q5_0": (32, 22, (0,)),
+    "Q5_1": (32, 24, (0, 2)),
+    "Q8_0": (32, 34, (0,)),
+    "Q4_K": (256, 144, (0, 2)),
+    "Q5_K": (256, 176, (0, 2)),
+    "Q6_K": (256, 210, (208,)),
+}
 
 
 def random_blocks(type_name: str, rows: int, inputs: int, rng: np.random.Generator) -> np.ndarray:
@@ -233,10 +282,16 @@ def write_gguf(
 
 
 _GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 def gguf_tensors(kind: str, seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
-"""Bundles: open and validate, verify checksums, read weights back, account for bytes (docs/bundle-format.md is normative).
+"""Bundles: open and validate, verify checksums, read weights back, account for bytes; docs/bundle-format.md is the law.
 
-`Bundle.open` trusts nothing in the header: hash, version, sizes, offsets, alignment, overlap and shapes are checked before
-any of it is used. `Bundle.verify` reads every byte. `pack` makes a bundle; its writer lives in `packer` and is imported
-only then, so running a bundle needs no checkpoint reader's time.
+`Bundle.open` trusts nothing in the header: hash, version, sizes, offsets, alignment, overlap and shapes are checked
+before any of it is used. `Bundle.verify` reads every byte. `pack` makes a bundle; its writer lives in `packer` and is
+imported only then, so running a bundle needs no checkpoint reader's time.
 
 Example:
     bundle = Bundle.open("model.dipper")
@@ -61,14 +61,14 @@ def pack(
 ) -> Path:
     """Pack a checkpoint into a bundle directory, one tensor at a time.
 
-    Peak memory is two of the largest tensors plus 200 MB at most. Nothing is left under ``out`` unless packing succeeds.
+    Peak memory is two of the largest tensors plus 200 MB at most. ``out`` appears only when it is complete.
 
     Args:
         source: a ``.gguf`` file or a Hugging Face folder.
         out: the directory to make.
-        bits: ``source`` keeps every tensor's own grid (lossless); ``16`` stores the MLP as 16-bit floats; ``8`` and ``4``
-            quantise the MLP of a 16- or 32-bit source in groups of 32 inputs. With ``4``, ``8`` and ``16`` the attention and
-            head of a 16- or 32-bit source are stored at 8 bits; an untied embedding keeps 16 bits.
+        bits: ``source`` keeps every tensor's own grid (lossless); ``16`` stores the MLP as 16-bit floats; ``8`` and
+            ``4`` quantise the MLP of a 16- or 32-bit source in groups of 32 inputs. With ``4``, ``8`` and ``16`` the
+            attention and head of a 16- or 32-bit source are stored at 8 bits; an untied embedding keeps 16 bits.
         progress: called with (bytes written, bytes in all) as files grow.
         overwrite: replace a bundle that is already at ``out``.
         tokenizer: whether to write tokenizer files; without them only token ids can be used.
@@ -86,7 +86,7 @@ def pack(
     return write_bundle(Path(source), Path(out), bits=bits, progress=progress, overwrite=overwrite, tokenizer=tokenizer)
 
 
-# --- the header --------------------------------------------------------------------------------------------------------
+# --- the header ------------------------------------------------------------------------------------------------------
 
 
 def _canonical(content: Any) -> bytes:
@@ -115,7 +115,9 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not path.is_dir() or not file.is_file():
         raise BundleError(f"{path}: is not a bundle (no bundle.json); make one with `dipper pack SOURCE {path.name}`")
     if file.stat().st_size > _MAX_HEADER_BYTES:
-        raise BundleError(f"{file}: has {file.stat().st_size} bytes, a header has at most {_MAX_HEADER_BYTES}; pack again")
+        raise BundleError(
+            f"{file}: has {file.stat().st_size} bytes, a header has at most {_MAX_HEADER_BYTES}; pack again"
+        )
     try:
         header = json.loads(file.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -126,7 +128,9 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise BundleError(f"{file}: is not the header of a dipper bundle; pack again")
     version = header.get("version")
     if not isinstance(version, int) or version < 1:
-        raise BundleError(f"{file}: format version {version!r} is not a number from 1; the bundle is damaged: pack again")
+        raise BundleError(
+            f"{file}: format version {version!r} is not a number from 1; the bundle is damaged: pack again"
+        )
     if version > VERSION:
         raise BundleError(f"{path}: format version {version} is newer than this dipper reads ({VERSION}): upgrade")
     stated = header.pop("header_sha256", None)
@@ -135,7 +139,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-# --- validation --------------------------------------------------------------------------------------------------------
+# --- validation ------------------------------------------------------------------------------------------------------
 
 
 class _Spans:
@@ -148,7 +152,10 @@ class _Spans:
     def add(self, name: str, offset: Any, n_bytes: int, alignment: int) -> None:
         _require(_is_count(offset), f"{name}: offset {offset!r} is not a number from 0")
         _require(offset % alignment == 0, f"{name}: offset {offset} is not a multiple of {alignment}")
-        _require(offset + n_bytes <= self.n_bytes, f"{name}: ends at {offset + n_bytes}, {self.file} has {self.n_bytes} bytes")
+        _require(
+            offset + n_bytes <= self.n_bytes,
+            f"{name}: ends at {offset + n_bytes}, {self.file} has {self.n_bytes} bytes",
+        )
         self.taken.append((offset, offset + n_bytes, name))
 
     def check_overlap(self) -> None:
@@ -198,7 +205,9 @@ def _validate_files(files: dict[str, Any], path: Path) -> None:
         _require(_is_count(entry["bytes"]), f"{name}: bytes is {entry['bytes']!r}")
     for name in ("resident.bin", "flash.bin"):
         _require(name in files, f"{name} is not listed")
-        _require(files[name]["bytes"] % ALIGNMENT == 0, f"{name}: {files[name]['bytes']} bytes are not whole {ALIGNMENT}s")
+        _require(
+            files[name]["bytes"] % ALIGNMENT == 0, f"{name}: {files[name]['bytes']} bytes are not whole {ALIGNMENT}s"
+        )
     for name, entry in files.items():
         file = path / name
         if not file.is_file():
@@ -217,12 +226,18 @@ def _validate_tensors(tensors: dict[str, Any], model: ModelConfig, resident: _Sp
         for name in filter(None, (table.short, table.long)):
             _require(name not in matrices and name not in vectors, f"RoPE vector {name!r} takes another tensor's name")
             vectors[name] = table.dim // 2
-    required = {*matrices, "final_norm", *(n for n in vectors if n.startswith("rope") or n.endswith((".attn_norm", ".mlp_norm")))}
+    required = {
+        *matrices,
+        "final_norm",
+        *(n for n in vectors if n.startswith("rope") or n.endswith((".attn_norm", ".mlp_norm"))),
+    }
     missing = sorted(required - set(tensors))
     _require(not missing, f"tensors are missing, the first is {missing[:1]}")
     for name, entry in tensors.items():
         if entry["kind"] == "vector":
-            _require(entry["shape"] == [vectors.get(name)], f"{name}: shape is {entry['shape']}, not [{vectors.get(name)}]")
+            _require(
+                entry["shape"] == [vectors.get(name)], f"{name}: shape is {entry['shape']}, not [{vectors.get(name)}]"
+            )
             resident.add(name, entry["offset"], 4 * vectors[name], RESIDENT_ALIGNMENT)
             continue
         _require(entry["kind"] == "matrix", f"{name}: kind is {entry['kind']!r}")
@@ -241,7 +256,9 @@ def _validate_scales(name: str, scales: dict[str, Any], grid: Grid, shape: tuple
     _require(set(scales) - {"tier"} == {a for a, _, _ in arrays}, f"{name}: scale arrays are {sorted(scales)}")
     for array, dtype, n_entries in arrays:
         n_bytes = n_entries * padded_rows(shape[0]) * dtype.itemsize
-        _require(scales[array]["bytes"] == n_bytes, f"{name}.{array}: bytes is {scales[array]['bytes']!r}, not {n_bytes}")
+        _require(
+            scales[array]["bytes"] == n_bytes, f"{name}.{array}: bytes is {scales[array]['bytes']!r}, not {n_bytes}"
+        )
         resident.add(f"{name}.{array}", scales[array]["offset"], n_bytes, RESIDENT_ALIGNMENT)
 
 
@@ -256,20 +273,27 @@ def _validate_regions(regions: list[dict[str, Any]], model: ModelConfig, residen
         _require([m["name"] for m in region["matrices"]] == list(names), f"{name}: matrices are not {', '.join(names)}")
         n_columns = shapes[f"layers.{region['layer']}.{names[0]}"][1]
         _require(region["n_columns"] == n_columns, f"{name}: n_columns is {region['n_columns']!r}, not {n_columns}")
-        _require(region["columns_per_unit"] == 1, f"{name}: columns_per_unit is {region['columns_per_unit']!r}, version 1 has 1")
+        _require(
+            region["columns_per_unit"] == 1,
+            f"{name}: columns_per_unit is {region['columns_per_unit']!r}, version 1 has 1",
+        )
         _validate_order(name, region["order"], n_columns)
         offset = 0
         for matrix in region["matrices"]:
             full = f"layers.{region['layer']}.{matrix['name']}"
             offset = _validate_matrix(full, matrix, region, shapes[full], offset, resident)
         _require(region["record_bytes"] == offset, f"{name}: record_bytes is {region['record_bytes']!r}, not {offset}")
-        _require(region["bytes"] == n_columns * offset, f"{name}: bytes is {region['bytes']!r}, not {n_columns * offset}")
+        _require(
+            region["bytes"] == n_columns * offset, f"{name}: bytes is {region['bytes']!r}, not {n_columns * offset}"
+        )
         flash.add(name, region["offset"], _padded(region["bytes"]), ALIGNMENT)
 
 
 def _validate_order(name: str, order: Any, n_columns: int) -> None:
     if order is not None:
-        _require(isinstance(order, list) and all(_is_count(j) for j in order), f"{name}: order is not a list of columns")
+        _require(
+            isinstance(order, list) and all(_is_count(j) for j in order), f"{name}: order is not a list of columns"
+        )
         _require(sorted(order) == list(range(n_columns)), f"{name}: order is not a permutation of {n_columns} columns")
 
 
@@ -292,7 +316,10 @@ def _validate_matrix(
 
 
 def _validate_embedding(entry: dict[str, Any] | None, model: ModelConfig, flash: _Spans) -> None:
-    _require((entry is None) == model.tied, f"the embedding is {'absent' if entry is None else 'present'} and tied is {model.tied}")
+    _require(
+        (entry is None) == model.tied,
+        f"the embedding is {'absent' if entry is None else 'present'} and tied is {model.tied}",
+    )
     if entry is None:
         return
     grid = _grid_of(entry)
@@ -312,7 +339,7 @@ def _padded(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
-# --- the bundle --------------------------------------------------------------------------------------------------------
+# --- the bundle ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -365,11 +392,16 @@ class Bundle:
     def _verify_span(self, file: str, part: str, offset: int, n_bytes: int, sha256: str) -> None:
         digest = hashlib.sha256()
         for start in range(0, n_bytes, 1 << 22):
-            digest.update(self._read(file, offset + start, min(1 << 22, n_bytes - start)))
+            digest.update(self._read_bytes(file, offset + start, min(1 << 22, n_bytes - start)))
         if digest.hexdigest() != sha256:
-            raise BundleError(f"{self.path / file}: {part} do not match their checksum; the bundle is damaged: pack again")
+            raise BundleError(
+                f"{self.path / file}: {part} do not match their checksum; the bundle is damaged: pack again"
+            )
 
     def _read(self, file: str, offset: int, n_bytes: int) -> U8:
+        return np.frombuffer(self._read_bytes(file, offset, n_bytes), np.uint8)
+
+    def _read_bytes(self, file: str, offset: int, n_bytes: int) -> bytes:
         try:
             with (self.path / file).open("rb") as stream:
                 stream.seek(offset)
@@ -378,7 +410,7 @@ class Bundle:
             raise BundleError(f"{self.path / file}: cannot be read ({error.strerror}); check the disk") from error
         if len(content) < n_bytes:
             raise BundleError(f"{self.path / file}: ends {n_bytes - len(content)} bytes early; it was cut: pack again")
-        return np.frombuffer(content, np.uint8)
+        return content
 
     # --- weights
 
@@ -395,7 +427,11 @@ class Bundle:
             BundleError: there is no such tensor, or it cannot be read.
         """
         if name == "embedding":
-            return self.embedding_rows(np.arange(self.model.vocab_size)) if not self.model.tied else self.dequantise("head")
+            return (
+                self.embedding_rows(np.arange(self.model.vocab_size))
+                if not self.model.tied
+                else self.dequantise("head")
+            )
         matrix = self._region_matrix(name)
         if matrix is not None:
             return self._dequantise_columns(*matrix)
@@ -403,7 +439,8 @@ class Bundle:
         if entry is None:
             raise BundleError(f"{self.path}: has no tensor {name!r}; `dipper inspect` lists them")
         if entry["kind"] == "vector":
-            return self._read("resident.bin", entry["offset"], 4 * entry["shape"][0]).view("<f4").copy()
+            vector: F32 = self._read("resident.bin", entry["offset"], 4 * entry["shape"][0]).view("<f4").copy()
+            return vector
         n_rows, n_inputs = entry["shape"]
         grid = _grid_of(entry)
         codes = unpack_tiles(grid, self._read("resident.bin", entry["offset"], entry["bytes"]), n_rows, n_inputs)
@@ -423,7 +460,8 @@ class Bundle:
         if region["order"] is not None:
             records = records[np.argsort(region["order"])]
         planes = [
-            records[:, plane["offset"] : plane["offset"] + plane_bytes(n_rows, plane["bits"])] for plane in matrix["planes"]
+            records[:, plane["offset"] : plane["offset"] + plane_bytes(n_rows, plane["bits"])]
+            for plane in matrix["planes"]
         ]
         scales = self._read_scales(grid, matrix["scales"], n_rows, region["n_columns"], tiled=False)
         return dequantise(grid, CodedRows(join_planes(grid, planes, n_rows), scales))
@@ -445,7 +483,8 @@ class Bundle:
 
     def embedding_row(self, token: int) -> F32:
         """One row of the input embedding, fp32 ``[hidden_size]``, before `embedding_scale`."""
-        return self.embedding_rows(np.array([token]))[0]
+        row: F32 = self.embedding_rows(np.array([token]))[0]
+        return row
 
     def embedding_rows(self, tokens: Array) -> F32:
         """Rows of the input embedding, fp32 ``[n, hidden_size]``, before `embedding_scale`.
@@ -455,7 +494,9 @@ class Bundle:
         """
         tokens = np.asarray(tokens)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.model.vocab_size:
-            raise BundleError(f"{self.path}: token ids reach {tokens.max()}, the vocabulary has {self.model.vocab_size}")
+            raise BundleError(
+                f"{self.path}: token ids reach {tokens.max()}, the vocabulary has {self.model.vocab_size}"
+            )
         entry = self.header["embedding"]
         if entry is None:
             return self.dequantise("head")[tokens]

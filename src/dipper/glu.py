@@ -1,11 +1,12 @@
 """What a GLU language model is in each architecture: dimensions, tensor names and shapes, activation, RoPE, windows.
 
-`read_model` turns a checkpoint's metadata into a `Model`: a `ModelConfig` (the `model` object of a bundle's header), the
-RoPE tables, and for every tensor of a bundle the *part* of the checkpoint it comes from. The peculiarities of sources end
-here: fused tensors become row ranges, rows that GGUF's Llama conversion interleaves are put back to rotate-half order,
-Gemma's ``1 + w`` norms are told apart from norms stored as multiplied.
+`read_model` turns a checkpoint's metadata into a `Model`: a `ModelConfig` (the `model` object of a bundle's header),
+the RoPE tables, and for every tensor of a bundle the *part* of the checkpoint it comes from. The peculiarities of
+sources end here: fused tensors become row ranges, rows that GGUF's Llama conversion interleaves are put back to
+rotate-half order, Gemma's ``1 + w`` norms are told apart from norms stored as multiplied.
 
-To add an architecture: one `Architecture` in `_ARCHITECTURES`, its windows in `_windows`, and a tiny model in the tests.
+To add an architecture: one `Architecture` in `_ARCHITECTURES`, its windows in `_hf_windows` and `_gguf_windows`, and a
+tiny model in the tests.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """One rotary table: names of its inverse-frequency vectors and the factors on cos and sin (bundle format, section 5)."""
+    """One rotary table: names of its inverse-frequency vectors, factors on cos and sin (bundle format, section 5)."""
 
     dim: int
     short: str
@@ -79,7 +80,16 @@ class ModelConfig:
     add_bos: bool = False
 
     def __post_init__(self) -> None:
-        sizes = ("n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_context")
+        sizes = (
+            "n_layers",
+            "hidden_size",
+            "intermediate_size",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "vocab_size",
+            "max_context",
+        )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
@@ -94,7 +104,9 @@ class ModelConfig:
                 raise ValueError(f"layer {index} has rope {layer.rope} of {len(self.rope)} and window {layer.window}")
         for table in self.rope:
             if table.dim < 2 or table.dim % 2 or table.dim > self.head_dim:
-                raise ValueError(f"a rope table has dim {table.dim}, it must be even and at most head_dim {self.head_dim}")
+                raise ValueError(
+                    f"a rope table has dim {table.dim}, it must be even and at most head_dim {self.head_dim}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The header's `model` object."""
@@ -245,7 +257,12 @@ _TOP_NAMES = {
     "gguf": {"embedding": "token_embd.weight", "head": "output.weight", "final_norm": "output_norm.weight"},
 }
 # Source tensors that hold nothing a bundle needs: tables that are computed, or read on their own.
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "o_bias")
 
 
@@ -288,10 +305,13 @@ def read_model(checkpoint: Checkpoint) -> Model:
         config, vectors = (_read_gguf if checkpoint.kind == "gguf" else _read_hf)(checkpoint, architecture)
     except KeyError as error:
         raise CheckpointError(
-            f"{checkpoint.path}: the metadata lacks {error.args[0]!r}; the file is incomplete: convert or download it again"
+            f"{checkpoint.path}: the metadata lacks {error.args[0]!r}; the file is incomplete: convert or "
+            "download it again"
         ) from error
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{checkpoint.path}: the metadata is wrong: {error}; convert or download it again") from error
+        raise CheckpointError(
+            f"{checkpoint.path}: the metadata is wrong: {error}; convert or download it again"
+        ) from error
     return Model(config, vectors, _parts(checkpoint, architecture, config))
 
 
@@ -315,11 +335,11 @@ def _architecture(checkpoint: Checkpoint) -> Architecture:
     return matches[0]
 
 
-# --- parts -------------------------------------------------------------------------------------------------------------
+# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def _parts(checkpoint: Checkpoint, architecture: Architecture, config: ModelConfig) -> dict[str, Part]:
-    shapes: dict[str, tuple[int, ...]] = dict(matrix_shapes(config))
+    shapes: dict[str, tuple[int, ...]] = {**matrix_shapes(config)}
     shapes.update({name: (length,) for name, length in vector_shapes(config).items()})
     parts = {}
     used = set()
@@ -338,7 +358,7 @@ def _parts(checkpoint: Checkpoint, architecture: Architecture, config: ModelConf
         heads = {"q": config.n_heads, "k": config.n_kv_heads}.get(name.rsplit(".", 1)[-1].removesuffix("_bias"), 0)
         interleaved = architecture.gguf_interleaved and checkpoint.kind == "gguf"
         parts[name] = Part(
-            tensor=_find(checkpoint, source, shapes[name], fused=_is_fused(architecture, name)),
+            tensor=_find(checkpoint, source, _source_shape(architecture, config, name, shapes[name])),
             shape=shapes[name],
             start=start,
             interleaved_heads=heads if interleaved else 0,
@@ -376,24 +396,25 @@ def _needs_bias(architecture: Architecture, name: str) -> bool:
     return architecture.qkv_bias and not name.endswith("o_bias")
 
 
-def _is_fused(architecture: Architecture, name: str) -> str:
-    if not architecture.fused:
-        return ""
+def _source_shape(
+    architecture: Architecture, config: ModelConfig, name: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of the source tensor that holds a part: more rows where it is fused with others."""
     last = name.rsplit(".", 1)[-1]
-    return "qkv" if last in ("q", "k", "v") else "gate_up" if last in ("gate", "up") else ""
+    if architecture.fused and last in ("q", "k", "v"):
+        return (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, shape[1]
+    if architecture.fused and last in ("gate", "up"):
+        return 2 * config.intermediate_size, shape[1]
+    return shape
 
 
-def _find(checkpoint: Checkpoint, source: str, shape: tuple[int, ...], fused: str) -> Tensor:
+def _find(checkpoint: Checkpoint, source: str, shape: tuple[int, ...]) -> Tensor:
     tensor = checkpoint.tensors.get(source)
     if tensor is None:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {source!r} is missing; the checkpoint is incomplete: download it again"
         )
-    if fused:  # every part of a fused tensor lies inside it when its row count is the sum, checked by the caller's shapes
-        fits = len(tensor.shape) == 2 and tensor.shape[1] == shape[1] and tensor.shape[0] >= shape[0]
-    else:
-        fits = tensor.shape == shape
-    if not fits:
+    if tensor.shape != shape:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {source!r} has the shape {tensor.shape} and the metadata asks for {shape}; "
             "the checkpoint is inconsistent: download it again"
@@ -411,7 +432,7 @@ def _refuse_unused(checkpoint: Checkpoint, architecture: Architecture, used: set
         )
 
 
-# --- RoPE --------------------------------------------------------------------------------------------------------------
+# --- RoPE ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -476,7 +497,9 @@ def _yarn(inverse: Any, params: dict[str, Any], dim: int, max_context: int) -> _
     if scale is None:
         mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
         scale = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1)
-    return _Rope((inverse * (1 - stretched + stretched / factor)).astype(np.float32), scale_short=scale, scale_long=scale)
+    return _Rope(
+        (inverse * (1 - stretched + stretched / factor)).astype(np.float32), scale_short=scale, scale_long=scale
+    )
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -513,7 +536,7 @@ def _rope_tables(ropes: list[_Rope]) -> tuple[tuple[RopeConfig, ...], dict[str, 
     return tuple(configs), vectors
 
 
-# --- Hugging Face config.json ------------------------------------------------------------------------------------------
+# --- Hugging Face config.json ----------------------------------------------------------------------------------------
 
 
 def _read_hf(checkpoint: Checkpoint, architecture: Architecture) -> tuple[ModelConfig, dict[str, F32]]:
@@ -597,12 +620,17 @@ def _hf_windows(config: dict[str, Any], architecture: Architecture) -> list[int]
     return [window if (i + 1) % pattern else 0 for i in range(n_layers)]
 
 
-def _hf_ropes(config: dict[str, Any], architecture: Architecture, head_dim: int, max_context: int) -> tuple[list[_Rope], Any]:
+def _hf_ropes(
+    config: dict[str, Any], architecture: Architecture, head_dim: int, max_context: int
+) -> tuple[list[_Rope], Any]:
     """The tables, and the index of the table for a layer's window."""
     parameters = dict(config.get("rope_parameters") or {})
     scaling = dict(config.get("rope_scaling") or {})
     if architecture.name == "gemma3":
-        local = {"rope_theta": config.get("rope_local_base_freq", 10000.0), **(parameters.get("sliding_attention") or {})}
+        local = {
+            "rope_theta": config.get("rope_local_base_freq", 10000.0),
+            **(parameters.get("sliding_attention") or {}),
+        }
         full = {"rope_theta": config.get("rope_theta", 1e6), **scaling, **(parameters.get("full_attention") or {})}
         return [_rope(p, head_dim, max_context) for p in (local, full)], lambda window: 0 if window else 1
     params = {"rope_theta": config.get("rope_theta", 10000.0), **scaling, **parameters}
@@ -617,7 +645,7 @@ def _hf_ropes(config: dict[str, Any], architecture: Architecture, head_dim: int,
     return [_rope(params, int(head_dim * partial), max_context)], lambda window: 0
 
 
-# --- GGUF metadata -----------------------------------------------------------------------------------------------------
+# --- GGUF metadata ---------------------------------------------------------------------------------------------------
 
 
 def _read_gguf(checkpoint: Checkpoint, architecture: Architecture) -> tuple[ModelConfig, dict[str, F32]]:
@@ -706,7 +734,9 @@ def _gguf_ropes(
     params = {key: value for key, value in params.items() if value is not None}
     dim = get("rope.dimension_count", head_dim)
     if architecture.gguf_interleaved and dim != head_dim:
-        raise ValueError(f"rope.dimension_count is {dim} and heads have {head_dim}: partial rotation of interleaved rows")
+        raise ValueError(
+            f"rope.dimension_count is {dim} and heads have {head_dim}: partial rotation of interleaved rows"
+        )
     full = _rope(params, dim, max_context)
     if architecture.name == "gemma3":
         local = _rope({"rope_theta": get("rope.freq_base_swa", 10000.0)}, dim, max_context)

@@ -1,9 +1,9 @@
 """The writer behind `bundle.pack`: a checkpoint becomes a bundle, one tensor at a time.
 
-The header is laid out first (every offset and size follows from the grids), so the space needed is known before anything
-is written, and writing is one sequential pass over both files. A region is built column by column in one buffer as large
-as its packed matrices; everything else passes through in slices of rows. The directory is built as `NAME.partial-PID`
-and renamed when it is complete and flushed.
+The header is laid out first (every offset and size follows from the grids), so the space needed is known before
+anything is written, and writing is one sequential pass over both files. A region is built column by column in one
+buffer as large as its packed matrices; everything else passes through in slices of rows. The directory is built as
+`NAME.partial-PID` and renamed when it is complete and flushed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -64,15 +63,15 @@ def write_bundle(
     header = _layout(model, targets)
     _check_space(out, header)
     with _partial_directory(out) as partial:
-        _write_files(partial, checkpoint, model, targets, header, progress)
-        if tokenizer:
+        if tokenizer:  # first: a source without one should fail before minutes of work
             _write_tokenizer(checkpoint, partial, header)
+        _write_files(partial, checkpoint, model, targets, header, progress)
         _finish_header(partial, checkpoint, header, bits)
         _publish(partial, out, overwrite)
     return out
 
 
-# --- what each tensor becomes ------------------------------------------------------------------------------------------
+# --- what each tensor becomes ----------------------------------------------------------------------------------------
 
 
 def _is_mlp(name: str) -> bool:
@@ -106,8 +105,8 @@ def _refuse_requantising(checkpoint: Checkpoint, matrices: dict[str, Part], bits
     if quantised:
         kinds = ", ".join(sorted({t.type_name for t in quantised}))
         raise ConfigError(
-            f"{checkpoint.path}: {len(quantised)} matrices are quantised already ({kinds}) and --bits {bits} would quantise "
-            "them again, which costs quality; use --bits source"
+            f"{checkpoint.path}: {len(quantised)} matrices are quantised already ({kinds}) and --bits {bits} "
+            "would quantise them again, which costs quality; use --bits source"
         )
 
 
@@ -116,16 +115,12 @@ def _recode(rows: CodedRows, source: Grid, target: Grid, part: Part) -> CodedRow
     if source == target:
         return rows
     weights = dequantise(source, rows)
-    if not target.is_float:
-        return quantise(weights, target.bits)[1]
-    with np.errstate(over="ignore"):
-        halves = weights.astype(np.float16)
-    if not np.isfinite(halves).all():
-        raise CheckpointError(
-            f"{part.tensor.path}: tensor {part.tensor.name!r} reaches {np.abs(weights).max():.4g}, beyond the 65504 of "
-            "16-bit floats; use --bits source"
-        )
-    return CodedRows(halves, {})
+    if np.abs(weights).max() <= np.finfo(np.float16).max:
+        return CodedRows(weights.astype(np.float16), {}) if target.is_float else quantise(weights, target.bits)[1]
+    raise CheckpointError(
+        f"{part.tensor.path}: tensor {part.tensor.name!r} reaches {np.abs(weights).max():.4g}, beyond the 65504 of "
+        "16-bit floats and scales; use --bits source"
+    )
 
 
 def _recoded_slices(part: Part, target: Grid) -> Iterator[tuple[int, CodedRows]]:
@@ -136,7 +131,7 @@ def _recoded_slices(part: Part, target: Grid) -> Iterator[tuple[int, CodedRows]]
         yield start, _recode(part.rows(start, min(start + step, n_rows)), part.grid, target, part)
 
 
-# --- layout ------------------------------------------------------------------------------------------------------------
+# --- layout ----------------------------------------------------------------------------------------------------------
 
 
 class _Allocator:
@@ -247,7 +242,7 @@ def _place_embedding(part: Part, grid: Grid, flash: _Allocator) -> dict[str, Any
     }
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 class _Sink:
@@ -283,7 +278,7 @@ def _write_files(
     header: dict[str, Any],
     progress: Progress | None,
 ) -> None:
-    total = sum(entry["bytes"] for entry in header["files"].values())
+    total = header["files"]["resident.bin"]["bytes"] + header["files"]["flash.bin"]["bytes"]
     done = 0
 
     def on_bytes(n_bytes: int) -> None:
@@ -294,7 +289,7 @@ def _write_files(
 
     with (folder / "resident.bin").open("wb") as resident_file, (folder / "flash.bin").open("wb") as flash_file:
         resident, flash = _Sink(resident_file, on_bytes), _Sink(flash_file, on_bytes)
-        pending = {n: entry for n, entry in header["tensors"].items()}
+        pending = dict(header["tensors"])
         for layer in range(-1, model.config.n_layers):  # -1: what belongs to no layer
             prefix = f"layers.{layer}."
             for name in [n for n in pending if n.startswith(prefix) or (layer < 0 and "layers." not in n)]:
@@ -309,9 +304,7 @@ def _write_files(
             _flush(file)
 
 
-def _write_tensor(
-    name: str, entry: dict[str, Any], model: Model, targets: dict[str, Grid], resident: _Sink
-) -> None:
+def _write_tensor(name: str, entry: dict[str, Any], model: Model, targets: dict[str, Grid], resident: _Sink) -> None:
     resident.pad_to(entry["offset"])
     if entry["kind"] == "vector":
         vector = model.vectors[name] if name in model.vectors else model.parts[name].vector()
@@ -406,7 +399,7 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-# --- the target directory ----------------------------------------------------------------------------------------------
+# --- the target directory --------------------------------------------------------------------------------------------
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -440,7 +433,9 @@ def _partial_directory(out: Path) -> Iterator[Path]:
         yield partial
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise BundleError(f"{out}: writing failed ({reason}), nothing was left behind; make room or pack elsewhere") from error
+        raise BundleError(
+            f"{out}: writing failed ({reason}), nothing was left behind; make room or pack elsewhere"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
