@@ -6,6 +6,13 @@
 #include "kernels.hpp"
 #include "simd.hpp"
 
+// Lanes must stay in registers; the scalar reference has none to lose, and inlining it costs minutes of compile time.
+#if defined(DIPPER_ISA_AVX512) || defined(DIPPER_ISA_AVX2)
+#define DIPPER_INLINE inline __attribute__((always_inline))
+#else
+#define DIPPER_INLINE inline
+#endif
+
 namespace dipper::DIPPER_ISA {
 namespace {
 
@@ -13,7 +20,7 @@ constexpr bool is_float(Codes c) { return c == Codes::kF16 || c == Codes::kBF16 
 
 // Fields [K0, K0 + KN) of one tile of a column, as floats. p0, p1: the tile in planes 0 and 1.
 template <Codes C, int K0, int KN, bool Half>
-inline __attribute__((always_inline)) void decode(const uint8_t* p0, const uint8_t* p1, F (&out)[KN]) {
+DIPPER_INLINE void decode(const uint8_t* p0, const uint8_t* p1, F (&out)[KN]) {
   if constexpr (C == Codes::kQ4) {
     const I low = Half ? lanes_u16(p0) : lanes_u32(p0);
     for (int k = 0; k < KN; ++k) out[k] = field4(low, K0 + k);
@@ -51,7 +58,7 @@ inline ScaleAt scale_at(const WeightView& w, int32_t tile, int32_t tile_rows, in
 }
 
 template <Scale S>
-inline __attribute__((always_inline)) F scale_of(const WeightView& w, ScaleAt at, int row) {
+DIPPER_INLINE F scale_of(const WeightView& w, ScaleAt at, int row) {
   if constexpr (S == Scale::kF16 || S == Scale::kF16M) {
     return load_f16(w.d + at.block + row);
   } else if constexpr (S == Scale::kI8) {
@@ -63,7 +70,7 @@ inline __attribute__((always_inline)) F scale_of(const WeightView& w, ScaleAt at
 
 // y += s * (acc - zero_point * sum_x) + m * sum_x for 16 rows.
 template <Scale S>
-inline __attribute__((always_inline)) F apply_scale(const WeightView& w, ScaleAt at, int row, F acc, F sum_x, F zero_point, F y) {
+DIPPER_INLINE F apply_scale(const WeightView& w, ScaleAt at, int row, F acc, F sum_x, F zero_point, F y) {
   y = fma(scale_of<S>(w, at, row), fma(zero_point, sum_x, acc), y);
   if constexpr (S == Scale::kF16M) {
     y = fma(load_f16(w.dm + at.block + row), sum_x, y);
@@ -85,7 +92,7 @@ struct Columns {
 };
 
 template <Codes C, Scale S, int K0, int KN, bool Half, bool Strided>
-inline __attribute__((always_inline)) void tile_part(const WeightView& w, const Columns<Strided>& columns, int32_t n, const float* x, float sum_x,
+DIPPER_INLINE void tile_part(const WeightView& w, const Columns<Strided>& columns, int32_t n, const float* x, float sum_x,
                                                      ScaleAt at, float* y) {
   F acc[KN];
   for (int k = 0; k < KN; ++k) acc[k] = is_float(C) ? load(y + 16 * (K0 + k)) : set1(0.0f);
@@ -109,7 +116,7 @@ inline __attribute__((always_inline)) void tile_part(const WeightView& w, const 
 }
 
 template <Codes C, Scale S, bool Strided>
-inline __attribute__((always_inline)) void tile(const WeightView& w, const Columns<Strided>& columns, int32_t n, const float* x, float sum_x,
+DIPPER_INLINE void tile(const WeightView& w, const Columns<Strided>& columns, int32_t n, const float* x, float sum_x,
                                                 ScaleAt at, bool half, float* y) {
   if (half) {
     tile_part<C, S, 0, 4, true, Strided>(w, columns, n, x, sum_x, at, y);
@@ -172,7 +179,7 @@ void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t
 
 // Several tokens: the block's codes are decoded once into L1, then multiplied register-blocked (Rows x Tokens accumulators).
 template <Codes C, Scale S, int Rows, int Tokens>
-inline __attribute__((always_inline)) void multiply(const WeightView& w, const float* codes, int32_t n, const float* x, int64_t x_stride,
+DIPPER_INLINE void multiply(const WeightView& w, const float* codes, int32_t n, const float* x, int64_t x_stride,
                                                     const float* sum_x, int64_t sum_stride, ScaleAt at, int32_t row, float* y,
                                                     int64_t y_stride) {
   F acc[Tokens][Rows];

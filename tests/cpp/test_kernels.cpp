@@ -1,0 +1,312 @@
+// Every instruction set against the scalar reference, bit for bit, and the scalar reference against plain double sums.
+#include "kernels.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include <algorithm>
+#include "check.hpp"
+#include "errors.hpp"
+#include "half.hpp"
+#include "model.hpp"
+
+using namespace dipper;
+
+namespace {
+
+struct Packed {
+  WeightView view;
+  std::vector<uint8_t> records;  // by column
+  std::vector<uint8_t> tiled;
+  std::vector<uint16_t> d, dm;
+  std::vector<uint8_t> sub, subm;
+  std::vector<const uint8_t*> columns;
+};
+
+uint16_t half_of(std::mt19937& random) {  // about 2^-7 .. 2^-5, either sign
+  return static_cast<uint16_t>(((random() & 1u) << 15) | ((8u + random() % 3u) << 10) | (random() & 0x3FFu));
+}
+
+// Random codes and scales; float codes get small finite numbers.
+Packed random_matrix(const Grid& grid, int32_t rows, int32_t cols, uint32_t seed) {
+  std::mt19937 random(seed);
+  Packed p;
+  WeightView& w = p.view;
+  w.grid = grid;
+  w.n_rows = (rows + 63) / 64 * 64;
+  w.n_cols = cols;
+  w.n_blocks = (cols + grid.group - 1) / grid.group;
+  w.plane_offset[1] = w.column_bytes(0);
+  const uint32_t bytes = w.column_bytes();
+  p.records.resize(static_cast<size_t>(bytes) * static_cast<size_t>(cols));
+  for (uint8_t& b : p.records) b = static_cast<uint8_t>(random());
+  if (grid.codes == Codes::kF16) {
+    for (size_t i = 0; i + 1 < p.records.size(); i += 2) {
+      const uint16_t h = half_of(random);
+      std::memcpy(&p.records[i], &h, 2);
+    }
+  } else if (grid.codes == Codes::kBF16 || grid.codes == Codes::kF32) {
+    const size_t width = grid.codes == Codes::kF32 ? 4 : 2;
+    for (size_t i = 0; i + 1 < p.records.size(); i += width) {
+      const float value = half_to_float(half_of(random));
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      if (width == 2) bits >>= 16;
+      std::memcpy(&p.records[i], &bits, width);
+    }
+  }
+  const size_t n = static_cast<size_t>(w.n_blocks) * static_cast<size_t>(w.n_rows);
+  for (size_t i = 0; i < n; ++i) {
+    p.d.push_back(half_of(random));
+    p.dm.push_back(half_of(random));
+    p.sub.push_back(static_cast<uint8_t>(random() % 64));
+    p.subm.push_back(static_cast<uint8_t>(random() % 64));
+  }
+  w.d = p.d.data();
+  w.dm = p.dm.data();
+  w.sub = p.sub.data();
+  w.subm = p.subm.data();
+  for (int32_t c = 0; c < cols; ++c) p.columns.push_back(p.records.data() + static_cast<size_t>(c) * bytes);
+  return p;
+}
+
+// The same matrix as a resident one: tile by tile, scales [tile][block][row].
+WeightView as_tiled(Packed& p, std::vector<uint16_t>& d, std::vector<uint16_t>& dm, std::vector<uint8_t>& sub, std::vector<uint8_t>& subm) {
+  WeightView w = p.view;
+  const Codes codes = w.grid.codes;
+  p.tiled.clear();
+  for (int32_t t = 0; t < w.n_tiles(); ++t) {
+    const int32_t rows = std::min(kTileRows, w.n_rows - t * kTileRows);
+    const bool half = rows == kHalfTileRows;
+    for (const uint8_t* column : p.columns) {
+      for (int plane = 0; plane < 2; ++plane) {
+        const uint8_t* from = column + (plane ? w.plane_offset[1] : 0) + static_cast<size_t>(t) * static_cast<size_t>(plane_tile_bytes(codes, plane, false));
+        p.tiled.insert(p.tiled.end(), from, from + plane_tile_bytes(codes, plane, half));
+      }
+    }
+    const auto reorder = [&](const auto& from, auto& to, int32_t n_entries) {
+      for (int32_t b = 0; b < n_entries; ++b) {
+        const auto* at = from.data() + static_cast<size_t>(b) * static_cast<size_t>(w.n_rows) + static_cast<size_t>(t) * kTileRows;
+        to.insert(to.end(), at, at + rows);
+      }
+    };
+    const bool by_super = w.grid.scale == Scale::kU8 || w.grid.scale == Scale::kI8 || w.grid.scale == Scale::kU8M;
+    reorder(p.d, d, by_super ? w.n_super() : w.n_blocks);
+    reorder(p.dm, dm, by_super ? w.n_super() : w.n_blocks);
+    reorder(p.sub, sub, w.n_blocks);
+    reorder(p.subm, subm, w.n_blocks);
+  }
+  w.tiled = p.tiled.data();
+  w.d = d.data();
+  w.dm = dm.data();
+  w.sub = sub.data();
+  w.subm = subm.data();
+  return w;
+}
+
+std::vector<float> random_vector(size_t n, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> v(n);
+  for (float& x : v) x = normal(random);
+  return v;
+}
+
+// y = W[:, used] x[used] by blocks; used empty: all columns.
+std::vector<float> sparse_gemv(const Kernels& k, const Packed& p, const std::vector<float>& x, const std::vector<uint8_t>& used) {
+  const WeightView& w = p.view;
+  std::vector<float> y(static_cast<size_t>(w.n_rows));
+  for (int32_t b = 0; b < w.n_blocks; ++b) {
+    std::vector<const uint8_t*> records;
+    std::vector<float> values;
+    float sum = 0.0f;
+    for (int32_t c = b * w.grid.group; c < std::min(w.n_cols, (b + 1) * w.grid.group); ++c) {
+      const auto i = static_cast<size_t>(c);
+      if (!used.empty() && !used[i]) continue;
+      records.push_back(p.columns[i]);
+      values.push_back(x[i]);
+      sum += x[i];
+    }
+    if (records.empty()) continue;
+    k.gemv_block(w, {b, static_cast<int32_t>(values.size()), records.data(), values.data(), sum}, 0, w.n_tiles(), y.data());
+  }
+  return y;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+const std::vector<Grid> kGrids{
+    {Codes::kQ4, Scale::kF16, 32, 8, 1},  {Codes::kQ4, Scale::kF16M, 32, 0, 1}, {Codes::kQ4, Scale::kU8M, 32, 0, 8},
+    {Codes::kQ5, Scale::kF16, 32, 16, 1}, {Codes::kQ5, Scale::kF16M, 32, 0, 1}, {Codes::kQ5, Scale::kU8M, 32, 0, 8},
+    {Codes::kQ6, Scale::kI8, 16, 32, 16}, {Codes::kQ8, Scale::kF16, 32, 0, 1},  {Codes::kQ8, Scale::kU8, 32, 0, 2},
+    {Codes::kF16, Scale::kNone, 32, 0, 1}, {Codes::kBF16, Scale::kNone, 32, 0, 1}, {Codes::kF32, Scale::kNone, 32, 0, 1}};
+
+void test_products(const Grid& grid, int32_t rows, int32_t cols) {
+  Packed p = random_matrix(grid, rows, cols, 7);
+  const std::vector<float> x = random_vector(static_cast<size_t>(cols), 11);
+  std::mt19937 random(3);
+  std::vector<uint8_t> used(static_cast<size_t>(cols));
+  for (uint8_t& u : used) u = random() % 3 == 0;
+  std::vector<float> masked = x;
+  for (size_t i = 0; i < masked.size(); ++i) masked[i] = used[i] ? x[i] : 0.0f;
+
+  const Kernels& reference = select_kernels("scalar");
+  const std::vector<float> dense = sparse_gemv(reference, p, x, {});
+  const std::vector<float> sparse = sparse_gemv(reference, p, x, used);
+  CHECK(!same_bits(dense, sparse));
+
+  std::vector<uint16_t> d, dm;
+  std::vector<uint8_t> sub, subm;
+  const WeightView tiled = as_tiled(p, d, dm, sub, subm);
+  std::vector<float> sums(static_cast<size_t>(tiled.n_blocks));
+  for (int32_t c = 0; c < cols; ++c) sums[static_cast<size_t>(c / grid.group)] += x[static_cast<size_t>(c)];
+
+  // The reference against double sums over dequantised rows.
+  std::vector<float> row(static_cast<size_t>(cols));
+  for (int32_t r = 0; r < tiled.n_rows; ++r) {
+    dequantise_row(tiled, r, row.data());
+    double sum = 0.0, size = 0.0;
+    for (size_t c = 0; c < row.size(); ++c) {
+      sum += static_cast<double>(row[c]) * static_cast<double>(x[c]);
+      size += std::fabs(static_cast<double>(row[c]) * static_cast<double>(x[c]));
+    }
+    CHECK(std::fabs(sum - static_cast<double>(dense[static_cast<size_t>(r)])) <= 3e-6 * size + 1e-12);
+  }
+
+  for (const std::string& isa : available_isas()) {
+    const Kernels& k = select_kernels(isa);
+    CHECK(same_bits(sparse_gemv(k, p, x, {}), dense));
+    CHECK(same_bits(sparse_gemv(k, p, x, used), sparse));
+    CHECK(same_bits(sparse_gemv(k, p, masked, {}), sparse));  // skipping a column is multiplying it by zero
+    std::vector<float> y(static_cast<size_t>(tiled.n_rows));
+    k.gemv_tiled(tiled, x.data(), sums.data(), 0, tiled.n_tiles(), y.data());
+    CHECK(same_bits(y, dense));
+
+    constexpr int32_t kTokens = 8;  // one register block and a remainder
+    std::vector<float> many, many_sums;
+    for (int32_t t = 0; t < kTokens; ++t) {
+      const std::vector<float>& source = t % 2 ? masked : x;
+      many.insert(many.end(), source.begin(), source.end());
+      for (int32_t b = 0; b < tiled.n_blocks; ++b) {
+        float sum = 0.0f;
+        for (int32_t c = b * grid.group; c < std::min(cols, (b + 1) * grid.group); ++c) sum += source[static_cast<size_t>(c)];
+        many_sums.push_back(sum);
+      }
+    }
+    std::vector<float> out(static_cast<size_t>(kTokens) * static_cast<size_t>(tiled.n_rows));
+    k.gemm_tiled(tiled, many.data(), cols, many_sums.data(), tiled.n_blocks, kTokens, 0, tiled.n_tiles(), out.data(), tiled.n_rows);
+    std::vector<float> out_block(out.size());
+    for (int32_t b = 0; b < tiled.n_blocks; ++b) {
+      const int32_t first = b * grid.group;
+      const BlockTokens tokens{b, std::min(cols, first + grid.group) - first, p.columns.data() + first, many.data() + first, cols,
+                               many_sums.data() + b, tiled.n_blocks, kTokens};
+      k.gemm_block(p.view, tokens, 0, p.view.n_tiles(), out_block.data(), p.view.n_rows);
+    }
+    CHECK(same_bits(out, out_block));
+    for (int32_t t = 0; t < kTokens; ++t) {
+      const auto at = out.begin() + t * tiled.n_rows;
+      CHECK(same_bits({at, at + tiled.n_rows}, t % 2 ? sparse : dense));
+    }
+  }
+}
+
+void test_vectors() {
+  const Kernels& reference = select_kernels("scalar");
+  for (const int32_t n : {1, 8, 16, 63, 576}) {
+    const auto size = static_cast<size_t>(n);
+    const std::vector<float> a = random_vector(size, 1), b = random_vector(size, 2);
+    std::vector<float> norm(size), silu(size), gelu(size);
+    reference.rms_norm(a.data(), b.data(), n, 1e-5f, norm.data());
+    reference.silu_mul(a.data(), b.data(), n, silu.data());
+    reference.gelu_tanh_mul(a.data(), b.data(), n, gelu.data());
+    double squares = 0.0, exponentials = 0.0;
+    for (const float v : a) {
+      squares += static_cast<double>(v) * v;
+      exponentials += std::exp(static_cast<double>(v));
+    }
+    for (size_t i = 0; i < size; ++i) {
+      const double g = a[i], u = b[i];
+      const double inverse = 1.0 / std::sqrt(squares / n + 1e-5);
+      const double tanh_part = std::tanh(std::sqrt(2.0 / M_PI) * (g + 0.044715 * g * g * g));
+      CHECK(std::fabs(norm[i] - g * inverse * u) <= 2e-6 * std::fabs(g * inverse * u) + 1e-9);
+      CHECK(std::fabs(silu[i] - g / (1.0 + std::exp(-g)) * u) <= 2e-6 * std::fabs(g * u) + 1e-9);
+      CHECK(std::fabs(gelu[i] - 0.5 * g * (1.0 + tanh_part) * u) <= 2e-6 * std::fabs(g * u) + 1e-9);
+    }
+    CHECK(std::fabs(reference.log_sum_exp(a.data(), n) - std::log(exponentials)) <= 1e-6 * (1.0 + std::fabs(std::log(exponentials))));
+    for (const std::string& isa : available_isas()) {
+      const Kernels& k = select_kernels(isa);
+      std::vector<float> out(size);
+      k.rms_norm(a.data(), b.data(), n, 1e-5f, out.data());
+      CHECK(same_bits(out, norm));
+      k.silu_mul(a.data(), b.data(), n, out.data());
+      CHECK(same_bits(out, silu));
+      k.gelu_tanh_mul(a.data(), b.data(), n, out.data());
+      CHECK(same_bits(out, gelu));
+      CHECK(k.log_sum_exp(a.data(), n) == reference.log_sum_exp(a.data(), n));
+    }
+  }
+}
+
+void test_activation_extremes() {
+  const float gate[4] = {-1e4f, -90.0f, 90.0f, 1e4f};
+  const float up[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  for (const std::string& isa : available_isas()) {
+    float silu[4], gelu[4];
+    select_kernels(isa).silu_mul(gate, up, 4, silu);
+    select_kernels(isa).gelu_tanh_mul(gate, up, 4, gelu);
+    for (int i = 0; i < 4; ++i) {
+      const float expected = gate[i] > 0 ? gate[i] : 0.0f;
+      CHECK(std::fabs(silu[i] - expected) < 1e-30f + 1e-6f * std::fabs(expected));
+      CHECK(std::fabs(gelu[i] - expected) < 1e-3f + 1e-6f * std::fabs(expected));
+    }
+  }
+}
+
+void test_attention() {
+  const Kernels& reference = select_kernels("scalar");
+  for (const int32_t dim : {8, 64, 80}) {
+    constexpr int32_t kPositions = 37;
+    const std::vector<float> q = random_vector(static_cast<size_t>(dim), 4);
+    const std::vector<float> k = random_vector(static_cast<size_t>(dim * kPositions), 5), v = random_vector(static_cast<size_t>(dim * kPositions), 6);
+    std::vector<float> scores(kPositions), out(static_cast<size_t>(dim));
+    reference.attend(q.data(), k.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), out.data());
+    std::vector<double> expected(static_cast<size_t>(dim));
+    double total = 0.0;
+    for (int32_t p = 5; p < kPositions; ++p) {
+      double s = 0.0;
+      for (int32_t i = 0; i < dim; ++i) s += static_cast<double>(q[static_cast<size_t>(i)]) * k[static_cast<size_t>(p * dim + i)];
+      const double e = std::exp(s * 0.125);
+      total += e;
+      for (int32_t i = 0; i < dim; ++i) expected[static_cast<size_t>(i)] += e * v[static_cast<size_t>(p * dim + i)];
+    }
+    for (size_t i = 0; i < expected.size(); ++i) CHECK(std::fabs(out[i] - expected[i] / total) < 3e-6);
+    for (const std::string& isa : available_isas()) {
+      std::vector<float> again(static_cast<size_t>(dim));
+      select_kernels(isa).attend(q.data(), k.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), again.data());
+      CHECK(same_bits(again, out));
+    }
+  }
+}
+
+void test_unknown_isa() {
+  CHECK_THROWS(select_kernels("sse9"), ConfigError, "instruction set 'sse9' is not available on this CPU: choose auto or one of ");
+}
+
+}  // namespace
+
+int main() {
+  for (const Grid& grid : kGrids) {
+    test_products(grid, 192, 96);   // a half tile at the end, whole blocks
+    test_products(grid, 128, 80);   // a partial block (or not, for groups of 16)
+    test_products(grid, 40, 33);    // padded rows, a lone column in the last block
+  }
+  test_vectors();
+  test_activation_extremes();
+  test_attention();
+  test_unknown_isa();
+  return check_result();
+}
