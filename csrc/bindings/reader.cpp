@@ -7,11 +7,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -92,26 +89,17 @@ class PyReader {
   }
 
  private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-
   uint8_t* room_for(uint64_t bytes) {
-    const uint64_t page = FlashReader::alignment();
-    const uint64_t padded = (bytes + page - 1) / page * page;
-    if (padded > buffer_bytes_) {
-      buffer_.reset(static_cast<uint8_t*>(std::aligned_alloc(page, padded)));
-      buffer_bytes_ = buffer_ ? padded : 0;
-      if (!buffer_) throw std::bad_alloc();
-      std::memset(buffer_.get(), 0, padded);  // page faults now, not while the clock runs
+    if (bytes > buffer_.bytes()) {
+      buffer_ = {};  // never both at once
+      buffer_ = dipper::StagingBuffer(bytes);
     }
-    return buffer_.get();
+    return buffer_.data();
   }
 
   const uint64_t depth_;
   std::mutex mutex_;
-  std::unique_ptr<uint8_t, Free> buffer_;  // before the reader: freed after its reads are drained
-  uint64_t buffer_bytes_ = 0;
+  dipper::StagingBuffer buffer_;  // before the reader: freed after its reads are drained
   FlashReader reader_;
 };
 
