@@ -80,7 +80,7 @@ def test_measure_disk_reads_a_bundles_own_flash(disk_file: Path) -> None:
 def test_a_small_path_gets_a_test_file_that_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "TEST_FILE_BYTES", 4 << 20)
     (tmp_path / "flash.bin").write_bytes(b"small")
-    profile = device.measure_disk(tmp_path, request_bytes=(4096, 65536), depths=(1,), seconds=0.02, rounds=1)
+    profile = device.measure_disk(tmp_path, request_bytes=(4096, 1 << 20), depths=(1,), seconds=0.1, rounds=3)
     assert profile.file_bytes == 4 << 20
     assert [p.name for p in tmp_path.iterdir()] == ["flash.bin"]
 
