@@ -51,7 +51,7 @@ disk_of() {
   local number source
   number=$(stat -c '%Hd:%Ld' "$1") || fail "no such path: $1"
   if [[ ! -e /sys/dev/block/$number ]]; then # btrfs, overlay: the number is not a device's
-    source=$(findmnt -no SOURCE -T "$1" | sed 's/\[.*//')
+    source=$(findmnt -no SOURCE -T "$1" | head -1 | sed 's/\[.*//')
     [[ -b $source ]] || fail "$1 lies on \"$source\", no block device: give --device MAJ:MIN or a --path on a disk."
     number=$(stat -c '%Hr:%Lr' "$source")
   fi

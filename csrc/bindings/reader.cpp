@@ -5,12 +5,10 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -51,16 +49,18 @@ class PyReader {
     if (bytes > (uint64_t{1} << 30)) {
       throw dipper::ConfigError("read of " + std::to_string(bytes) + " bytes: at most 1 GiB at once.");
     }
+    nb::bytes result = nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(bytes)));
+    if (!result.is_valid()) throw nb::python_error();
+    char* const destination = PyBytes_AS_STRING(result.ptr());
+    // The lock is taken without the GIL and dropped before it comes back, or two threads could wait for each other.
+    const nb::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
     dipper::ReadPlan plan;
-    {
-      const nb::gil_scoped_release release;
-      const uint64_t page = FlashReader::alignment();
-      uint8_t* const staging = room_for(bytes + 2 * page);
-      plan_reads({&offset, 1}, static_cast<uint32_t>(bytes), FlashReader::alignment(), 1 << 20, staging, plan);
-      reader_.wait(reader_.submit(plan.ranges) + plan.ranges.size());
-    }
-    return nb::bytes(buffer_.get() + plan.staging_offset[0], bytes);
+    uint8_t* const staging = room_for(bytes + 2 * uint64_t{FlashReader::alignment()});
+    plan_reads({&offset, 1}, static_cast<uint32_t>(bytes), FlashReader::alignment(), 1 << 20, staging, plan);
+    reader_.wait(reader_.submit(plan.ranges) + plan.ranges.size());
+    std::memcpy(destination, staging + plan.staging_offset[0], bytes);
+    return result;
   }
 
   double read_batch(const Offsets& offsets, uint32_t bytes, const std::optional<ReadRows>& out) {
@@ -75,8 +75,9 @@ class PyReader {
     const nb::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
     // Without `out` nobody looks at the bytes: reads land in twice as many places as can be in flight, as in an engine
-    // that uses its staging again.
-    const uint64_t n_places = out ? n : std::min<uint64_t>(n, 2 * depth_);
+    // that uses its staging again; never in more than 64 MiB.
+    const uint64_t n_window = std::clamp<uint64_t>((uint64_t{64} << 20) / std::max(bytes, 1u), 1, 2 * depth_);
+    const uint64_t n_places = out ? n : std::min<uint64_t>(n, n_window);
     uint8_t* const buffer = room_for(n_places * bytes);
     std::vector<ReadRange> ranges(n);
     for (size_t i = 0; i < n; ++i) ranges[i] = {offset[i], bytes, buffer + i % n_places * bytes};
@@ -88,26 +89,17 @@ class PyReader {
   }
 
  private:
-  struct Free {
-    void operator()(uint8_t* p) const { std::free(p); }
-  };
-
   uint8_t* room_for(uint64_t bytes) {
-    const uint64_t page = FlashReader::alignment();
-    const uint64_t padded = (bytes + page - 1) / page * page;
-    if (padded > buffer_bytes_) {
-      buffer_.reset(static_cast<uint8_t*>(std::aligned_alloc(page, padded)));
-      buffer_bytes_ = buffer_ ? padded : 0;
-      if (!buffer_) throw std::bad_alloc();
-      std::memset(buffer_.get(), 0, padded);  // page faults now, not while the clock runs
+    if (bytes > buffer_.bytes()) {
+      buffer_ = {};  // never both at once
+      buffer_ = dipper::StagingBuffer(bytes);
     }
-    return buffer_.get();
+    return buffer_.data();
   }
 
   const uint64_t depth_;
   std::mutex mutex_;
-  std::unique_ptr<uint8_t, Free> buffer_;  // before the reader: freed after its reads are drained
-  uint64_t buffer_bytes_ = 0;
+  dipper::StagingBuffer buffer_;  // before the reader: freed after its reads are drained
   FlashReader reader_;
 };
 
