@@ -53,7 +53,7 @@ def test_source_grid_is_lossless(tmp_path, kind):
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_sixteen_bit_sources_are_lossless(tmp_path, dtype):
     bundle = pack_hf(tmp_path, "phi3", dtype=dtype)
-    assert set(sum(bundle.describe()["grids"].values(), [])) == {dtype}
+    assert all(labels == [dtype] for labels in bundle.describe()["grids"].values())
     for name, weights in source_weights(tmp_path / "phi3-hf").items():
         np.testing.assert_array_equal(bundle.dequantise(name), weights)
 
@@ -177,7 +177,7 @@ def test_embedding_rows(tmp_path):
 
 
 def test_unknown_tensor(tmp_path):
-    with pytest.raises(BundleError, match="has no tensor 'layers.9.gate'"):
+    with pytest.raises(BundleError, match=r"has no tensor 'layers\.9\.gate'"):
         pack_hf(tmp_path).dequantise("layers.9.gate")
 
 
@@ -229,7 +229,7 @@ def test_tokenizer_files_are_listed_and_checked(tmp_path, monkeypatch):
     with pytest.raises(BundleError, match=r"tokenizer.json: .* do not match their checksum"):
         bundle.verify()
     (bundle.path / "tokenizer.json").unlink()
-    with pytest.raises(BundleError, match="tokenizer.json: is missing; the bundle is incomplete"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json: is missing; the bundle is incomplete"):
         Bundle.open(bundle.path)
 
 
@@ -297,7 +297,7 @@ def test_truncation_is_found_on_opening(bundle, file):
         with pytest.raises(BundleError, match="pack again"):
             Bundle.open(bundle.path)
     (bundle.path / file).unlink()
-    with pytest.raises(BundleError, match="is missing|no bundle.json"):
+    with pytest.raises(BundleError, match=r"is missing|no bundle\.json"):
         Bundle.open(bundle.path)
 
 
@@ -350,7 +350,7 @@ def change(path: str, value):
 
 
 HOSTILE = [
-    ("regions/1/offset", 0, "layers.0.input and layers.0.glu overlap in flash.bin"),
+    ("regions/1/offset", 0, "layers.0.glu and layers.0.input overlap in flash.bin"),
     ("regions/1/offset", lambda o: o + 1, "is not a multiple of 4096"),
     ("regions/1/offset", -4096, "offset -4096 is not a number from 0"),
     ("regions/1/offset", 1 << 40, "layers.0.glu: ends at"),
@@ -387,7 +387,7 @@ HOSTILE = [
     ("model/hidden_size", 128, "not"),
     ("model/n_layers", 10**9, "3 layers are described and n_layers is 1000000000"),
     ("model/vocab_size", 10**15, "head: shape is"),
-    ("model/intermediate_size", 10**15, "n_columns is"),
+    ("model/intermediate_size", 10**15, "rows is 100, not 1000000000000000"),
     ("model/hidden_size", "64", "hidden_size is '64', not int"),
     ("model/n_heads", 0, "n_heads is 0"),
     ("model/activation", "relu", "activation is 'relu'"),
