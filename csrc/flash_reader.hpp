@@ -44,12 +44,14 @@ class FlashReader {
   ReadBackend backend() const;
   const std::string& backend_note() const;  // why io_uring was not taken, "" otherwise
   bool direct() const;
+  const std::string& direct_note() const;  // why O_DIRECT was not taken, "" otherwise
   uint64_t file_bytes() const;
 
   // Queues the ranges in order; returns the ticket of the first (tickets are consecutive from 0). Never blocks: what does
-  // not fit in `depth` is submitted by later submit/poll/wait calls.
+  // not fit in `depth` is submitted by later submit/poll/wait calls. Throws ConfigError (nothing queued) for a range that is
+  // not aligned, FlashError as wait does once a read has failed.
   uint64_t submit(std::span<const ReadRange> ranges);
-  // Owner: collects completions and refills the device's queue. Does not block.
+  // Owner: collects completions and refills the device's queue. Does not block, and does not throw for a failed read.
   void poll();
   // All tickets < completed() are done (their bytes are visible to a thread that saw this value).
   uint64_t completed() const noexcept;
@@ -68,7 +70,9 @@ class FlashReader {
 
 // Records wanted from a region -> aligned ranges, and where each record lies in staging.
 // offsets: ascending file offsets of records of record_bytes. Ranges are widened to `alignment`; two that touch or overlap
-// become one, cut at max_bytes. dst of the ranges is staging + position, filled from 0 upwards.
+// become one, cut at max_bytes (a multiple of alignment). dst of the ranges is staging + position, filled from 0 upwards.
+// Where a range is cut inside a record, the record goes on in the next range and is still contiguous in staging.
+// ConfigError: offsets that do not ascend, sizes that are not as said, more than 4 GiB of staging.
 struct ReadPlan {
   std::vector<ReadRange> ranges;
   std::vector<uint32_t> staging_offset;  // of each record
@@ -77,7 +81,7 @@ struct ReadPlan {
 };
 void plan_reads(std::span<const uint64_t> offsets, uint32_t record_bytes, uint32_t alignment, uint32_t max_bytes, uint8_t* staging,
                 ReadPlan& plan);
-// Most staging that any n_records of a region of region_bytes can need.
+// Most staging that any n_records of a region of region_bytes can need; the region starts at a multiple of alignment.
 uint64_t max_staging_bytes(uint64_t n_records, uint32_t record_bytes, uint64_t region_bytes, uint32_t alignment);
 
 }  // namespace dipper

@@ -9,27 +9,40 @@ namespace dipper {
 
 class ColumnCache;
 
-// Scratch of the selection, reused from call to call so that decoding allocates nothing.
+// Scratch of the selection, reused from call to call so that decoding allocates nothing. One a thread.
 struct SelectionScratch {
-  std::vector<uint32_t> keys;
-  std::vector<uint32_t> candidates;
+  std::vector<uint32_t> keys;        // [n] scores as integers of the same order
+  std::vector<uint32_t> bins;        // histogram of the keys
+  std::vector<uint32_t> candidates;  // keys of the bin that the threshold lies in
 };
 
-// Columns kept at a density: floor(density * n + 1/2), in [1, n].
+// Columns kept at a density in (0, 1]: floor(density * n + 1/2), in [1, n]. ConfigError outside.
 int32_t n_selected(double density, int32_t n);
 
-// The k largest keys as ascending indices. Ties at the threshold go first to indices with prefer[i] != 0 (if prefer is
-// given), then to the lower index. keys.size() >= k >= 0; out has room for k.
-void top_k_keys(std::span<const uint32_t> keys, int32_t k, const uint8_t* prefer, SelectionScratch& scratch, int32_t* out);
+// Where the k largest keys end: keys above `key` are in, and those equal to it below index `tie_end`.
+struct KeyCut {
+  uint32_t key;
+  int32_t tie_end;
+  bool keeps(uint32_t k, int32_t index) const { return (k > key) | ((k == key) & (index < tie_end)); }  // no branch
+};
 
-// Mask of a region: the k largest of |scores[i]|, times gamma (fp32) where cached[i] == 0; ascending indices, ties to the
-// lower index. cached may be null when gamma == 1. Throws ConfigError on a NaN score ("score of column 17 is NaN").
+// The cut of the k largest keys, ties to the lower index; 1 <= k <= keys.size(). A preference among ties other than the
+// index belongs into the keys' lowest bit.
+KeyCut top_k_cut(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scratch);
+
+// The k largest keys as ascending indices, ties to the lower index; 0 <= k <= keys.size(). out has room for k.
+void top_k_keys(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scratch, int32_t* out);
+
+// Mask of a region: the k largest of |scores[i]|, times gamma (fp32) where cached[i] (0 or 1) is 0; ascending indices,
+// ties to the lower index. cached may be null when gamma == 1. Infinite scores rank; a NaN is a ConfigError ("score of
+// column 17 is NaN ..."), and so are k outside [1, n], gamma outside (0, 1] and gamma < 1 without cached.
 void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
            int32_t* out);
 
-// Closed-loop masks of a whole sequence: for each of n_tokens rows of scores [n_tokens, n], select, then step the cache.
-// masks [n_tokens, k]; hits [n_tokens] (may be null). cache may be null when gamma == 1.
-// counted: false warms the cache without counting (prefill).
+// Closed-loop masks of a whole sequence: for each of n_tokens rows of scores [n_tokens, n], select, then step the
+// cache. masks [n_tokens, k]; hits [n_tokens] (may be null; zeros without a cache). cache may be null when gamma == 1.
+// counted: false warms the cache without counting (prefill). Errors as top_k, naming the token; the cache then holds
+// the state after the tokens before it.
 void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gamma, ColumnCache* cache, bool counted,
           int32_t* masks, int32_t* hits);
 

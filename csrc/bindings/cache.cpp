@@ -1,3 +1,150 @@
+// Python face of selection and column cache: checks what the native code takes for granted, copies results to numpy.
+// Docstrings with the equations stand in src/dipper/cache.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 
-void bind_cache(nanobind::module_&) {}
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "column_cache.hpp"
+#include "errors.hpp"
+#include "selection.hpp"
+
+namespace nb = nanobind;
+using dipper::ColumnCache;
+using dipper::ConfigError;
+
+namespace {
+
+template <class T, int32_t kDimensions>
+using Input = nb::ndarray<const T, nb::ndim<kDimensions>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Output = nb::ndarray<nb::numpy, T>;
+
+// A new numpy array of this shape, filled by the caller.
+template <class T>
+Output<T> new_array(std::initializer_list<size_t> shape) {
+  size_t size = 1;
+  for (const size_t extent : shape) size *= extent;
+  T* data = new T[size];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return Output<T>(data, shape, owner);
+}
+
+template <class T, class Values>
+Output<T> copy_array(const Values& values) {
+  Output<T> array = new_array<T>({values.size()});
+  std::copy(values.begin(), values.end(), array.data());
+  return array;
+}
+
+struct CacheStep {
+  int32_t n_hits;
+  Output<int32_t> misses, admissions;
+};
+
+CacheStep step(ColumnCache& cache, const Input<int32_t, 1>& mask, bool counted) {
+  for (size_t i = 0; i < mask.size(); ++i) {
+    const int32_t column = mask.data()[i];
+    if (column < 0 || column >= cache.n_columns()) {
+      throw ConfigError("mask holds column " + std::to_string(column) + " at position " + std::to_string(i) +
+                        ", but the region has " + std::to_string(cache.n_columns()) +
+                        " columns: use the mask of the same region");
+    }
+    if (i > 0 && column <= mask.data()[i - 1]) {
+      throw ConfigError("mask holds column " + std::to_string(column) + " after " + std::to_string(mask.data()[i - 1]) +
+                        " at position " + std::to_string(i) +
+                        ": a mask ascends without repeats; sort it, np.unique(mask)");
+    }
+  }
+  const ColumnCache::Step& done = cache.step({mask.data(), mask.size()}, counted);
+  auto admissions = new_array<int32_t>({done.admissions.size(), 3});
+  int32_t* row = admissions.data();
+  for (const auto& [column, slot, evicted] : done.admissions) {
+    *row++ = column;
+    *row++ = slot;
+    *row++ = evicted;
+  }
+  return {done.n_hits, copy_array<int32_t>(done.misses), std::move(admissions)};
+}
+
+Output<bool> cached(const ColumnCache& cache) {
+  auto flags = new_array<bool>({static_cast<size_t>(cache.n_columns())});
+  std::transform(cache.cached(), cache.cached() + cache.n_columns(), flags.data(), [](uint8_t c) { return c != 0; });
+  return flags;
+}
+
+Output<int32_t> top_k(const Input<float, 1>& scores, int32_t k, float gamma,
+                      const std::optional<Input<bool, 1>>& cached) {
+  if (cached && cached->size() != scores.size()) {
+    throw ConfigError("cached has " + std::to_string(cached->size()) + " flags for " + std::to_string(scores.size()) +
+                      " scores: give one flag a column");
+  }
+  // Guards the size of the result; the native code tells the error.
+  auto mask = new_array<int32_t>({k < 0 ? 0 : std::min(static_cast<size_t>(k), scores.size())});
+  const auto* flags = cached ? reinterpret_cast<const uint8_t*>(cached->data()) : nullptr;
+  dipper::SelectionScratch scratch;
+  dipper::top_k({scores.data(), scores.size()}, k, gamma, flags, scratch, mask.data());
+  return mask;
+}
+
+nb::tuple scan(const Input<float, 2>& scores, int32_t k, float gamma, ColumnCache* cache, bool counted) {
+  const size_t n_tokens = scores.shape(0), n = scores.shape(1);
+  auto masks = new_array<int32_t>({n_tokens, k < 0 ? 0 : std::min(static_cast<size_t>(k), n)});
+  auto hits = new_array<int32_t>({n_tokens});
+  {
+    nb::gil_scoped_release released;
+    dipper::scan(scores.data(), static_cast<int32_t>(n_tokens), static_cast<int32_t>(n), k, gamma, cache, counted,
+                 masks.data(), hits.data());
+  }
+  return nb::make_tuple(std::move(masks), std::move(hits));
+}
+
+}  // namespace
+
+void bind_cache(nb::module_& m) {
+  // Arrays that own their memory: a property's default policy would tie them to the object.
+  constexpr auto kOwned = nb::rv_policy::automatic;
+
+  nb::class_<CacheStep>(m, "CacheStep")
+      .def_ro("n_hits", &CacheStep::n_hits)
+      .def_ro("misses", &CacheStep::misses, kOwned)
+      .def_ro("admissions", &CacheStep::admissions, kOwned);
+
+  nb::class_<ColumnCache>(m, "ColumnCache")
+      .def(
+          "__init__",
+          [](ColumnCache* self, int32_t n_columns, int32_t capacity, const std::string& policy, float decay) {
+            new (self) ColumnCache(n_columns, capacity, dipper::cache_policy(policy), decay);
+          },
+          nb::arg("n_columns"), nb::arg("capacity"), nb::arg("policy"), nb::arg("decay") = 0.99f)
+      .def("step", &step, nb::arg("mask").noconvert(), nb::arg("counted") = true)
+      .def(
+          "pin",
+          [](ColumnCache& cache, const Input<int32_t, 1>& columns) {
+            cache.pin({columns.data(), columns.size()});
+          },
+          nb::arg("columns").noconvert())
+      .def("clear", &ColumnCache::clear)
+      .def("reset_counters", &ColumnCache::reset_counters)
+      .def_prop_ro("n_columns", &ColumnCache::n_columns)
+      .def_prop_ro("capacity", &ColumnCache::capacity)
+      .def_prop_ro("policy", [](const ColumnCache& cache) { return dipper::cache_policy_name(cache.policy()); })
+      .def_prop_ro("size", &ColumnCache::size)
+      .def_prop_ro("cached", &cached, kOwned)
+      .def_prop_ro(
+          "slots", [](const ColumnCache& cache) { return copy_array<int32_t>(cache.slots()); }, kOwned)
+      .def_prop_ro("hits", &ColumnCache::hits)
+      .def_prop_ro("misses", &ColumnCache::misses)
+      .def_prop_ro("evictions", &ColumnCache::evictions)
+      .def_prop_ro("admissions", &ColumnCache::admissions);
+
+  m.def("n_selected", &dipper::n_selected, nb::arg("density"), nb::arg("n"));
+  m.def("top_k", &top_k, nb::arg("scores").noconvert(), nb::arg("k"), nb::arg("gamma") = 1.0f,
+        nb::arg("cached").noconvert() = nb::none());
+  m.def("scan", &scan, nb::arg("scores").noconvert(), nb::arg("k"), nb::arg("gamma") = 1.0f,
+        nb::arg("cache") = nb::none(), nb::arg("counted") = true);
+}

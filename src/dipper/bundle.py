@@ -537,6 +537,11 @@ class Bundle:
         return {"resident": resident, "flash": flash}
 
     @property
+    def total_bytes(self) -> int:
+        """Bytes of all files of the bundle, the header aside."""
+        return sum(int(file["bytes"]) for file in self.header["files"].values())
+
+    @property
     def mlp_weights(self) -> int:
         """Weights of all MLPs, without padding: what "bits per MLP weight" divides by."""
         return 3 * self.model.n_layers * self.model.hidden_size * self.model.intermediate_size

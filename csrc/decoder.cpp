@@ -1,0 +1,449 @@
+#include "decoder.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+
+#include "errors.hpp"
+
+namespace dipper {
+
+namespace {
+
+constexpr int32_t kHeadTokens = 12;       // logits rows kept at once
+constexpr int32_t kEmbeddingReads = 16;   // rows of an untied embedding in flight
+constexpr uint64_t kAlign = FlashReader::alignment();
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+int64_t padded(int64_t rows) { return (rows + kHalfTileRows - 1) / kHalfTileRows * kHalfTileRows; }
+
+uint64_t embedding_slot_bytes(const Model& model) {
+  return model.tied ? 0 : (model.embedding.row_bytes + kAlign - 1) / kAlign * kAlign + kAlign;
+}
+
+// Offsets, in floats, of the buffers that one block of tokens needs.
+struct ScratchLayout {
+  int64_t x, normed, branch, q, k, v, attended, scores, logits, sums, angles, total;
+
+  ScratchLayout(const Model& m, const DecoderOptions& o) {
+    const int64_t t = o.block_tokens;
+    const int64_t heads = static_cast<int64_t>(m.n_heads) * m.head_dim;
+    const int64_t kv = static_cast<int64_t>(m.n_kv_heads) * m.head_dim;
+    int64_t at = 0;
+    const auto take = [&at](int64_t floats) {
+      const int64_t here = at;
+      at += (floats + 15) / 16 * 16;
+      return here;
+    };
+    x = take(t * m.hidden);
+    normed = take(t * m.hidden);
+    branch = take(t * padded(m.hidden));
+    q = take(t * padded(heads));
+    k = take(t * padded(kv));
+    v = take(t * padded(kv));
+    attended = take(t * heads);
+    scores = take(static_cast<int64_t>(o.n_threads) * o.context);
+    logits = take(std::min<int64_t>(t, kHeadTokens) * padded(m.vocab));
+    sums = take(2 * t * (std::max<int64_t>(heads, m.hidden) / 16 + 1));
+    angles = take(static_cast<int64_t>(m.ropes.size()) * t * m.head_dim);
+    total = at;
+  }
+};
+
+uint64_t kv_bytes(const Model& m, int32_t context) {
+  return 2ull * static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) * static_cast<uint64_t>(context) *
+         static_cast<uint64_t>(m.head_dim) * sizeof(float);
+}
+
+}  // namespace
+
+MemoryPlan plan_memory(const Model& model, const DecoderOptions& options) {
+  MemoryPlan plan;
+  plan.resident = model.resident_bytes;
+  plan.mlp = plan_mlp_memory(model, options.mlp);
+  plan.kv = kv_bytes(model, options.context);
+  plan.scratch = static_cast<uint64_t>(ScratchLayout(model, options).total) * sizeof(float) +
+                 GluMlp::scratch_bytes(model, options.block_tokens) + kEmbeddingReads * embedding_slot_bytes(model);
+  return plan;
+}
+
+Decoder::Decoder(std::unique_ptr<Model> model, const DecoderOptions& options)
+    : model_(std::move(model)), options_(options), kernels_(&select_kernels(options.isa)), pool_(options.n_threads) {
+  const Model& m = *model_;
+  load_resident();
+  flash_ = std::make_unique<FlashReader>(m.flash_path, options.reader);
+  mlp_ = std::make_unique<GluMlp>(m, options.mlp, *kernels_, pool_, *flash_, options.block_tokens);
+  if (!m.tied) {
+    ReaderOptions rows = options.reader;
+    rows.depth = kEmbeddingReads;
+    embedding_reader_ = std::make_unique<FlashReader>(m.flash_path, rows);
+    embedding_buffer_ = Arena(kEmbeddingReads * embedding_slot_bytes(m));
+  }
+  hidden_p_ = padded(m.hidden);
+  q_p_ = padded(static_cast<int64_t>(m.n_heads) * m.head_dim);
+  kv_p_ = padded(static_cast<int64_t>(m.n_kv_heads) * m.head_dim);
+  vocab_p_ = padded(m.vocab);
+
+  kv_ = Arena(kv_bytes(m, options.context));
+  keys_ = kv_.floats();
+  values_ = keys_ + kv_.bytes() / sizeof(float) / 2;
+  const ScratchLayout layout(m, options);
+  scratch_ = Arena(static_cast<uint64_t>(layout.total) * sizeof(float));
+  float* base = scratch_.floats();
+  x_ = base + layout.x;
+  normed_ = base + layout.normed;
+  branch_ = base + layout.branch;
+  q_ = base + layout.q;
+  k_ = base + layout.k;
+  v_ = base + layout.v;
+  attended_ = base + layout.attended;
+  scores_ = base + layout.scores;
+  logits_ = base + layout.logits;
+  sums_ = base + layout.sums;
+  angles_ = base + layout.angles;
+  reset_counters();
+}
+
+void Decoder::load_resident() {
+  FlashReader file(model_->resident_path, options_.reader);
+  if (file.file_bytes() != model_->resident_bytes) {
+    throw BundleError(model_->resident_path + " has " + std::to_string(file.file_bytes()) + " bytes, the header says " +
+                      std::to_string(model_->resident_bytes) + ": the bundle is damaged, pack it again");
+  }
+  std::vector<ReadRange> ranges;
+  for (uint64_t at = 0; at < model_->resident_bytes; at += 1u << 20) {
+    ranges.push_back({at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, model_->resident_bytes - at)), model_->resident.data() + at});
+  }
+  file.wait(file.submit(ranges) + ranges.size());
+}
+
+void Decoder::check_tokens(std::span<const int32_t> tokens) const {
+  if (tokens.empty()) throw ConfigError("no tokens to run: give at least one");
+  for (const int32_t t : tokens) {
+    if (t < 0 || t >= model_->vocab) {
+      throw ConfigError("token id " + std::to_string(t) + " is outside the vocabulary of " + std::to_string(model_->vocab));
+    }
+  }
+  const int64_t need = static_cast<int64_t>(n_past_) + static_cast<int64_t>(tokens.size());
+  if (need > options_.context) {
+    throw ConfigError("the context is full: " + std::to_string(need) + " positions are needed, --ctx gives " + std::to_string(options_.context) +
+                      "; raise --ctx or shorten the prompt");
+  }
+}
+
+void Decoder::embed(std::span<const int32_t> tokens, float* x) {
+  const Model& m = *model_;
+  if (m.tied) {
+    for (size_t t = 0; t < tokens.size(); ++t) dequantise_row(m.head, tokens[t], x + t * static_cast<size_t>(m.hidden));
+  } else {
+    const uint64_t slot = embedding_slot_bytes(m);
+    for (size_t first = 0; first < tokens.size(); first += kEmbeddingReads) {
+      const size_t n = std::min<size_t>(kEmbeddingReads, tokens.size() - first);
+      std::vector<ReadRange> ranges(n);
+      std::vector<uint64_t> skip(n);
+      for (size_t i = 0; i < n; ++i) {
+        const uint64_t begin = m.embedding.offset + static_cast<uint64_t>(tokens[first + i]) * m.embedding.row_bytes;
+        const uint64_t from = begin / kAlign * kAlign;
+        const uint64_t to = (begin + m.embedding.row_bytes + kAlign - 1) / kAlign * kAlign;
+        skip[i] = begin - from;
+        ranges[i] = {from, static_cast<uint32_t>(to - from), embedding_buffer_.data() + i * slot};
+      }
+      embedding_reader_->wait(embedding_reader_->submit(ranges) + n);
+      for (size_t i = 0; i < n; ++i) {
+        dequantise_embedding_row(m.embedding.grid, ranges[i].dst + skip[i], m.hidden, x + (first + i) * static_cast<size_t>(m.hidden));
+      }
+    }
+  }
+  if (m.embedding_scale != 1.0f) {
+    for (size_t i = 0; i < tokens.size() * static_cast<size_t>(m.hidden); ++i) x[i] *= m.embedding_scale;
+  }
+}
+
+// cos and sin of every rotary table for positions n_past_ ..., [table][token][dim / 2][2]; angles in fp32 as the reference has them.
+void Decoder::fill_angles(int32_t first, int32_t n_tokens) {
+  const Model& m = *model_;
+  for (size_t r = 0; r < m.ropes.size(); ++r) {
+    const RopeTable& rope = m.ropes[r];
+    const bool is_long = rope.long_inv_freq != nullptr && options_.context > rope.original_context;
+    const float* inv_freq = is_long ? rope.long_inv_freq : rope.short_inv_freq;
+    const float scale = is_long ? rope.scale_long : rope.scale_short;
+    for (int32_t t = 0; t < n_tokens; ++t) {
+      float* out = angles_ + (static_cast<int64_t>(r) * options_.block_tokens + t) * m.head_dim;
+      for (int32_t i = 0; i < rope.dim / 2; ++i) {
+        const float angle = static_cast<float>(first + t) * inv_freq[i];
+        out[2 * i] = static_cast<float>(std::cos(static_cast<double>(angle))) * scale;
+        out[2 * i + 1] = static_cast<float>(std::sin(static_cast<double>(angle))) * scale;
+      }
+    }
+  }
+}
+
+namespace {
+
+// Rotates the pairs (i, i + dim/2) of one head.
+void rotate(float* head, int32_t dim, const float* angles) {
+  const int32_t half = dim / 2;
+  for (int32_t i = 0; i < half; ++i) {
+    const float c = angles[2 * i];
+    const float s = angles[2 * i + 1];
+    const float a = head[i];
+    const float b = head[i + half];
+    head[i] = a * c - b * s;
+    head[i + half] = b * c + a * s;
+  }
+}
+
+// Sums of x over each block of `group` inputs, ascending, [n_tokens][n_blocks].
+void block_sums(const float* x, int32_t n_cols, int32_t n_tokens, int32_t group, float* sums) {
+  const int32_t n_blocks = (n_cols + group - 1) / group;
+  for (int32_t t = 0; t < n_tokens; ++t) {
+    for (int32_t b = 0; b < n_blocks; ++b) {
+      const int32_t last = std::min(n_cols, (b + 1) * group);
+      float sum = 0.0f;
+      for (int32_t c = b * group; c < last; ++c) sum += x[static_cast<int64_t>(t) * n_cols + c];
+      sums[static_cast<int64_t>(t) * n_blocks + b] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+// y = W x + bias for each of the matrices, whose outputs' rows the threads share.
+void Decoder::project(std::span<const Projection> projections, const float* x, int32_t n_cols, int32_t n_tokens) {
+  const int64_t room = static_cast<int64_t>(options_.block_tokens) * (std::max(n_cols, model_->hidden) / 16 + 1);
+  float* sums[2] = {sums_, sums_ + room};
+  bool have[2] = {false, false};
+  const auto slot_of = [](const WeightView& w) { return w.grid.group == kMaxGroup ? 0 : 1; };
+  for (const Projection& p : projections) {
+    const int s = slot_of(p.weight);
+    if (!have[s]) block_sums(x, n_cols, n_tokens, p.weight.grid.group, sums[s]);
+    have[s] = true;
+  }
+  pool_.run([&](int thread) {
+    for (const Projection& p : projections) {
+      const WeightView& w = p.weight;
+      const Share tiles = share(w.n_tiles(), thread, pool_.size());
+      const int64_t first = static_cast<int64_t>(tiles.first) * kTileRows;
+      const int64_t last = std::min<int64_t>(w.n_rows, static_cast<int64_t>(tiles.last) * kTileRows);
+      if (first >= last) continue;
+      for (int32_t t = 0; t < n_tokens; ++t) {
+        float* y = p.out + t * p.stride;
+        std::fill(y + first, y + last, 0.0f);
+        if (p.bias != nullptr) std::copy(p.bias + first, p.bias + std::min<int64_t>(last, p.n_rows), y + first);
+      }
+      const float* s = sums[slot_of(w)];
+      if (n_tokens == 1) {
+        kernels_->gemv_tiled(w, x, s, tiles.first, tiles.last, p.out);
+      } else {
+        kernels_->gemm_tiled(w, x, n_cols, s, w.n_blocks, n_tokens, tiles.first, tiles.last, p.out, p.stride);
+      }
+    }
+  });
+}
+
+void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* out) {
+  const Model& m = *model_;
+  const LayerWeights& l = m.layers[static_cast<size_t>(layer)];
+  const int32_t hd = m.head_dim;
+  const Projection qkv[3] = {{l.q, l.q_bias, m.n_heads * hd, q_, q_p_},
+                             {l.k, l.k_bias, m.n_kv_heads * hd, k_, kv_p_},
+                             {l.v, l.v_bias, m.n_kv_heads * hd, v_, kv_p_}};
+  project(qkv, x, m.hidden, n_tokens);
+
+  const int64_t head_floats = static_cast<int64_t>(options_.context) * hd;
+  float* keys = keys_ + static_cast<int64_t>(layer) * m.n_kv_heads * head_floats;
+  float* values = values_ + static_cast<int64_t>(layer) * m.n_kv_heads * head_floats;
+  const RopeTable& rope = m.ropes[static_cast<size_t>(l.rope)];
+  const auto place = [&](int32_t t) {  // norms, rotation and the KV cache of one token
+    const float* angles = angles_ + (static_cast<int64_t>(l.rope) * options_.block_tokens + t) * hd;
+    for (int32_t h = 0; h < m.n_heads; ++h) {
+      float* q = q_ + t * q_p_ + h * hd;
+      if (l.q_norm != nullptr) kernels_->rms_norm(q, l.q_norm, hd, m.norm_eps, q);
+      rotate(q, rope.dim, angles);
+    }
+    for (int32_t h = 0; h < m.n_kv_heads; ++h) {
+      float* k = k_ + t * kv_p_ + h * hd;
+      if (l.k_norm != nullptr) kernels_->rms_norm(k, l.k_norm, hd, m.norm_eps, k);
+      rotate(k, rope.dim, angles);
+      std::copy(k, k + hd, keys + h * head_floats + static_cast<int64_t>(n_past_ + t) * hd);
+      const float* v = v_ + t * kv_p_ + h * hd;
+      std::copy(v, v + hd, values + h * head_floats + static_cast<int64_t>(n_past_ + t) * hd);
+    }
+  };
+  if (n_tokens == 1) {
+    place(0);
+  } else {
+    pool_.run([&](int thread) {
+      const Share tokens = share(n_tokens, thread, pool_.size());
+      for (int32_t t = tokens.first; t < tokens.last; ++t) place(t);
+    });
+  }
+  pool_.run([&](int thread) {  // (token, head) pairs in turn: later tokens see more positions
+    float* scores = scores_ + static_cast<int64_t>(thread) * options_.context;
+    for (int32_t i = thread; i < n_tokens * m.n_heads; i += pool_.size()) {
+      const int32_t t = i / m.n_heads;
+      const int32_t h = i % m.n_heads;
+      const int32_t last = n_past_ + t + 1;
+      const int32_t first = l.window > 0 ? std::max(0, last - l.window) : 0;
+      const int64_t kv = static_cast<int64_t>(h / (m.n_heads / m.n_kv_heads)) * head_floats;
+      kernels_->attend(q_ + t * q_p_ + h * hd, keys + kv, values + kv, hd, first, last, m.attention_scale, scores,
+                       attended_ + static_cast<int64_t>(t) * m.n_heads * hd + h * hd);
+    }
+  });
+  const Projection o{l.o, l.o_bias, m.hidden, out, hidden_p_};
+  project({&o, 1}, attended_, m.n_heads * hd, n_tokens);
+}
+
+// x += norm(branch), the norm where the model has sandwich norms.
+void Decoder::add_branch(float* branch, const float* norm, int32_t n_tokens) {
+  const int32_t n = model_->hidden;
+  for (int32_t t = 0; t < n_tokens; ++t) {
+    float* b = branch + t * hidden_p_;
+    if (norm != nullptr) kernels_->rms_norm(b, norm, n, model_->norm_eps, b);
+    float* x = x_ + static_cast<int64_t>(t) * n;
+    for (int32_t i = 0; i < n; ++i) x[i] += b[i];
+  }
+}
+
+void Decoder::normalise(const float* weight, int32_t n_tokens) {
+  const int64_t n = model_->hidden;
+  for (int32_t t = 0; t < n_tokens; ++t) kernels_->rms_norm(x_ + t * n, weight, model_->hidden, model_->norm_eps, normed_ + t * n);
+}
+
+// The residual stream of n_tokens through all layers; block == nullptr: one token through its own masks and the caches.
+void Decoder::run_layers(int32_t n_tokens, const Block* block) {
+  const Model& m = *model_;
+  fill_angles(n_past_, n_tokens);
+  if (block != nullptr) mlp_->begin_block();
+  for (int32_t i = 0; i < m.n_layers; ++i) {
+    const LayerWeights& l = m.layers[static_cast<size_t>(i)];
+    const double start = seconds();
+    normalise(l.attn_norm, n_tokens);
+    attention(i, normed_, n_tokens, branch_);
+    add_branch(branch_, l.post_attn_norm, n_tokens);
+    ledger_.attention += seconds() - start;
+    normalise(l.mlp_norm, n_tokens);
+    if (block == nullptr) {
+      mlp_->step(i, normed_, branch_, ledger_);
+    } else {
+      BlockMasks masks;
+      masks.kind = block->kind;
+      masks.touch_cache = block->touch;
+      if (block->kind == BlockMasks::Kind::kForced) {
+        masks.input = (*block->forced_input)[static_cast<size_t>(i)] + static_cast<int64_t>(block->first) * m.hidden;
+        masks.glu = (*block->forced_glu)[static_cast<size_t>(i)] + static_cast<int64_t>(block->first) * m.intermediate;
+      }
+      mlp_->forward(i, normed_, n_tokens, masks, branch_, hidden_p_, ledger_);
+    }
+    add_branch(branch_, l.post_mlp_norm, n_tokens);
+  }
+}
+
+// logits [n_tokens, vocab padded] of rows of the residual stream.
+void Decoder::run_head(const float* x, int32_t n_tokens, float* logits) {
+  const Model& m = *model_;
+  const double start = seconds();
+  for (int32_t t = 0; t < n_tokens; ++t) {
+    kernels_->rms_norm(x + static_cast<int64_t>(t) * m.hidden, m.final_norm, m.hidden, m.norm_eps, normed_ + static_cast<int64_t>(t) * m.hidden);
+  }
+  const Projection head{m.head, nullptr, m.vocab, logits, vocab_p_};
+  project({&head, 1}, normed_, m.hidden, n_tokens);
+  ledger_.head += seconds() - start;
+}
+
+std::span<const float> Decoder::step(int32_t token) {
+  check_tokens({&token, 1});
+  const double start = seconds();
+  const auto accounted = [this] {
+    return ledger_.select + ledger_.submit + ledger_.wait + ledger_.gemv + ledger_.attention + ledger_.head;
+  };
+  const double before = accounted();
+  mlp_->set_token(static_cast<uint32_t>(n_past_));
+  embed({&token, 1}, x_);
+  run_layers(1, nullptr);
+  run_head(x_, 1, logits_);
+  ++n_past_;
+  ++n_steps_;
+  ledger_.rest += seconds() - start - (accounted() - before);
+  return {logits_, static_cast<size_t>(model_->vocab)};
+}
+
+std::span<const float> Decoder::prefill(std::span<const int32_t> tokens, bool warm) {
+  check_tokens(tokens);
+  for (size_t first = 0; first < tokens.size(); first += static_cast<size_t>(options_.block_tokens)) {
+    const size_t n = std::min<size_t>(static_cast<size_t>(options_.block_tokens), tokens.size() - first);
+    embed(tokens.subspan(first, n), x_);
+    const Block block{BlockMasks::Kind::kDense, warm, 0, nullptr, nullptr};
+    run_layers(static_cast<int32_t>(n), &block);
+    n_past_ += static_cast<int32_t>(n);
+    if (first + n == tokens.size()) run_head(x_ + static_cast<int64_t>(n - 1) * model_->hidden, 1, logits_);
+  }
+  return {logits_, static_cast<size_t>(model_->vocab)};
+}
+
+void Decoder::forward(std::span<const int32_t> tokens, const ForwardRequest& request) {
+  check_tokens(tokens);
+  const Model& m = *model_;
+  for (size_t first = 0; first < tokens.size(); first += static_cast<size_t>(options_.block_tokens)) {
+    const size_t n = std::min<size_t>(static_cast<size_t>(options_.block_tokens), tokens.size() - first);
+    embed(tokens.subspan(first, n), x_);
+    const Block block{request.kind, false, static_cast<int32_t>(first), &request.forced_input, &request.forced_glu};
+    run_layers(static_cast<int32_t>(n), &block);
+    n_past_ += static_cast<int32_t>(n);
+    for (size_t at = 0; at < n; at += kHeadTokens) {
+      const auto rows = static_cast<int32_t>(std::min<size_t>(kHeadTokens, n - at));
+      run_head(x_ + static_cast<int64_t>(at) * m.hidden, rows, logits_);
+      pool_.run([&](int thread) {
+        for (int32_t r = thread; r < rows; r += pool_.size()) {
+          const float* row = logits_ + r * vocab_p_;
+          const size_t t = first + at + static_cast<size_t>(r);
+          if (request.logits != nullptr) std::copy(row, row + m.vocab, request.logits + t * static_cast<size_t>(m.vocab));
+          if (request.nll != nullptr && request.next[t] >= 0) {
+            request.nll[t] = kernels_->log_sum_exp(row, m.vocab) - static_cast<double>(row[request.next[t]]);
+          }
+        }
+      });
+    }
+  }
+}
+
+void Decoder::reset() { n_past_ = 0; }
+
+void Decoder::reset_cache() { mlp_->clear_caches(); }
+
+void Decoder::pin_static() {
+  for (size_t r = 0; r < model_->regions.size(); ++r) {
+    std::vector<int32_t> first(static_cast<size_t>(options_.mlp.capacity[r]));
+    for (size_t c = 0; c < first.size(); ++c) first[c] = static_cast<int32_t>(c);
+    mlp_->pin(static_cast<int32_t>(r), first);
+  }
+}
+
+ReaderCounters Decoder::flash_total() const {
+  ReaderCounters c = flash_->counters();
+  if (embedding_reader_) {
+    c.reads += embedding_reader_->counters().reads;
+    c.bytes += embedding_reader_->counters().bytes;
+  }
+  return c;
+}
+
+ReaderCounters Decoder::flash_counters() const {
+  ReaderCounters c = flash_total();
+  c.reads -= flash_start_.reads;
+  c.bytes -= flash_start_.bytes;
+  return c;
+}
+
+void Decoder::reset_counters() {
+  ledger_ = {};
+  n_steps_ = 0;
+  mlp_->reset_counters();
+  flash_start_ = flash_total();
+}
+
+}  // namespace dipper

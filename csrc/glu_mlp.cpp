@@ -1,0 +1,484 @@
+#include "glu_mlp.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "errors.hpp"
+
+namespace dipper {
+
+namespace {
+
+constexpr uint32_t kAlign = FlashReader::alignment();
+constexpr uint32_t kMaxReadBytes = 256u << 10;  // coalesced reads are cut here, so that products can follow them
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Adds the seconds of its scope to a ledger line.
+class Timed {
+ public:
+  explicit Timed(double& line) : line_(line), start_(seconds()) {}
+  ~Timed() { line_ += seconds() - start_; }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  double& line_;
+  double start_;
+};
+
+uint64_t aligned(uint64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+int32_t padded(int32_t rows) { return (rows + kHalfTileRows - 1) / kHalfTileRows * kHalfTileRows; }
+
+std::vector<int32_t> all_regions(const Model& model) {
+  std::vector<int32_t> regions(model.regions.size());
+  for (size_t r = 0; r < regions.size(); ++r) regions[r] = static_cast<int32_t>(r);
+  return regions;
+}
+
+// Regions that the stream brings: those not pinned.
+std::vector<int32_t> streamed_regions(const Model& model, const MlpOptions& options) {
+  std::vector<int32_t> regions;
+  for (const int32_t r : all_regions(model)) {
+    const bool held = options.residency == Residency::kResident ||
+                      (options.residency == Residency::kStream && options.pinned[static_cast<size_t>(r)]);
+    if (!held) regions.push_back(r);
+  }
+  return regions;
+}
+
+int32_t columns_kept(const MlpOptions& options, int32_t region) { return region % 2 == 0 ? options.k_in : options.k_glu; }
+
+std::string region_name(int32_t region) {
+  return "layer " + std::to_string(region / 2) + ", " + (region % 2 == 0 ? "input" : "glu") + " columns";
+}
+
+}  // namespace
+
+MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
+  MlpMemory memory;
+  const std::vector<int32_t> streamed = streamed_regions(model, options);
+  for (size_t r = 0; r < model.regions.size(); ++r) {
+    const Region& region = model.regions[r];
+    if (!std::binary_search(streamed.begin(), streamed.end(), static_cast<int32_t>(r))) memory.pinned += aligned(region.bytes());
+    if (options.residency == Residency::kCached) {
+      memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.record_bytes;
+      memory.staging = std::max(memory.staging,
+                                max_staging_bytes(static_cast<uint64_t>(columns_kept(options, static_cast<int32_t>(r))), region.record_bytes,
+                                                  region.bytes(), kAlign));
+      memory.bookkeeping += static_cast<uint64_t>(region.n_columns) * 16;  // counts, slots, flags
+    }
+  }
+  if (!streamed.empty()) {
+    const uint32_t slot = ring_slot_bytes(make_chunks(model, streamed, options.stream_chunk_bytes));
+    memory.staging = std::max<uint64_t>(memory.staging, static_cast<uint64_t>(slot) * static_cast<uint64_t>(options.stream_slots));
+  }
+  return memory;
+}
+
+uint64_t GluMlp::scratch_bytes(const Model& model, int32_t block_tokens) {
+  const auto wide = static_cast<uint64_t>(padded(model.intermediate));
+  const auto columns = static_cast<uint64_t>(std::max(model.intermediate, model.hidden));
+  // gate, up, hidden; masks; block sums of the inputs for two groups of 16 at worst
+  return static_cast<uint64_t>(block_tokens) * (3 * wide + columns + columns / 8 + 2) * sizeof(float);
+}
+
+GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, FlashReader& reader,
+               int32_t block_tokens)
+    : model_(model), options_(options), kernels_(kernels), pool_(pool), reader_(reader) {
+  const MlpMemory memory = plan_mlp_memory(model, options);
+  pinned_memory_ = Arena(memory.pinned);
+  slot_memory_ = Arena(memory.slots);
+  staging_ = Arena(memory.staging);
+  wide_ = padded(model.intermediate);
+  scratch_ = Arena(3 * static_cast<uint64_t>(block_tokens) * static_cast<uint64_t>(wide_) * sizeof(float));
+  gate_ = scratch_.floats();
+  up_ = gate_ + block_tokens * wide_;
+  hidden_ = up_ + block_tokens * wide_;
+
+  const std::vector<int32_t> streamed = streamed_regions(model, options);
+  region_base_.assign(model.regions.size(), nullptr);
+  uint8_t* pinned = pinned_memory_.data();
+  uint8_t* slots = slot_memory_.data();
+  for (size_t r = 0; r < model.regions.size(); ++r) {
+    const Region& region = model.regions[r];
+    if (!std::binary_search(streamed.begin(), streamed.end(), static_cast<int32_t>(r))) {
+      region_base_[r] = pinned;
+      pinned += aligned(region.bytes());
+    }
+    if (options.residency == Residency::kCached) {
+      slot_base_.push_back(slots);
+      slots += static_cast<uint64_t>(options.capacity[r]) * region.record_bytes;
+      caches_.emplace_back(region.n_columns, options.capacity[r], options.policy, options.decay);
+    }
+  }
+  if (!streamed.empty()) {
+    std::vector<StreamChunk> chunks = make_chunks(model, streamed, options.stream_chunk_bytes);
+    const uint32_t slot = ring_slot_bytes(chunks);
+    stream_ = std::make_unique<WeightStream>(reader, std::move(chunks), staging_.data(), slot, options.stream_slots);
+  }
+  load_pinned();
+}
+
+void GluMlp::load_pinned() {
+  std::vector<ReadRange> ranges;
+  for (size_t r = 0; r < model_.regions.size(); ++r) {
+    if (region_base_[r] == nullptr) continue;
+    auto* to = const_cast<uint8_t*>(region_base_[r]);  // into pinned_memory_, which this object owns
+    const uint64_t end = aligned(model_.regions[r].bytes());
+    for (uint64_t at = 0; at < end; at += 1u << 20) {
+      ranges.push_back({model_.regions[r].offset + at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, end - at)), to + at});
+    }
+  }
+  if (!ranges.empty()) reader_.wait(reader_.submit(ranges) + ranges.size());
+}
+
+void GluMlp::Batch::clear() {
+  index.clear();
+  record.clear();
+  ticket.clear();
+}
+
+void GluMlp::add_region_columns(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket) {
+  const uint64_t stride = model_.regions[static_cast<size_t>(region)].record_bytes;
+  for (int32_t c = first; c < last; ++c) batch_.add(c, base + static_cast<uint64_t>(c - first) * stride, ticket);
+}
+
+bool GluMlp::wait_ticket(int thread, uint64_t ticket, Ledger& ledger) {
+  if (thread == 0) {
+    if (reader_.completed() >= ticket) return true;
+    const Timed timed(ledger.wait);
+    reader_.wait(ticket);
+    return true;
+  }
+  for (int spins = 0; reader_.completed() < ticket; ++spins) {
+    if (reader_.failed()) return false;
+    if (spins < 1000) {
+      cpu_relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+  return true;
+}
+
+void GluMlp::make_spans(int32_t group, std::vector<Span>& spans) const {
+  spans.clear();
+  const auto n = static_cast<int32_t>(batch_.index.size());
+  for (int32_t i = 0; i < n;) {
+    Span s{batch_.index[static_cast<size_t>(i)] / group, i, 0, 0.0f, 0};
+    const int32_t end = (s.block + 1) * group;
+    for (; i < n && batch_.index[static_cast<size_t>(i)] < end; ++i, ++s.n) {
+      if (!batch_.x.empty()) s.sum_x += batch_.x[static_cast<size_t>(i)];
+      s.ticket = std::max(s.ticket, batch_.ticket[static_cast<size_t>(i)]);
+    }
+    spans.push_back(s);
+  }
+}
+
+void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
+  const double start = seconds();
+  const double waited = ledger.wait;
+  const size_t n_matrices = region.matrices.size();
+  size_t spans_of[2] = {0, 0};
+  make_spans(region.matrices[0].grid.group, spans_[0]);
+  if (n_matrices == 2 && region.matrices[1].grid.group != region.matrices[0].grid.group) {
+    make_spans(region.matrices[1].grid.group, spans_[1]);
+    spans_of[1] = 1;
+  }
+  pool_.run([&](int thread) {
+    for (size_t list = 0; list <= spans_of[1]; ++list) {
+      for (const Span& s : spans_[list]) {
+        if (!wait_ticket(thread, s.ticket, ledger)) return;
+        const BlockColumns columns{s.block, s.n, batch_.record.data() + s.first, batch_.x.data() + s.first, s.sum_x};
+        for (size_t m = 0; m < n_matrices; ++m) {
+          if (spans_of[m] != list) continue;
+          const WeightView& w = region.matrices[m];
+          const Share tiles = share(w.n_tiles(), thread, pool_.size());
+          kernels_.gemv_block(w, columns, tiles.first, tiles.last, y[m]);
+        }
+      }
+    }
+  });
+  ledger.gemv += seconds() - start - (ledger.wait - waited);
+}
+
+void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  ColumnCache& cache = caches_[static_cast<size_t>(r)];
+  const int32_t k = columns_kept(options_, r);
+  {
+    const Timed timed(ledger.select);
+    mask_.resize(static_cast<size_t>(k));
+    try {
+      top_k({values, static_cast<size_t>(region.n_columns)}, k, options_.gamma, cache.cached(), selection_, mask_.data());
+    } catch (const ConfigError& e) {
+      throw ConfigError(region_name(r) + ": " + e.what());
+    }
+    batch_.clear();
+    batch_.x.resize(mask_.size());
+    miss_offsets_.clear();
+    const std::span<const int32_t> slots = cache.slots();
+    for (size_t i = 0; i < mask_.size(); ++i) {
+      const int32_t c = mask_[i];
+      batch_.x[i] = values[c];
+      const int32_t s = slots[static_cast<size_t>(c)];
+      batch_.add(c, s >= 0 ? slot(r, s) : nullptr, 0);
+      if (s < 0) miss_offsets_.push_back(region.record_offset(c));
+    }
+    const ColumnCache::Step& step = cache.step(mask_);
+    admissions_.assign(step.admissions.begin(), step.admissions.end());
+    counters_.selected += mask_.size();
+    counters_.hits += static_cast<uint64_t>(step.n_hits);
+    counters_.misses += miss_offsets_.size();
+    for (const ColumnCache::Admission& a : admissions_) counters_.evictions += a.evicted >= 0;
+    counters_.useful_bytes += miss_offsets_.size() * region.record_bytes;
+    plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, staging_.data(), plan_);
+    if (trace_) {
+      trace_->write({token_, static_cast<uint32_t>(r), mask_, step.misses, plan_.ranges, miss_offsets_.size() * region.record_bytes,
+                     {values, static_cast<size_t>(region.n_columns)}});
+    }
+  }
+  if (miss_offsets_.empty()) return;
+  uint64_t first_ticket = 0;
+  {
+    const Timed timed(ledger.submit);
+    first_ticket = reader_.submit(plan_.ranges);
+  }
+  const Timed timed(ledger.select);
+  size_t miss = 0;
+  size_t admission = 0;
+  admitted_record_.resize(admissions_.size());
+  for (size_t i = 0; i < mask_.size(); ++i) {
+    if (batch_.record[i] != nullptr) continue;
+    batch_.record[i] = staging_.data() + plan_.staging_offset[miss];
+    batch_.ticket[i] = first_ticket + plan_.n_ranges_needed[miss];
+    ++miss;
+    if (admission < admissions_.size() && admissions_[admission].column == mask_[i]) admitted_record_[admission++] = batch_.record[i];
+  }
+}
+
+// After the products: slots of evicted columns may be overwritten now.
+void GluMlp::admit(int32_t region, Ledger& ledger) {
+  const Timed timed(ledger.select);
+  const uint32_t bytes = model_.regions[static_cast<size_t>(region)].record_bytes;
+  for (size_t i = 0; i < admissions_.size(); ++i) std::memcpy(slot(region, admissions_[i].slot), admitted_record_[i], bytes);
+}
+
+void GluMlp::step_region(int32_t r, const float* values, float* const* y, Ledger& ledger) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  if (options_.residency == Residency::kCached) {
+    fetch_cached(r, values, ledger);
+    multiply(region, y, ledger);
+    admit(r, ledger);
+    return;
+  }
+  const auto dense = [&](const uint8_t* base, int32_t first, int32_t last, uint64_t ticket) {
+    batch_.clear();
+    batch_.x.assign(values + first, values + last);
+    add_region_columns(r, base, first, last, ticket);
+    multiply(region, y, ledger);
+  };
+  if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
+    dense(base, 0, region.n_columns, 0);
+    return;
+  }
+  for (bool more = true; more;) {
+    const StreamChunk chunk = stream_->current();
+    dense(stream_->data(), chunk.first, chunk.last, stream_->ticket());
+    const Timed timed(ledger.submit);
+    stream_->release();
+    more = chunk.last < region.n_columns;
+  }
+}
+
+void GluMlp::step(int32_t layer, const float* x, float* y, Ledger& ledger) {
+  if (options_.residency == Residency::kStream && stream_ && !stream_->running()) stream_->start(true);
+  std::memset(gate_, 0, static_cast<size_t>(wide_) * sizeof(float));
+  std::memset(up_, 0, static_cast<size_t>(wide_) * sizeof(float));
+  float* gate_up[2] = {gate_, up_};
+  step_region(2 * layer, x, gate_up, ledger);
+  {
+    const Timed timed(ledger.gemv);
+    const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
+    act(gate_, up_, model_.intermediate, hidden_);
+    std::memset(y, 0, static_cast<size_t>(padded(model_.hidden)) * sizeof(float));
+  }
+  float* down[1] = {y};
+  step_region(2 * layer + 1, hidden_, down, ledger);
+}
+
+void GluMlp::begin_block() {
+  if (!stream_) return;
+  if (options_.residency == Residency::kStream) {
+    if (!stream_->running()) stream_->start(true);
+  } else {
+    stream_->start(false);
+  }
+}
+
+void GluMlp::mask_block(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced) {
+  const int32_t n = model_.regions[static_cast<size_t>(r)].n_columns;
+  const int32_t k = columns_kept(options_, r);
+  ColumnCache* cache = caches_.empty() ? nullptr : &caches_[static_cast<size_t>(r)];
+  if (masks.kind == BlockMasks::Kind::kForced) {
+    for (int64_t i = 0; i < static_cast<int64_t>(n_tokens) * n; ++i) x[i] = forced[i] ? x[i] : 0.0f;
+    return;
+  }
+  const bool own = masks.kind == BlockMasks::Kind::kOwn && options_.prune;
+  const bool touch = masks.kind == BlockMasks::Kind::kDense && masks.touch_cache && cache != nullptr;
+  if (!own && !touch) return;
+  block_masks_.resize(static_cast<size_t>(n_tokens) * static_cast<size_t>(k));
+  std::vector<int32_t> hits(static_cast<size_t>(n_tokens));
+  try {
+    scan(x, n_tokens, n, k, own ? options_.gamma : 1.0f, cache, own, block_masks_.data(), hits.data());
+  } catch (const ConfigError& e) {
+    throw ConfigError(region_name(r) + ": " + e.what());
+  }
+  if (touch && cache->policy() == CachePolicy::kStatic && cache->size() == 0 && cache->capacity() > 0) {
+    // A static cache never admits: its contents are what the first prompt used most.
+    std::vector<uint32_t> uses(static_cast<size_t>(n));
+    for (const int32_t c : block_masks_) ++uses[static_cast<size_t>(c)];
+    std::vector<int32_t> hot(static_cast<size_t>(cache->capacity()));
+    top_k_keys(uses, cache->capacity(), selection_, hot.data());
+    cache->pin(hot);
+  }
+  if (!own) return;
+  for (int32_t t = 0; t < n_tokens; ++t) {
+    float* row = x + static_cast<int64_t>(t) * n;
+    const int32_t* mask = block_masks_.data() + static_cast<int64_t>(t) * k;
+    int32_t c = 0;
+    for (int32_t i = 0; i < k; ++i) {
+      for (; c < mask[i]; ++c) row[c] = 0.0f;
+      ++c;
+    }
+    for (; c < n; ++c) row[c] = 0.0f;
+    counters_.hits += static_cast<uint64_t>(hits[static_cast<size_t>(t)]);
+  }
+  counters_.selected += block_masks_.size();
+  for (const int32_t h : hits) counters_.misses += static_cast<uint64_t>(k - h);
+}
+
+// What a streamed chunk holds of the cache's contents goes to its slots.
+void GluMlp::copy_streamed(int32_t r, const StreamChunk& chunk, const uint8_t* data) {
+  const uint32_t bytes = model_.regions[static_cast<size_t>(r)].record_bytes;
+  const std::span<const int32_t> slots = caches_[static_cast<size_t>(r)].slots();
+  for (int32_t c = chunk.first; c < chunk.last; ++c) {
+    const int32_t s = slots[static_cast<size_t>(c)];
+    if (s >= 0) std::memcpy(slot(r, s), data + static_cast<uint64_t>(c - chunk.first) * bytes, bytes);
+  }
+}
+
+void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride, Ledger& ledger) {
+  const double start = seconds();
+  const double waited = ledger.wait;
+  batch_.x.clear();
+  for (size_t m = 0; m < region.matrices.size(); ++m) make_spans(region.matrices[m].grid.group, spans_[m]);
+  pool_.run([&](int thread) {
+    for (size_t m = 0; m < region.matrices.size(); ++m) {
+      const WeightView& w = region.matrices[m];
+      const Share tiles = share(w.n_tiles(), thread, pool_.size());
+      for (int32_t t = tiles.first; t < tiles.last; ++t) {  // tile by tile, so that its outputs stay in cache over the blocks
+        for (const Span& s : spans_[m]) {
+          if (!wait_ticket(thread, s.ticket, ledger)) return;
+          const int32_t column = batch_.index[static_cast<size_t>(s.first)];
+          const BlockTokens tokens{s.block,          s.n,        batch_.record.data() + s.first, x + column, region.n_columns,
+                                   sums_[m].data() + s.block, w.n_blocks, n_tokens};
+          kernels_.gemm_block(w, tokens, t, t + 1, y[m], y_stride);
+        }
+      }
+    }
+  });
+  ledger.gemv += seconds() - start - (ledger.wait - waited);
+}
+
+void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced, float* const* y,
+                          int64_t y_stride, Ledger& ledger) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  {
+    const Timed timed(ledger.select);
+    mask_block(r, x, n_tokens, masks, forced);
+  }
+  for (size_t m = 0; m < region.matrices.size(); ++m) {
+    const WeightView& w = region.matrices[m];
+    sums_[m].assign(static_cast<size_t>(n_tokens) * static_cast<size_t>(w.n_blocks), 0.0f);
+    pool_.run([&](int thread) {
+      const Share tokens = share(n_tokens, thread, pool_.size());
+      for (int32_t t = tokens.first; t < tokens.last; ++t) {
+        const float* row = x + static_cast<int64_t>(t) * region.n_columns;
+        float* sums = sums_[m].data() + static_cast<int64_t>(t) * w.n_blocks;
+        for (int32_t c = 0; c < region.n_columns; ++c) sums[c / w.grid.group] += row[c];
+      }
+    });
+    std::memset(y[m], 0, static_cast<size_t>(n_tokens) * static_cast<size_t>(y_stride) * sizeof(float));
+  }
+  if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
+    batch_.clear();
+    add_region_columns(r, base, 0, region.n_columns, 0);
+    multiply_block(region, x, n_tokens, y, y_stride, ledger);
+    return;
+  }
+  const bool cached = options_.residency == Residency::kCached;
+  for (bool more = true; more;) {
+    const StreamChunk chunk = stream_->current();
+    batch_.clear();
+    add_region_columns(r, stream_->data(), chunk.first, chunk.last, stream_->ticket());
+    multiply_block(region, x, n_tokens, y, y_stride, ledger);
+    if (cached) copy_streamed(r, chunk, stream_->data());
+    stream_->release();
+    more = chunk.last < region.n_columns;
+  }
+}
+
+void GluMlp::forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks& masks, float* y, int64_t y_stride, Ledger& ledger) {
+  float* gate_up[2] = {gate_, up_};
+  block_region(2 * layer, x, n_tokens, masks, masks.input, gate_up, wide_, ledger);
+  {
+    const Timed timed(ledger.gemv);
+    const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
+    pool_.run([&](int thread) {
+      const Share tokens = share(n_tokens, thread, pool_.size());
+      for (int32_t t = tokens.first; t < tokens.last; ++t) {
+        act(gate_ + t * wide_, up_ + t * wide_, model_.intermediate, hidden_ + static_cast<int64_t>(t) * model_.intermediate);
+      }
+    });
+  }
+  float* down[1] = {y};
+  block_region(2 * layer + 1, hidden_, n_tokens, masks, masks.glu, down, y_stride, ledger);
+}
+
+void GluMlp::clear_caches() {
+  for (ColumnCache& cache : caches_) cache.clear();
+  reset_counters();
+}
+
+void GluMlp::pin(int32_t r, const std::vector<int32_t>& columns) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  ColumnCache& cache = caches_[static_cast<size_t>(r)];
+  cache.pin(columns);
+  constexpr size_t kAtOnce = 64;
+  for (size_t first = 0; first < columns.size(); first += kAtOnce) {
+    const size_t last = std::min(columns.size(), first + kAtOnce);
+    miss_offsets_.clear();
+    for (size_t i = first; i < last; ++i) miss_offsets_.push_back(region.record_offset(columns[i]));
+    ReadPlan plan;
+    plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, nullptr, plan);
+    Arena buffer(aligned(plan.staging_bytes));
+    plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, buffer.data(), plan);
+    reader_.wait(reader_.submit(plan.ranges) + plan.ranges.size());
+    for (size_t i = first; i < last; ++i) {
+      std::memcpy(slot(r, cache.slot_of(columns[i])), buffer.data() + plan.staging_offset[i - first], region.record_bytes);
+    }
+  }
+}
+
+void GluMlp::reset_counters() {
+  counters_ = {};
+  for (ColumnCache& cache : caches_) cache.reset_counters();
+}
+
+}  // namespace dipper

@@ -1,0 +1,174 @@
+// The streamed MLP: which columns a token uses, where their bytes come from, and the products.
+//
+// One region is a fetch (masks, cache, reads) followed by products over the fetched columns in ascending order. Weights are
+// resident (all or some regions pinned), streamed whole through a ring, or cached by columns with misses read from flash.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "arena.hpp"
+#include "column_cache.hpp"
+#include "flash_reader.hpp"
+#include "kernels.hpp"
+#include "model.hpp"
+#include "selection.hpp"
+#include "thread_pool.hpp"
+#include "trace_writer.hpp"
+#include "weight_stream.hpp"
+
+namespace dipper {
+
+enum class Residency { kResident, kStream, kCached };
+
+struct MlpOptions {
+  Residency residency = Residency::kResident;
+  bool prune = false;  // DIP; dense otherwise
+  int32_t k_in = 0;    // columns kept of each region kind
+  int32_t k_glu = 0;
+  float gamma = 1.0f;
+  CachePolicy policy = CachePolicy::kLfu;
+  float decay = 0.99f;
+  std::vector<int32_t> capacity;  // kCached: slots by region
+  std::vector<uint8_t> pinned;    // kStream: regions held in DRAM
+  int32_t stream_slots = 8;
+  uint32_t stream_chunk_bytes = 1u << 20;
+};
+
+// Bytes that the MLP allocates, by what for.
+struct MlpMemory {
+  uint64_t pinned = 0;   // whole regions
+  uint64_t slots = 0;    // column caches
+  uint64_t staging = 0;  // reads in flight: the ring, or the misses of a region
+  uint64_t bookkeeping = 0;
+};
+MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options);
+
+// Seconds of the calling thread by stage.
+struct Ledger {
+  double select = 0;  // masks, cache steps, read plans, admissions
+  double submit = 0;  // handing reads to the kernel
+  double wait = 0;    // for reads
+  double gemv = 0;    // products of the MLP, its activation
+  double attention = 0;
+  double head = 0;
+  double rest = 0;
+};
+
+struct MlpCounters {
+  uint64_t selected = 0;  // columns, over tokens and regions
+  uint64_t hits = 0;
+  uint64_t misses = 0;
+  uint64_t evictions = 0;
+  uint64_t useful_bytes = 0;  // records that were read because they were wanted
+};
+
+// How a block of tokens goes through the MLP.
+struct BlockMasks {
+  enum class Kind { kDense, kOwn, kForced } kind = Kind::kDense;
+  bool touch_cache = false;  // kDense: warm the column caches with the masks the tokens would have had
+  const uint8_t* input = nullptr;  // kForced: [n_tokens, hidden], nonzero = used; and [n_tokens, intermediate]
+  const uint8_t* glu = nullptr;
+};
+
+class GluMlp {
+ public:
+  GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, FlashReader& reader, int32_t block_tokens);
+
+  // y [hidden padded] = MLP(x) of one token through its own masks and the caches.
+  void step(int32_t layer, const float* x, float* y, Ledger& ledger);
+
+  // The same for n_tokens of one layer, weights streamed once. x [n_tokens, hidden] is masked in place; y [n_tokens, y_stride].
+  // Layers must come in order 0..n-1 between begin_block and end_block.
+  void begin_block();
+  void forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks& masks, float* y, int64_t y_stride, Ledger& ledger);
+
+  void clear_caches();
+  // Static caches: fills slots with these columns of a region, read from flash.
+  void pin(int32_t region, const std::vector<int32_t>& columns);
+  const MlpCounters& counters() const { return counters_; }
+  void reset_counters();
+  void set_trace(std::unique_ptr<TraceWriter> trace) { trace_ = std::move(trace); }
+  void set_token(uint32_t token) { token_ = token; }
+  const ColumnCache* cache(int32_t region) const { return caches_.empty() ? nullptr : &caches_[static_cast<size_t>(region)]; }
+  static uint64_t scratch_bytes(const Model& model, int32_t block_tokens);
+
+ private:
+  // Columns at hand: ascending, each with its record and the read that brings it (ticket 0: already there).
+  struct Batch {
+    std::vector<int32_t> index;
+    std::vector<const uint8_t*> record;
+    std::vector<uint64_t> ticket;
+    std::vector<float> x;
+    void clear();
+    void add(int32_t column, const uint8_t* bytes, uint64_t reads_before) {
+      index.push_back(column);
+      record.push_back(bytes);
+      ticket.push_back(reads_before);
+    }
+  };
+  struct Span {  // columns of one block of inputs within a batch
+    int32_t block;
+    int32_t first;
+    int32_t n;
+    float sum_x;
+    uint64_t ticket;
+  };
+
+  void fetch_cached(int32_t region, const float* values, Ledger& ledger);
+  void admit(int32_t region, Ledger& ledger);
+  void step_region(int32_t region, const float* values, float* const* y, Ledger& ledger);
+  void multiply(const Region& region, float* const* y, Ledger& ledger);
+  void block_region(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced, float* const* y,
+                    int64_t y_stride, Ledger& ledger);
+  void mask_block(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced);
+  void multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride, Ledger& ledger);
+  void copy_streamed(int32_t region, const StreamChunk& chunk, const uint8_t* data);
+  void make_spans(int32_t group, std::vector<Span>& spans) const;
+  bool wait_ticket(int thread, uint64_t ticket, Ledger& ledger);
+  uint8_t* slot(int32_t region, int32_t slot) const {
+    return slot_base_[static_cast<size_t>(region)] + static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;
+  }
+  void load_pinned();
+  void add_region_columns(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket);
+
+  const Model& model_;
+  const MlpOptions options_;
+  const Kernels& kernels_;
+  ThreadPool& pool_;
+  FlashReader& reader_;
+
+  Arena pinned_memory_;
+  Arena slot_memory_;
+  Arena staging_;
+  std::vector<const uint8_t*> region_base_;  // pinned regions, else null
+  std::vector<uint8_t*> slot_base_;
+  std::vector<ColumnCache> caches_;
+  std::unique_ptr<WeightStream> stream_;
+
+  Batch batch_;
+  std::vector<Span> spans_[2];  // for the first and, where its group differs, the second matrix
+  ReadPlan plan_;
+  SelectionScratch selection_;
+  std::vector<int32_t> mask_;
+  std::vector<uint64_t> miss_offsets_;
+  std::vector<ColumnCache::Admission> admissions_;
+  std::vector<const uint8_t*> admitted_record_;
+  std::vector<int32_t> block_masks_;  // [n_tokens, k]
+  std::vector<float> sums_[2];
+
+  Arena scratch_;
+  float* gate_ = nullptr;  // [block_tokens, I padded]
+  float* up_ = nullptr;
+  float* hidden_ = nullptr;  // act(gate) * up, [block_tokens, I]
+  int64_t wide_ = 0;         // I padded
+
+  MlpCounters counters_;
+  std::unique_ptr<TraceWriter> trace_;
+  uint32_t token_ = 0;
+};
+
+}  // namespace dipper

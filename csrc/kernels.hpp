@@ -1,0 +1,120 @@
+// Arithmetic over packed weights and the other per-token loops: one source (kernels.inl), several instruction sets, picked once.
+//
+// Every kernel rounds alike on every ISA: sums run in fp32 in ascending column order with explicit fma, output rows are lanes,
+// reductions over a vector use 16 fixed lanes and one fixed tree. Layouts are those of docs/bundle-format.md.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace dipper {
+
+enum class Codes : uint8_t { kQ4, kQ5, kQ6, kQ8, kF16, kBF16, kF32 };
+enum class Scale : uint8_t { kNone, kF16, kF16M, kU8, kI8, kU8M };
+
+inline constexpr int32_t kTileRows = 128;
+inline constexpr int32_t kHalfTileRows = 64;
+inline constexpr int32_t kMaxGroup = 32;  // columns that share a scale; also the block of float grids
+
+struct Grid {
+  Codes codes;
+  Scale scale;
+  int32_t group;
+  int32_t zero_point;
+  int32_t super_blocks;
+};
+
+// Bytes of a tile in plane p (0 or 1; 0 bytes where the codes have no second plane).
+constexpr int32_t plane_tile_bytes(Codes codes, int p, bool half) {
+  switch (codes) {
+    case Codes::kQ4:
+      return p == 0 ? (half ? 32 : 64) : 0;
+    case Codes::kQ5:
+      return p == 0 ? (half ? 32 : 64) : 16;
+    case Codes::kQ6:
+      return p == 0 ? (half ? 32 : 64) : (half ? 16 : 32);
+    case Codes::kQ8:
+      return p == 0 ? (half ? 64 : 128) : 0;
+    case Codes::kF16:
+    case Codes::kBF16:
+      return p == 0 ? (half ? 128 : 256) : 0;
+    case Codes::kF32:
+      return p == 0 ? (half ? 256 : 512) : 0;
+  }
+  return 0;
+}
+constexpr int32_t column_tile_bytes(Codes codes, bool half) {
+  return plane_tile_bytes(codes, 0, half) + plane_tile_bytes(codes, 1, half);
+}
+
+// What a kernel sees of one matrix. Columns come either as pointers to records (regions) or from `tiled` (resident matrices).
+struct WeightView {
+  Grid grid{};
+  int32_t n_rows = 0;      // padded to a multiple of 64
+  int32_t n_cols = 0;
+  int32_t n_blocks = 0;    // of `group` columns
+  const uint8_t* tiled = nullptr;  // codes by tile, then column; null for a region's matrix
+  uint32_t plane_offset[2] = {0, 0};  // of this matrix's planes within a record (regions only)
+  // Scale arrays. Regions: [block][n_rows]. Resident: [tile][block][rows of the tile].
+  const uint16_t* d = nullptr;
+  const uint16_t* dm = nullptr;  // f16m: the offsets
+  const uint8_t* sub = nullptr;
+  const uint8_t* subm = nullptr;
+
+  int32_t n_tiles() const { return (n_rows + kTileRows - 1) / kTileRows; }
+  int32_t n_super() const { return (n_blocks + grid.super_blocks - 1) / grid.super_blocks; }
+  uint32_t column_bytes(int p) const {  // of plane p in a record
+    return static_cast<uint32_t>(n_rows / kTileRows) * static_cast<uint32_t>(plane_tile_bytes(grid.codes, p, false)) +
+           (n_rows % kTileRows ? static_cast<uint32_t>(plane_tile_bytes(grid.codes, p, true)) : 0u);
+  }
+  uint32_t column_bytes() const { return column_bytes(0) + column_bytes(1); }
+};
+
+// The used columns of one block of inputs, ascending.
+struct BlockColumns {
+  int32_t block;
+  int32_t n;
+  const uint8_t* const* record;  // [n] records (start of the record, not of the plane)
+  const float* x;                // [n] their inputs
+  float sum_x;                   // of x, ascending
+};
+
+// The same columns for several tokens: x of token t, column c is x[t * x_stride + c].
+struct BlockTokens {
+  int32_t block;
+  int32_t n;
+  const uint8_t* const* record;
+  const float* x;
+  int64_t x_stride;
+  const float* sum_x;  // token t: sum_x[t * sum_stride]
+  int64_t sum_stride;
+  int32_t n_tokens;
+};
+
+struct Kernels {
+  const char* name;
+  // y[rows of tiles [begin, end)] += W[:, columns of one block] x
+  void (*gemv_block)(const WeightView& w, const BlockColumns& columns, int32_t tile_begin, int32_t tile_end, float* y);
+  // y[...] += W x over all columns of a resident matrix; sum_x [n_blocks]
+  void (*gemv_tiled)(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end, float* y);
+  // The same for n_tokens at once, y of token t at y + t * y_stride; bit-identical to n_tokens gemv calls.
+  void (*gemm_block)(const WeightView& w, const BlockTokens& columns, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride);
+  void (*gemm_tiled)(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride, int32_t n_tokens,
+                     int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride);
+  void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float* out);
+  // out = act(gate) * up
+  void (*silu_mul)(const float* gate, const float* up, int32_t n, float* out);
+  void (*gelu_tanh_mul)(const float* gate, const float* up, int32_t n, float* out);
+  // Attention of one query head over positions [first, last): k, v are [position][head_dim]; scores is scratch [last - first].
+  void (*attend)(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last, float scale,
+                 float* scores, float* out);
+  // log(sum(exp(x))) in fp32 lanes, combined in double.
+  double (*log_sum_exp)(const float* x, int32_t n);
+};
+
+// "auto": the best this CPU has. Throws ConfigError naming what the CPU has.
+const Kernels& select_kernels(const std::string& isa);
+std::vector<std::string> available_isas();  // best first; "scalar" is always last
+
+}  // namespace dipper

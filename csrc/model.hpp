@@ -1,0 +1,95 @@
+// What the native core knows of a model: sizes, where each weight lies, and nothing of architectures' names.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "arena.hpp"
+#include "kernels.hpp"
+
+namespace dipper {
+
+enum class Activation { kSilu, kGeluTanh };
+
+// Inverse frequencies of one rotary embedding, rotate-half pairing; `long_` serves contexts over original_context.
+struct RopeTable {
+  int32_t dim = 0;
+  const float* short_inv_freq = nullptr;
+  const float* long_inv_freq = nullptr;
+  int32_t original_context = 0;
+  float scale_short = 1.0f;
+  float scale_long = 1.0f;
+};
+
+struct LayerWeights {
+  const float* attn_norm = nullptr;
+  const float* mlp_norm = nullptr;
+  const float* q_bias = nullptr;  // biases and the norms below may be absent
+  const float* k_bias = nullptr;
+  const float* v_bias = nullptr;
+  const float* o_bias = nullptr;
+  const float* q_norm = nullptr;
+  const float* k_norm = nullptr;
+  const float* post_attn_norm = nullptr;
+  const float* post_mlp_norm = nullptr;
+  WeightView q, k, v, o;
+  int32_t rope = 0;
+  int32_t window = 0;  // 0: all positions
+};
+
+// All columns of one kind in one layer, as they lie on flash.
+struct Region {
+  int32_t n_columns = 0;
+  uint64_t offset = 0;
+  uint32_t record_bytes = 0;
+  std::vector<WeightView> matrices;  // gate, up (input) or down (glu)
+
+  uint64_t bytes() const { return static_cast<uint64_t>(n_columns) * record_bytes; }
+  uint64_t record_offset(int32_t column) const { return offset + static_cast<uint64_t>(column) * record_bytes; }
+};
+
+// Rows of an untied input embedding on flash.
+struct EmbeddingRows {
+  int32_t n_rows = 0;
+  uint64_t offset = 0;
+  uint32_t row_bytes = 0;
+  Grid grid{};
+};
+
+struct Model {
+  int32_t n_layers = 0;
+  int32_t hidden = 0;
+  int32_t intermediate = 0;
+  int32_t n_heads = 0;
+  int32_t n_kv_heads = 0;
+  int32_t head_dim = 0;
+  int32_t vocab = 0;
+  float norm_eps = 0.0f;
+  float embedding_scale = 1.0f;
+  float attention_scale = 1.0f;
+  Activation activation = Activation::kSilu;
+  bool tied = true;
+
+  std::vector<RopeTable> ropes;
+  std::vector<LayerWeights> layers;
+  std::vector<Region> regions;  // layer 0 input, layer 0 glu, layer 1 input, ...
+  const float* final_norm = nullptr;
+  WeightView head;
+  EmbeddingRows embedding;
+
+  uint64_t resident_bytes = 0;
+  Arena resident;  // the bytes of resident.bin; every pointer above points into it
+  std::string flash_path;
+  std::string resident_path;
+
+  const Region& input_region(int32_t layer) const { return regions[2 * static_cast<size_t>(layer)]; }
+  const Region& glu_region(int32_t layer) const { return regions[2 * static_cast<size_t>(layer) + 1]; }
+};
+
+// Row `row` of a resident matrix as fp32 [n_cols]: w = s * (code - zero_point) + m.
+void dequantise_row(const WeightView& w, int32_t row, float* out);
+// One row of an untied embedding: codes of n values, then the row's scales (docs/bundle-format.md section 3).
+void dequantise_embedding_row(const Grid& grid, const uint8_t* bytes, int32_t n, float* out);
+
+}  // namespace dipper

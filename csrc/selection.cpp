@@ -1,0 +1,199 @@
+#include "selection.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <optional>
+#include <string>
+
+#include "column_cache.hpp"
+#include "errors.hpp"
+
+namespace dipper {
+namespace {
+
+constexpr uint32_t kInfinity = 0x7f800000u;  // bits of +inf; the bits of |NaN| lie above
+
+// Index behind the nth (1-based) key equal to `key`.
+int32_t end_of_tie(std::span<const uint32_t> keys, uint32_t key, int32_t nth) {
+  constexpr size_t kBlock = 64;
+  size_t i = 0;
+  for (; i + kBlock <= keys.size(); i += kBlock) {
+    int32_t ties = 0;
+    for (size_t j = 0; j < kBlock; ++j) ties += keys[i + j] == key;
+    if (ties >= nth) break;
+    nth -= ties;
+  }
+  for (; nth > 0; ++i) nth -= keys[i] == key;
+  return static_cast<int32_t>(i);
+}
+
+// Appends to out (which holds m of room for k) the indices in [begin, end) with keys >= least; returns the new m.
+int32_t append(std::span<const uint32_t> keys, int32_t begin, int32_t end, uint32_t least, int32_t k, int32_t m,
+               int32_t* out) {
+  constexpr int32_t kBlock = 16;
+  int32_t i = begin;
+  // Branch-free: every index is written, a kept one moves the end. A block is entered only with room for all of it.
+  for (; i + kBlock <= end && m + kBlock <= k; i += kBlock) {
+    for (int32_t j = 0; j < kBlock; ++j) {
+      out[m] = i + j;
+      m += keys[i + j] >= least;
+    }
+  }
+  for (; i < end && m < k; ++i) {
+    out[m] = i;
+    m += keys[i] >= least;
+  }
+  return m;
+}
+
+// Keys in [low, high], copied to out (room for all of them); few keys match, so blocks without a match are skipped.
+size_t gather(std::span<const uint32_t> keys, uint32_t low, uint32_t high, uint32_t* out) {
+  constexpr size_t kBlock = 32;
+  const uint32_t width = high - low;
+  size_t m = 0, i = 0;
+  for (; i + kBlock <= keys.size(); i += kBlock) {
+    uint32_t any = 0;
+    for (size_t j = 0; j < kBlock; ++j) any |= keys[i + j] - low <= width;
+    if (!any) continue;
+    for (size_t j = i; j < i + kBlock; ++j) {
+      if (keys[j] - low <= width) out[m++] = keys[j];
+    }
+  }
+  for (; i < keys.size(); ++i) {
+    if (keys[i] - low <= width) out[m++] = keys[i];
+  }
+  return m;
+}
+
+// |scores| as integers of the same order, those not cached times gamma; false when there is a NaN.
+bool to_keys(std::span<const float> scores, float gamma, const uint8_t* cached, uint32_t* keys) {
+  const size_t n = scores.size();
+  const float* s = scores.data();
+  int32_t nan = 0;  // its sign bit
+  if (gamma == 1.0f) {
+    for (size_t i = 0; i < n; ++i) {
+      const uint32_t magnitude = std::bit_cast<uint32_t>(s[i]) & 0x7fffffffu;
+      nan |= static_cast<int32_t>(kInfinity - magnitude);
+      keys[i] = magnitude;
+    }
+  } else {
+    for (size_t i = 0; i < n; ++i) {
+      const uint32_t magnitude = std::bit_cast<uint32_t>(s[i]) & 0x7fffffffu;
+      nan |= static_cast<int32_t>(kInfinity - magnitude);
+      const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * gamma);
+      const uint32_t keep = 0u - cached[i];  // a select by bits: vector code needs no branch and no blend
+      keys[i] = scaled ^ ((scaled ^ magnitude) & keep);
+    }
+  }
+  return nan >= 0;
+}
+
+void check_selection(int32_t n, int32_t k, float gamma, bool has_cached) {
+  if (k < 1 || k > n) {
+    throw ConfigError("k is " + std::to_string(k) + " for " + std::to_string(n) +
+                      " columns: a mask holds between 1 and all of them; use n_selected(density, n)");
+  }
+  if (!(gamma > 0.0f && gamma <= 1.0f)) {
+    throw ConfigError("gamma is " + std::to_string(gamma) +
+                      ": it scales the scores of columns that are not cached and lies in (0, 1]; 1 ignores the cache");
+  }
+  if (gamma < 1.0f && !has_cached) {
+    throw ConfigError("gamma is " + std::to_string(gamma) +
+                      " but no cache is given: pass the cache, or gamma = 1 for masks that ignore it");
+  }
+}
+
+void select(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
+            int32_t* out, std::optional<int32_t> token) {
+  scratch.keys.resize(scores.size());
+  if (!to_keys(scores, gamma, cached, scratch.keys.data())) {
+    const auto nan = std::find_if(scores.begin(), scores.end(), [](float s) { return std::isnan(s); });
+    const std::string at = token ? " at token " + std::to_string(*token) : "";
+    throw ConfigError("score of column " + std::to_string(nan - scores.begin()) + at +
+                      " is NaN: it has no rank; look for an overflow or a damaged weight in the layers before");
+  }
+  top_k_keys(scratch.keys, k, scratch, out);
+}
+
+}  // namespace
+
+int32_t n_selected(double density, int32_t n) {
+  if (!(density > 0.0 && density <= 1.0)) {
+    throw ConfigError("density is " + std::to_string(density) +
+                      ": it is the share of columns used, above 0 and at most 1");
+  }
+  if (n < 1) throw ConfigError("a region of " + std::to_string(n) + " columns has no mask: it needs at least 1");
+  return std::clamp(static_cast<int32_t>(std::floor(density * n + 0.5)), 1, n);
+}
+
+KeyCut top_k_cut(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scratch) {
+  const auto n = static_cast<int32_t>(keys.size());
+  if (k == n) return {0, n};
+  uint32_t high = 0, low_minus_1 = ~0u;
+  for (const uint32_t key : keys) {
+    high = std::max(high, key);
+    low_minus_1 = std::min(low_minus_1, key - 1);  // a zero wraps to the largest
+  }
+  const uint32_t low = low_minus_1 + 1;  // 0 when all are
+
+  // Bin 0 holds the zeros (columns out of question in the cache's keys), the others are equally wide between the
+  // smallest and the largest key that is not zero: for the bits of floats that is nearly a logarithmic scale.
+  const int n_bits = std::clamp(static_cast<int>(std::bit_width(keys.size())) - 1, 6, 11);
+  const int shift = std::max(0, static_cast<int>(std::bit_width(high - low)) - n_bits);
+  scratch.bins.assign((size_t{1} << n_bits) + 1, 0);
+  uint32_t* bins = scratch.bins.data();
+  for (const uint32_t key : keys) ++bins[((std::max(key, low) - low) >> shift) + (key >= low)];
+
+  // need: how many keys the bin of the threshold gives.
+  uint32_t bin = ((high - low) >> shift) + 1, need = static_cast<uint32_t>(k);
+  while (bins[bin] < need) need -= bins[bin--];
+  if (bin == 0) return {0, end_of_tie(keys, 0, static_cast<int32_t>(need))};
+  const uint32_t bin_low = low + ((bin - 1) << shift);
+  if (need == bins[bin]) return {bin_low, n};
+  const uint32_t bin_high = bin_low + std::min((1u << shift) - 1, high - bin_low);
+  if (scratch.candidates.size() < bins[bin]) scratch.candidates.resize(keys.size());
+  uint32_t* candidates = scratch.candidates.data();
+  const size_t n_candidates = gather(keys, bin_low, bin_high, candidates);
+  std::nth_element(candidates, candidates + need - 1, candidates + n_candidates, std::greater<>());
+  const uint32_t threshold = candidates[need - 1];
+  uint32_t ties = 0;
+  for (size_t i = 0; i < n_candidates; ++i) {
+    need -= candidates[i] > threshold;
+    ties += candidates[i] == threshold;
+  }
+  return {threshold, need == ties ? n : end_of_tie(keys, threshold, static_cast<int32_t>(need))};
+}
+
+void top_k_keys(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scratch, int32_t* out) {
+  if (k == 0) return;
+  const KeyCut cut = top_k_cut(keys, k, scratch);
+  const int32_t m = append(keys, 0, cut.tie_end, cut.key, k, 0, out);
+  if (m < k) append(keys, cut.tie_end, static_cast<int32_t>(keys.size()), cut.key + 1, k, m, out);
+}
+
+void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
+           int32_t* out) {
+  check_selection(static_cast<int32_t>(scores.size()), k, gamma, cached != nullptr);
+  select(scores, k, gamma, cached, scratch, out, std::nullopt);
+}
+
+void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gamma, ColumnCache* cache, bool counted,
+          int32_t* masks, int32_t* hits) {
+  check_selection(n, k, gamma, cache != nullptr);
+  if (cache && cache->n_columns() != n) {
+    throw ConfigError("scores have " + std::to_string(n) + " columns but the cache has " +
+                      std::to_string(cache->n_columns()) + ": use the cache of the same region");
+  }
+  SelectionScratch scratch;
+  const auto width = static_cast<size_t>(n), kept = static_cast<size_t>(k);
+  for (int32_t t = 0; t < n_tokens; ++t) {
+    int32_t* mask = masks + t * kept;
+    select({scores + t * width, width}, k, gamma, cache ? cache->cached() : nullptr, scratch, mask, t);
+    const int32_t n_hits = cache ? cache->step({mask, kept}, counted).n_hits : 0;
+    if (hits) hits[t] = n_hits;
+  }
+}
+
+}  // namespace dipper

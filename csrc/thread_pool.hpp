@@ -1,0 +1,52 @@
+// A fixed team of threads: run(task) calls task(0..n-1) once on each, the caller being 0. Waiting threads spin briefly, then sleep.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace dipper {
+
+// Tells the CPU that this is a spin loop.
+inline void cpu_relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int n_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  // The task must not throw on threads other than the caller's; if it throws on the caller's, the others are joined first.
+  void run(const std::function<void(int thread)>& task);
+
+ private:
+  void work(int thread);
+
+  std::vector<std::thread> workers_;
+  const std::function<void(int)>* task_ = nullptr;
+  std::atomic<uint32_t> round_{0};
+  std::atomic<int32_t> running_{0};
+  std::atomic<bool> stop_{false};
+};
+
+// Share [first, last) of n items for one of n_threads threads.
+struct Share {
+  int32_t first;
+  int32_t last;
+};
+inline Share share(int32_t n, int thread, int n_threads) {
+  return {static_cast<int32_t>(static_cast<int64_t>(n) * thread / n_threads),
+          static_cast<int32_t>(static_cast<int64_t>(n) * (thread + 1) / n_threads)};
+}
+
+}  // namespace dipper

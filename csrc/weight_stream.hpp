@@ -1,0 +1,60 @@
+// Dense weights in the order they are used, read ahead through a ring of buffers: the disk works while the CPU multiplies.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "flash_reader.hpp"
+#include "model.hpp"
+
+namespace dipper {
+
+// Consecutive columns of one region, one read. Starts at a multiple of 32 columns, so that no block is split.
+struct StreamChunk {
+  int32_t region;
+  int32_t first;  // column
+  int32_t last;
+  uint64_t file_offset;  // aligned
+  uint32_t bytes;        // aligned
+  uint32_t skip;         // from the buffer's start to record `first`
+};
+
+// Cuts regions into chunks of at most max_bytes (at least 32 columns each), even in size.
+std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32_t>& regions, uint32_t max_bytes);
+// Room that the largest of the chunks needs in a ring.
+uint32_t ring_slot_bytes(const std::vector<StreamChunk>& chunks);
+
+class WeightStream {
+ public:
+  // ring: n_slots buffers of slot_bytes, aligned.
+  WeightStream(FlashReader& reader, std::vector<StreamChunk> chunks, uint8_t* ring, uint32_t slot_bytes, int32_t n_slots);
+
+  // Begins at the first chunk; cyclic streams run on into the next token. Earlier reads must have been stopped.
+  void start(bool cyclic);
+  bool running() const { return running_; }
+  // The next chunk in order. Its bytes are there once the reader has completed ticket(); release() gives its buffer back.
+  const StreamChunk& current() const { return chunks_[static_cast<size_t>(use_ % static_cast<int64_t>(chunks_.size()))]; }
+  const uint8_t* data() const { return slot(use_) + current().skip; }
+  uint64_t ticket() const { return tickets_[static_cast<size_t>(use_ % n_slots_)] + 1; }
+  void release();
+  // Waits for what is in flight; the ring is free afterwards.
+  void stop();
+
+ private:
+  uint8_t* slot(int64_t i) const { return ring_ + static_cast<uint64_t>(i % n_slots_) * slot_bytes_; }
+  void read_ahead();
+
+  FlashReader& reader_;
+  std::vector<StreamChunk> chunks_;
+  uint8_t* ring_;
+  uint32_t slot_bytes_;
+  int64_t n_slots_;
+  std::vector<uint64_t> tickets_;
+  int64_t use_ = 0;   // chunks consumed since start
+  int64_t read_ = 0;  // chunks submitted since start
+  int64_t end_ = 0;   // where a stream that is not cyclic ends
+  uint64_t last_ticket_ = 0;
+  bool running_ = false;
+};
+
+}  // namespace dipper

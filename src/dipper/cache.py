@@ -1,0 +1,220 @@
+"""Selection and column cache: the typed face of the native code, and a plain reference to test it against.
+
+A region has n columns. For each token `top_k` turns scores [n] into a mask (ascending int32 column indices), and
+`ColumnCache.step` tells which of them were in DRAM and moves its contents. With gamma < 1 the mask depends on the cache
+and the cache on the masks before (arXiv 2412.01380, cache-aware masking): `scan` runs that closed loop over a sequence.
+
+    cache = ColumnCache(n_columns=1536, capacity=768, policy="lfu")
+    masks, hits = scan(scores, k=n_selected(0.5, 1536), gamma=0.5, cache=cache)  # scores [T, 1536]
+    cache.hits / (cache.hits + cache.misses)
+
+Invariants: masks are exact (fp32 comparison, ties to the lower column); hits + misses == columns selected; size <=
+capacity; nothing leaves without an admission. Objects are not locked: use each cache from one thread at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from .errors import ConfigError
+
+__all__ = ["CacheStep", "ColumnCache", "ReferenceCache", "n_selected", "reference_top_k", "scan", "top_k"]
+
+CacheStep = _core.CacheStep
+
+
+def n_selected(density: float, n: int) -> int:
+    """Columns kept at a density: floor(density * n + 1/2), in [1, n].
+
+    Args:
+        density: share of columns used, in (0, 1].
+        n: columns of the region, at least 1.
+
+    Raises:
+        ConfigError: density or n out of range.
+    """
+    return _core.n_selected(density, n)
+
+
+def top_k(scores: ArrayLike, k: int, gamma: float = 1.0, cached: ArrayLike | None = None) -> NDArray[np.int32]:
+    """Mask of a region: the k columns of largest s_j * (c_j + gamma * (1 - c_j)), s = |scores|, c = cached.
+
+    Dynamic Input Pruning at gamma = 1, cache-aware masking below (arXiv 2412.01380). The product and the comparison are
+    fp32; ties go to the lower column; infinite scores rank.
+
+    Args:
+        scores: [n], converted to fp32.
+        k: columns to keep, in [1, n].
+        gamma: factor of columns that are not cached, in (0, 1].
+        cached: [n] flags; needed below gamma = 1.
+
+    Returns:
+        [k] int32, ascending.
+
+    Raises:
+        ConfigError: a NaN score (the message names its column), or k, gamma or a shape out of range.
+    """
+    flags = None if cached is None else _of_shape("cached", np.ascontiguousarray(cached, dtype=np.bool_), 1)
+    return _core.top_k(_of_shape("scores", np.ascontiguousarray(scores, dtype=np.float32), 1), k, gamma, flags)
+
+
+def scan(
+    scores: ArrayLike, k: int, gamma: float = 1.0, cache: ColumnCache | None = None, counted: bool = True
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Closed loop over a sequence: for each token `top_k` against the cache as it stands, then `cache.step`.
+
+    Runs without the GIL, so regions may be scanned in parallel threads.
+
+    Args:
+        scores: [T, n], converted to fp32.
+        k: columns to keep per token, in [1, n].
+        gamma: factor of columns that are not cached, in (0, 1].
+        cache: moved and, if `counted`, counted; needed below gamma = 1.
+        counted: False warms the cache without counting (prefill).
+
+    Returns:
+        masks [T, k] int32, each ascending; hits [T] int32, zeros without a cache.
+
+    Raises:
+        ConfigError: as `top_k`; a NaN names its column and token, and the cache holds the state before that token.
+    """
+    return _core.scan(_of_shape("scores", np.ascontiguousarray(scores, dtype=np.float32), 2), k, gamma, cache, counted)
+
+
+class ColumnCache(_core.ColumnCache):
+    """Which columns of a region are in DRAM slots, and what a policy keeps.
+
+    Hits of a token are judged against the state before it; then the policy keeps the best `capacity` of cached and
+    selected columns together (ties: cached first, then the lower column), so a miss may stay unadmitted:
+
+    - `lru`: by the last token that used the column.
+    - `lfu`: by the count of uses, of all columns, cached or not.
+    - `lfu-decay`: the same, every count first multiplied by `decay` at each token (fp32; below 2^-100 it becomes 0).
+    - `static`: never admits; contents come from `pin`.
+
+    Admitted columns take, in ascending order, the free slots, lowest first, then the slots freed by this step, lowest
+    first. Use counts saturate at 2^31 - 1; `lfu-decay` at decay 1 stops counting at 2^24.
+
+    Args:
+        n_columns: columns of the region, at least 1.
+        capacity: slots, in [0, n_columns].
+        policy: "lru", "lfu", "lfu-decay" or "static".
+        decay: in (0, 1], used by lfu-decay alone.
+
+    Raises:
+        ConfigError: an unknown policy, or capacity or decay out of range.
+
+    Attributes: `n_columns`, `capacity`, `policy`; `size` (columns held), `cached` [n] bool, `slots` [n] int32 (-1: not
+    cached), both copies; counters `hits`, `misses`, `evictions`, `admissions` in columns.
+    """
+
+    def step(self, mask: ArrayLike, counted: bool = True) -> CacheStep:
+        """One token that uses the columns of `mask`.
+
+        Args:
+            mask: [k] integers, ascending, without repeats, in [0, n_columns); k may exceed the capacity.
+            counted: False moves contents and history but no counter.
+
+        Returns:
+            `n_hits`; `misses` [m] int32, ascending; `admissions` [a, 3] int32 rows (column, slot, evicted column or -1
+            where the slot was free), ascending by column.
+
+        Raises:
+            ConfigError: a column out of range or out of order; the cache is as before.
+        """
+        return super().step(_columns("mask", mask), counted)
+
+    def pin(self, columns: ArrayLike) -> None:
+        """Replaces the contents by `columns`, in slots 0, 1, ...; history and counters stay.
+
+        Args:
+            columns: [m] integers, m <= capacity, ascending, without repeats, in [0, n_columns).
+
+        Raises:
+            ConfigError: too many columns, or one out of range or out of order.
+        """
+        super().pin(_columns("columns", columns))
+
+    def clear(self) -> None:
+        """Empties the cache and forgets history and counters."""
+        super().clear()
+
+    def reset_counters(self) -> None:
+        """Sets hits, misses, evictions and admissions to 0; contents and history stay."""
+        super().reset_counters()
+
+
+def _of_shape(name: str, array: NDArray[Any], n_dimensions: int) -> NDArray[Any]:
+    if array.ndim != n_dimensions:
+        wanted = "[n]" if n_dimensions == 1 else "[tokens, n]"
+        raise ConfigError(f"{name} has shape {list(array.shape)}: it must be {wanted}")
+    return array
+
+
+def _columns(name: str, values: ArrayLike) -> NDArray[np.int32]:
+    """[k] contiguous int32, refusing what the conversion would change."""
+    given = _of_shape(name, np.asarray(values), 1)
+    if given.size and given.dtype.kind not in "iu":
+        raise ConfigError(f"{name} has dtype {given.dtype}: columns are integers; for flags use np.flatnonzero(flags)")
+    columns = np.ascontiguousarray(given, dtype=np.int32)
+    changed = np.flatnonzero(columns != given)
+    if changed.size:
+        raise ConfigError(f"{name} holds {given[changed[0]]} at position {changed[0]}: a column index fits in 32 bits")
+    return columns
+
+
+def reference_top_k(scores: ArrayLike, k: int, gamma: float = 1.0, cached: ArrayLike | None = None) -> list[int]:
+    """What `top_k` must return, by its definition: a full stable sort. The oracle of the tests; no checks."""
+    keys: NDArray[np.float32] = np.abs(np.asarray(scores, dtype=np.float32))
+    if gamma != 1.0:
+        keys = np.where(np.asarray(cached, dtype=bool), keys, np.float32(gamma) * keys)
+    return sorted(int(j) for j in np.argsort(-keys, kind="stable")[:k])
+
+
+class ReferenceCache:
+    """What `ColumnCache` must do, by its definition, in plain Python. The oracle of the tests; no checks."""
+
+    def __init__(self, n_columns: int, capacity: int, policy: str, decay: float = 0.99) -> None:
+        self.capacity, self.policy, self.decay = capacity, policy, np.float32(decay)
+        self.slots: dict[int, int] = {}  # column -> slot
+        self.value: NDArray[Any] = np.zeros(n_columns, dtype=np.float32 if policy == "lfu-decay" else np.int64)
+        self.token = self.hits = self.misses = self.evictions = self.admissions = 0
+
+    def step(self, mask: list[int], counted: bool = True) -> tuple[int, list[int], list[tuple[int, int, int]]]:
+        """(hits, misses, admissions as (column, slot, evicted or -1)) of one token."""
+        misses = [j for j in mask if j not in self.slots]
+        self._use(mask)
+        admissions = [] if self.policy == "static" else self._admit(misses)
+        if counted:
+            self.hits += len(mask) - len(misses)
+            self.misses += len(misses)
+            self.admissions += len(admissions)
+            self.evictions += sum(evicted >= 0 for _, _, evicted in admissions)
+        return len(mask) - len(misses), misses, admissions
+
+    def _use(self, mask: list[int]) -> None:
+        self.token += 1
+        if self.policy == "lfu-decay":
+            self.value *= self.decay
+            self.value[self.value < np.float32(2.0**-100)] = 0
+        for j in mask:
+            self.value[j] = self.token if self.policy == "lru" else self.value[j] + 1
+
+    def _admit(self, misses: list[int]) -> list[tuple[int, int, int]]:
+        best = sorted([*self.slots, *misses], key=lambda j: (-self.value[j], j not in self.slots, j))[: self.capacity]
+        leaving = {self.slots[j]: j for j in self.slots if j not in best}
+        free = sorted(set(range(self.capacity)) - set(self.slots.values()))
+        entering = sorted(j for j in best if j not in self.slots)
+        rows = [(j, slot, leaving.get(slot, -1)) for j, slot in zip(entering, free + sorted(leaving), strict=False)]
+        for j, slot, evicted in rows:
+            self.slots.pop(evicted, None)
+            self.slots[j] = slot
+        return rows
+
+    def pin(self, columns: list[int]) -> None:
+        """Replaces the contents."""
+        self.slots = {j: slot for slot, j in enumerate(columns)}

@@ -1,0 +1,706 @@
+"""The command line: every verb parses, calls the library, prints.
+
+Text that a verb makes goes to stdout, what it says about itself to stderr; with `--json` the last line of stdout is one
+JSON object. Every error is one line on stderr, `dipper: ...`, and exit code 1; Ctrl-C is 130. Nothing heavy is imported
+before the verb that needs it runs: `dipper --help` knows neither numpy nor the engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from typer.core import TyperGroup
+
+from dipper import __version__
+from dipper.errors import ConfigError, DipperError
+
+if TYPE_CHECKING:
+    from dipper.bench import BenchCase
+    from dipper.engine import Engine, EngineConfig, Plan
+    from dipper.generate import GenerationStep, Sampling
+    from dipper.records import RunRecord
+    from dipper.tokenizer import Tokenizer
+
+__all__ = ["app", "main"]
+
+# click's own classes, wherever this typer keeps its click (newer ones carry a copy).
+_UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+_EXIT_ERROR, _EXIT_INTERRUPTED, _EXIT_BROKEN_PIPE = 1, 130, 141
+
+
+class _Group(TyperGroup):
+    """The verbs; an unknown one is an error that names the nearest."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that `args` begins with."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            verbs = self.list_commands(ctx)
+            near = difflib.get_close_matches(args[0], verbs, n=1)
+            hint = f"did you mean `dipper {near[0]}`?" if near else f"the verbs are {', '.join(verbs)}."
+            raise ConfigError(f"there is no verb '{args[0]}'; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="dipper",
+    cls=_Group,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle made by `dipper pack`.", show_default=False)]
+Method = Annotated[
+    str | None, typer.Option(help="dense-resident, dense-stream, dip or dip-ca (default dip).", metavar="NAME")
+]
+Density = Annotated[float | None, typer.Option(help="Share of MLP columns used, in (0, 1] (default 0.7).", metavar="D")]
+DIn = Annotated[float | None, typer.Option("--d-in", help="Share of input columns; with --d-glu.", metavar="D")]
+DGlu = Annotated[float | None, typer.Option("--d-glu", help="Share of GLU columns; with --d-in.", metavar="D")]
+Gamma = Annotated[
+    float | None, typer.Option(help="dip-ca: weight of columns not cached, in (0, 1] (default 0.5).", metavar="G")
+]
+Cache = Annotated[
+    str | None, typer.Option(help="Column cache: lru, lfu, lfu-decay or static (default lfu).", metavar="NAME")
+]
+Dram = Annotated[
+    str | None, typer.Option(help="DRAM of the whole process: 600MB, or 60% of the bundle's bytes.", metavar="SIZE")
+]
+MlpDram = Annotated[
+    str | None,
+    typer.Option(help="DRAM of the MLP alone: 2.7b (bits per MLP weight), or 60% of its bytes.", metavar="SIZE"),
+]
+Threads = Annotated[int | None, typer.Option(help="Compute threads (default: all cores).", metavar="N")]
+Reader = Annotated[str | None, typer.Option(help="auto, io_uring or pread (default auto).", metavar="NAME")]
+Isa = Annotated[str | None, typer.Option(help="Kernels: auto, scalar, avx2 or avx512 (default auto).", metavar="NAME")]
+Cold = Annotated[bool, typer.Option("--cold", help="The prompt does not warm the column cache.")]
+Trace = Annotated[
+    Path | None, typer.Option(help="Write masks, hits and reads by token and region to FILE.", metavar="FILE")
+]
+Ctx = Annotated[int | None, typer.Option("--ctx", help="Positions of the KV cache.", metavar="N")]
+NewTokens = Annotated[int, typer.Option("-n", "--n-tokens", help="New tokens at most.", metavar="N")]
+Seed = Annotated[int, typer.Option(help="Of the sampler.", metavar="N")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", metavar="T")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Keep the K most likely tokens.", metavar="K")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Then the fewest tokens that hold this probability.", metavar="P")
+]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", help="Then those at least P times as likely as the best.", metavar="P")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End the text at this string; may be repeated.", metavar="TEXT")]
+System = Annotated[str | None, typer.Option(help="System message of the chat template.", metavar="TEXT")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+NoProbe = Annotated[
+    bool, typer.Option("--no-probe", help="Do not read the disk afterwards to compare with what it can give.")
+]
+# Read from argv by main(), which is also there when parsing itself fails.
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dipper {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _dipper(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run GLU language models larger than the DRAM they may use, by reading from flash only the weight columns needed.
+
+    \b
+    Examples:
+      dipper pack "$(dipper pull smollm2)" -o smollm2.dipper
+      dipper run smollm2.dipper "Why is the sky blue?" --mlp-dram 60%
+    """
+
+
+# ------------------------------------------------------------------------------------------------ pull, pack, inspect
+
+
+@app.command()
+def pull(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="smollm2, a Hugging Face id (org/name), or a local path.")
+    ] = "smollm2",
+    cache_dir: Annotated[Path | None, typer.Option(help="Where models are kept.", metavar="DIR")] = None,
+    debug: Debug = False,
+) -> None:
+    """Fetch a model, or resume fetching it; prints its path.
+
+    \b
+    Examples:
+      dipper pull
+      dipper pull Qwen/Qwen2.5-0.5B-Instruct
+    """
+    from dipper.sources import pull as fetch
+
+    with _progress(model) as report:
+        path = fetch(model, cache_dir=cache_dir, progress=report)
+    print(path)
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A GGUF file or a Hugging Face folder.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The bundle to make (default: SRC's name + .dipper).")
+    ] = None,
+    bits: Annotated[
+        str, typer.Option(help="Of the MLP: source (the checkpoint's own grid), 4, 8 or 16.", metavar="BITS")
+    ] = "source",
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Pack a checkpoint into a bundle that single columns can be read from; prints its path.
+
+    \b
+    Examples:
+      dipper pack model.gguf -o model.dipper
+      dipper pack ./Qwen2.5-0.5B --bits 4
+    """
+    from dipper.bundle import pack as write
+
+    target = out if out is not None else Path(source.resolve().stem + ".dipper")
+    with _progress(f"packing {source.name}") as report:
+        path = write(source, target, bits=bits, overwrite=force, progress=report)
+    print(path)
+
+
+@app.command()
+def inspect(
+    bundle: Bundle,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read every byte for the checksums.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show a bundle's model, sizes and columns, and check every byte of it.
+
+    \b
+    Examples:
+      dipper inspect smollm2.dipper
+    """
+    from dipper.bundle import Bundle as BundleFile
+    from dipper.tables import inspect_table
+
+    opened = BundleFile.open(bundle)
+    if not no_verify:
+        opened.verify()
+    description = opened.describe()
+    if as_json:
+        print(json.dumps({**description, "verified": not no_verify}))
+    else:
+        print(inspect_table(description, not no_verify))
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+@app.command()
+def run(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask; - reads it from stdin.")],
+    method: Method = None,
+    density: Density = None,
+    d_in: DIn = None,
+    d_glu: DGlu = None,
+    gamma: Gamma = None,
+    cache: Cache = None,
+    dram: Dram = None,
+    mlp_dram: MlpDram = None,
+    threads: Threads = None,
+    reader: Reader = None,
+    isa: Isa = None,
+    ctx: Ctx = None,
+    cold: Cold = False,
+    trace: Trace = None,
+    n_tokens: NewTokens = 128,
+    seed: Seed = 0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    stop: Stop = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt as it is, without chat template.")] = False,
+    system: System = None,
+    no_probe: NoProbe = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text, then show what it read, held and took.
+
+    \b
+    Examples:
+      dipper run smollm2.dipper "Why is the sky blue?"
+      dipper run smollm2.dipper "Why is the sky blue?" --dram 200MB --method dip-ca --density 0.6
+      dipper run smollm2.dipper "Once upon a time" --raw -n 200 --temperature 0.8 --top-p 0.95 --seed 7
+    """
+    from dipper.generate import stream_generate
+
+    sampling = _sampling(temperature, top_k, top_p, min_p, seed)
+    tokenizer = _open_tokenizer(bundle)
+    tokens = _prompt_tokens(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw, system=system)
+    config = _config(
+        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, dram=dram, mlp_dram=mlp_dram,
+        threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
+        context=ctx if ctx is not None else len(tokens) + max(n_tokens, 1),
+    )  # fmt: skip
+    with _open_engine(bundle, config) as engine:
+        steps = stream_generate(engine, tokenizer, tokens, max_new_tokens=n_tokens, sampling=sampling, stop=stop or ())
+        record = _print_steps(steps)
+    _report_run(bundle, record, probe=not no_probe, as_json=as_json)
+
+
+def _prompt_tokens(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None) -> list[int]:
+    if raw or not tokenizer.has_chat_template:
+        if system is not None:
+            why = "--raw leaves the chat template out" if raw else "this bundle has no chat template"
+            raise ConfigError(f"--system needs a chat template, and {why}; put it into the prompt instead.")
+        return list(tokenizer.encode(prompt))
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    return list(tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}]))
+
+
+def _print_steps(steps: Iterator[GenerationStep]) -> RunRecord:
+    """Streams text to stdout as it comes; returns the last step's record."""
+    record = None
+    for step in steps:
+        if step.text:
+            sys.stdout.write(step.text)
+            sys.stdout.flush()
+        record = step.record
+    print(flush=True)
+    assert record is not None, "the last step carries the record"
+    return record
+
+
+def _report_run(bundle: Path, record: RunRecord, *, probe: bool, as_json: bool) -> None:
+    from dipper.bench import with_disk_probe
+    from dipper.records import json_line
+    from dipper.tables import run_table
+
+    if probe:
+        record = with_disk_probe(bundle, record)
+    print(json_line(record.as_dict()) if as_json else f"\n{run_table(record)}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ chat
+
+
+@app.command()
+def chat(
+    bundle: Bundle,
+    method: Method = None,
+    density: Density = None,
+    d_in: DIn = None,
+    d_glu: DGlu = None,
+    gamma: Gamma = None,
+    cache: Cache = None,
+    dram: Dram = None,
+    mlp_dram: MlpDram = None,
+    threads: Threads = None,
+    reader: Reader = None,
+    isa: Isa = None,
+    ctx: Ctx = 2048,
+    cold: Cold = False,
+    trace: Trace = None,
+    n_tokens: NewTokens = 512,
+    seed: Seed = 0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    stop: Stop = None,
+    system: System = None,
+    debug: Debug = False,
+) -> None:
+    """Talk to a model; KV and column caches are kept over turns. /reset starts anew, /quit or Ctrl-D ends.
+
+    \b
+    Examples:
+      dipper chat smollm2.dipper --mlp-dram 60% --system "Answer in one sentence."
+    """
+    from dipper.chat import ChatSession
+
+    sampling = _sampling(temperature, top_k, top_p, min_p, seed)
+    tokenizer = _open_tokenizer(bundle)
+    config = _config(
+        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, dram=dram, mlp_dram=mlp_dram,
+        threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace, context=ctx,
+    )  # fmt: skip
+    with _open_engine(bundle, config) as engine:
+        session = ChatSession(engine, tokenizer, system=system)
+        _say("/reset starts a new conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer.")
+        while (line := _read_line()) is not None:
+            if line == "/quit":
+                break
+            if line == "/reset":
+                session.reset()
+                _say("new conversation")
+            elif line.startswith("/"):
+                _say(f"there is no command {line.split()[0]}; use /reset or /quit.")
+            elif line:
+                _turn(session, line, max_new_tokens=n_tokens, sampling=sampling, stop=stop or ())
+
+
+def _read_line() -> str | None:
+    """A line from the user; None at the end of input."""
+    try:
+        # The prompt goes to stderr, so that stdout holds answers only.
+        print("> ", end="", file=sys.stderr, flush=True)
+        return input().strip()
+    except EOFError:
+        print(file=sys.stderr)
+        return None
+
+
+def _turn(session: Any, line: str, **options: Any) -> None:
+    """One question and its answer. What ends a turn does not end the chat, except a broken disk or bundle."""
+    from dipper.tables import turn_line
+
+    try:
+        steps = session.send(line, **options)
+        if session.was_reset and len(session.messages) > 1:
+            _say("the conversation does not extend what is held; reading all of it again")
+        record = _print_steps(steps)
+    except ConfigError as error:
+        _say(f"dipper: {_one_line(error)} /reset starts a new conversation.")
+        return
+    except KeyboardInterrupt:
+        steps.close()
+        print(flush=True)
+        _say("stopped")
+        return
+    if record.finish_reason == "context":
+        _say("the context is full; /reset starts a new conversation.")
+    _say(turn_line(record))
+
+
+# ------------------------------------------------------------------------------------------------ eval
+
+
+@app.command("eval")
+def evaluate(
+    bundle: Bundle,
+    text: Annotated[Path, typer.Option("--text", help="The text to score, UTF-8.", metavar="FILE")],
+    window: Annotated[int, typer.Option(help="Positions of a window.", metavar="N")] = 1024,
+    tokens: Annotated[
+        int | None, typer.Option(help="Use at most N positions, whole windows only (default: all).", metavar="N")
+    ] = None,
+    wikitext: Annotated[
+        bool | None,
+        typer.Option(
+            "--wikitext/--plain", help="One row a line, joined by blank lines (default: for files named *.raw)."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Score this method as well and show the change, e.g. dense.", metavar="NAME")
+    ] = None,
+    method: Method = None,
+    density: Density = None,
+    d_in: DIn = None,
+    d_glu: DGlu = None,
+    gamma: Gamma = None,
+    cache: Cache = None,
+    dram: Dram = None,
+    mlp_dram: MlpDram = None,
+    threads: Threads = None,
+    reader: Reader = None,
+    isa: Isa = None,
+    trace: Trace = None,
+    seed: Annotated[int, typer.Option(help="Of the error bar's resampling.", metavar="N")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of the native engine, every token through its own mask and cache step.
+
+    \b
+    Examples:
+      dipper eval smollm2.dipper --text wiki.test.raw --tokens 32768
+      dipper eval smollm2.dipper --text wiki.test.raw --method dip --density 0.6 --against dense
+    """
+    from dipper.evaluate import evaluate_bundle
+    from dipper.records import json_line
+    from dipper.tables import eval_table
+
+    options: dict[str, Any] = {
+        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
+        "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa,
+    }  # fmt: skip
+    configs = [_config(method=method, **options, trace=trace, context=window)]
+    if against is not None:
+        other = "dense-stream" if against == "dense" else against
+        configs.append(_config(**_for_method(other, options), context=window))
+    record = evaluate_bundle(
+        bundle, text, configs, window=window, limit=tokens, rows_joined=wikitext, seed=seed,
+        on_plan=_print_plan, progress=_say_progress,
+    )  # fmt: skip
+    print(json_line(record.as_dict()) if as_json else eval_table(record))
+
+
+# ------------------------------------------------------------------------------------------------ bench, doctor
+
+
+@app.command()
+def bench(
+    bundle: Bundle,
+    modes: Annotated[
+        str, typer.Option(help="Methods, with commas.", metavar="A,B,...")
+    ] = "dense-resident,dense-stream,dip,dip-ca",
+    n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="New tokens of a generation.", metavar="N")] = 64,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Prompt tokens.", metavar="N")] = 512,
+    reps: Annotated[int, typer.Option(help="Repetitions; modes take turns.", metavar="N")] = 5,
+    text: Annotated[
+        Path | None, typer.Option(help="Text the prompt is cut from (default: one of dipper's own).", metavar="FILE")
+    ] = None,
+    density: Density = None,
+    d_in: DIn = None,
+    d_glu: DGlu = None,
+    gamma: Gamma = None,
+    cache: Cache = None,
+    dram: Dram = None,
+    mlp_dram: MlpDram = None,
+    threads: Threads = None,
+    reader: Reader = None,
+    isa: Isa = None,
+    cold: Cold = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time modes against each other, cold and warm, each measurement in a process of its own.
+
+    dense-resident is the reference that holds everything: it gets no DRAM limit.
+
+    \b
+    Examples:
+      dipper bench smollm2.dipper --mlp-dram 60%
+      dipper bench smollm2.dipper --modes dense-stream,dip --dram 200MB -n 128 --reps 3 --json
+    """
+    from dipper.bench import run_bench
+    from dipper.records import json_line
+    from dipper.tables import bench_table
+
+    options = {
+        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache, "dram": dram,
+        "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa, "cold": cold or None,
+    }  # fmt: skip
+    cases = [_bench_case(bundle, mode.strip(), options, n_prompt, n_tokens, text) for mode in modes.split(",")]
+    rows = run_bench(cases, reps, progress=lambda done, total, mode: _say(f"{done + 1}/{total} {mode}"))
+    if as_json:
+        print(json_line({"schema": "dipper-bench/1", "results": [row.as_dict() for row in rows]}))
+    else:
+        print(bench_table(rows))
+
+
+def _bench_case(
+    bundle: Path, mode: str, options: dict[str, Any], n_prompt: int, n_gen: int, text: Path | None
+) -> BenchCase:
+    from dipper.bench import BenchCase
+    from dipper.engine import METHODS
+
+    if mode not in METHODS:
+        near = difflib.get_close_matches(mode, METHODS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the modes are {', '.join(METHODS)}."
+        raise ConfigError(f"there is no mode '{mode}'; {hint}")
+    given = _for_method(mode, options)
+    notes = []
+    if mode == "dense-resident" and (options["dram"], options["mlp_dram"]) != (None, None):
+        given.pop("dram", None)
+        notes.append("no DRAM limit: the reference that holds everything")
+    return BenchCase(
+        bundle=str(bundle), config=given, n_prompt=n_prompt, n_gen=n_gen, text=str(text) if text else None, notes=notes
+    )
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, or a folder on the disk to look at.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what this machine gives: direct I/O, io_uring, instruction sets, DRAM and disk bandwidth.
+
+    \b
+    Examples:
+      dipper doctor smollm2.dipper
+    """
+    from dipper import device
+
+    found = device.doctor(path)
+    if as_json:
+        print(json.dumps(found))
+        return
+    from rich.console import Console
+
+    Console().print(device.format_doctor(found))
+
+
+# ------------------------------------------------------------------------------------------------ what verbs share
+
+# Options that act with some methods only. Elsewhere they would be dropped in silence, so giving them is an error.
+_ACTS_WITH = {
+    "density": ("dip", "dip-ca"),
+    "d_in": ("dip", "dip-ca"),
+    "d_glu": ("dip", "dip-ca"),
+    "cache": ("dip", "dip-ca"),
+    "cold": ("dip", "dip-ca"),
+    "gamma": ("dip-ca",),
+    "mlp_dram": ("dense-stream", "dip", "dip-ca"),
+}
+
+
+def _config(*, method: str | None, context: int | None, **options: Any) -> EngineConfig:
+    """The options that were given, as a configuration; defaults are the engine's."""
+    from dipper.engine import METHODS, EngineConfig
+
+    method = method or EngineConfig().method
+    for name, methods in _ACTS_WITH.items():
+        if options.get(name) is not None and method in METHODS and method not in methods:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} has no effect with {method}: drop it, or use --method {' or '.join(methods)}.")
+    given = _for_method(method, options)
+    return EngineConfig(**given) if context is None else EngineConfig(**given, context=context)
+
+
+def _for_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The method and those of the given options that act with it."""
+    acting = {k: v for k, v in options.items() if v is not None and method in _ACTS_WITH.get(k, (method,))}
+    return {"method": method, **acting}
+
+
+def _sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, seed: int) -> Sampling:
+    from dipper.generate import Sampling
+
+    return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+
+
+def _open_tokenizer(bundle: Path) -> Tokenizer:
+    from dipper.tokenizer import Tokenizer
+
+    return Tokenizer.open(bundle)
+
+
+def _open_engine(bundle: Path, config: EngineConfig) -> Engine:
+    from dipper.engine import Engine
+
+    return Engine.open(bundle, config, on_plan=_print_plan)
+
+
+def _print_plan(plan: Plan) -> None:
+    """Before any weight is loaded, so that a budget can be judged before it is spent."""
+    for line in plan.lines():
+        _say(line)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _say_progress(done: int, total: int, value: float) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\rwindow {done}/{total}, perplexity {value:.3f}", end=end, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[..., None] | None]:
+    """A progress bar on stderr for `callback(done bytes, total bytes, label)`; none where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=None)
+
+        def report(done: int, total: int | None = None, what: str = label) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield report
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        argv: arguments without the program's name; by default the process's.
+
+    Returns:
+        The exit code: 0; 1 for an error, said in one line on stderr; 130 for Ctrl-C.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    command = typer.main.get_command(app)
+    try:
+        # Not command.main(): it would print usage errors over several lines, and exit with 2.
+        with command.make_context("dipper", args or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as request:
+        return int(request.exit_code)
+    except BrokenPipeError:
+        # The reader of stdout has gone, as in `dipper ... | head`; Python would complain once more when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_BROKEN_PIPE
+    except (KeyboardInterrupt, typer.Abort):
+        return _EXIT_INTERRUPTED
+    except Exception as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        _say(f"dipper: {_describe(error)}")
+        return _EXIT_ERROR
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _describe(error: Exception) -> str:
+    """What an error says to a user, in one line."""
+    if isinstance(error, DipperError):
+        return _one_line(error)
+    if isinstance(error, _UsageError):
+        return _describe_usage(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; lower --dram, --mlp-dram or --ctx."
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        todo = {errno.ENOSPC: "; free some space", errno.EACCES: "; check its permissions"}.get(error.errno or 0, "")
+        return f"{where}{error.strerror or _one_line(error)}{todo}."
+    return f"internal error: {type(error).__name__}: {_one_line(error)} (--debug shows where)"
+
+
+def _describe_usage(error: Any) -> str:
+    """A usage error of click's, with the nearest option where one was misspelt."""
+    context = error.ctx
+    help_hint = f"see `{context.command_path} --help`." if context is not None else "see `dipper --help`."
+    name = getattr(error, "option_name", None)
+    if name is not None and hasattr(error, "possibilities") and context is not None:
+        known = [option for parameter in context.command.params for option in parameter.opts]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? or " if near else ""
+        return f"`{context.command_path}` has no option {name}; {hint}{help_hint}"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message}; {help_hint}"

@@ -1,0 +1,558 @@
+"""The engine: a bundle, a DRAM budget and a method become a plan, then a native decoder that keeps to it.
+
+`Engine.open` does, in this order: read the header, measure the host (what the process holds before any weight), plan every
+byte, hand the plan to the caller, allocate and load. A budget that is too small is refused before anything is loaded.
+
+Methods:
+    dense-resident   every weight in DRAM
+    dense-stream     as many regions of the MLP pinned as the budget allows, the rest streamed by large reads, double-buffered
+    dip              Dynamic Input Pruning: top-k columns by |x|, column caches, misses read one by one (arXiv 2412.01380)
+    dip-ca           the same with Cache-Aware Masking: scores of uncached columns times gamma
+
+Example:
+    >>> config = EngineConfig(method="dip", density=0.7, mlp_dram="50%")        # doctest: +SKIP
+    >>> with Engine.open("smollm2.dipper", config) as engine:                   # doctest: +SKIP
+    ...     logits = engine.prefill([1, 2, 3])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .bundle import Bundle
+from .cache import n_selected
+from .errors import BudgetError, BundleError, ConfigError
+
+__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan", "parse_bytes"]
+
+METHODS = ("dense-resident", "dense-stream", "dip", "dip-ca")
+CACHES = ("lru", "lfu", "lfu-decay", "static")
+READERS = ("auto", "io_uring", "pread")
+DEFAULT_GAMMA = 0.5  # of dip-ca
+DEFAULT_MLP_DRAM = "50%"
+
+# Tried in this order until the budget holds: tokens a prefill block, buffers of the weight ring.
+_BLOCKS_AND_SLOTS = ((256, 8), (64, 8), (64, 4), (16, 4), (16, 2))
+_CHUNK_BYTES = 1 << 20
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str | int, whole: int) -> int:
+    """Bytes of "600MB", "1.5GiB", "60%" (of `whole`) or a number.
+
+    Raises:
+        ConfigError: not of these forms, or not positive.
+    """
+    if isinstance(text, int):
+        text = str(text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*|%)\s*", text)
+    unit = match.group(2).upper() if match else ""
+    if not match or (unit not in _UNITS and unit not in ("%", "")):
+        raise ConfigError(f"'{text}' is not an amount of memory: write 600MB, 1.5GiB, 60% or a number of bytes")
+    value = float(match.group(1))
+    n_bytes = value / 100 * whole if unit == "%" else value * _UNITS.get(unit, 1)
+    if n_bytes <= 0:
+        raise ConfigError(f"'{text}' of memory is nothing: give more than zero")
+    return int(n_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a bundle is run.
+
+    Attributes:
+        method: one of `METHODS`.
+        density: share of MLP columns used by dip and dip-ca, in (0, 1]; `d_in` and `d_glu` override it for the input and the
+            GLU columns (give both).
+        gamma: factor on the scores of uncached columns, in (0, 1]; None: 1 for dip, 0.5 for dip-ca.
+        cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
+        dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the process.
+        mlp_dram: the MLP's share: "2.7b" bits per MLP weight, or "60%" of its bytes, scales and staging included.
+            None: what `dram` leaves, or 50 % where that is not given either.
+        context: positions of the KV cache.
+        threads: None: all cores.
+        reader, isa: "auto" or a fixed choice.
+        cold: prefill leaves the column caches as they are.
+        trace: file for what every token did to every region (docs/trace-format.md).
+    """
+
+    method: str = "dip"
+    density: float = 0.7
+    d_in: float | None = None
+    d_glu: float | None = None
+    gamma: float | None = None
+    cache: str = "lfu"
+    cache_decay: float = 0.99
+    dram: str | int | None = None
+    mlp_dram: str | None = None
+    context: int = 1024
+    threads: int | None = None
+    reader: str = "auto"
+    isa: str = "auto"
+    cold: bool = False
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", METHODS), ("cache", CACHES), ("reader", READERS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} '{getattr(self, name)}' is unknown: choose {', '.join(known)}")
+        if (self.d_in is None) != (self.d_glu is None):
+            raise ConfigError("d_in and d_glu go together: give both or neither")
+        for name in ("density", "d_in", "d_glu", "cache_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"{name} is {value}, outside (0, 1]: give a share such as 0.7")
+        if self.gamma is not None and not 0 < self.gamma <= 1:
+            raise ConfigError(f"gamma is {self.gamma}, outside (0, 1]: 1 ignores the cache, smaller favours cached columns")
+        if self.method != "dip-ca" and self.gamma not in (None, 1.0):
+            raise ConfigError(f"gamma {self.gamma} goes with --method dip-ca, not {self.method}")
+        if self.context < 1:
+            raise ConfigError(f"context is {self.context}: at least 1 position is needed")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}: at least 1 is needed")
+        if self.trace is not None and not self.prunes:
+            raise ConfigError(f"a trace records masks, which {self.method} does not have: use --method dip or dip-ca")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the MLP is pruned at all."""
+        return self.method in ("dip", "dip-ca")
+
+    @property
+    def densities(self) -> tuple[float, float]:
+        """Densities of the input and the GLU columns: (d_in, d_glu)."""
+        if not self.prunes:
+            return 1.0, 1.0
+        if self.d_in is not None and self.d_glu is not None:
+            return self.d_in, self.d_glu
+        return self.density, self.density
+
+    @property
+    def mlp_density(self) -> float:
+        """Share of MLP weights used per token, (2 d_in + d_glu) / 3."""
+        d_in, d_glu = self.densities
+        return (2 * d_in + d_glu) / 3
+
+    @property
+    def effective_gamma(self) -> float:
+        """Gamma with the method's default filled in."""
+        if self.gamma is not None:
+            return self.gamma
+        return DEFAULT_GAMMA if self.method == "dip-ca" else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every byte that a run will hold, decided before anything is loaded.
+
+    Attributes:
+        parts: bytes by what for: host, resident, mlp_scales, pinned, slots, staging, bookkeeping, kv, scratch.
+        budget_bytes: limit of the process, None without one.
+        mlp_bytes: mlp_scales + pinned + slots + staging + bookkeeping.
+        mlp_budget_bytes: limit of the MLP, None where the method takes what it needs.
+        mlp_bits_per_weight: `mlp_bytes` in bits per MLP weight.
+        cached_fraction: share of MLP columns that slots or pinned regions hold.
+        minimum_bytes: the smallest process budget that this bundle, method and context work with.
+        options: what the native decoder is built with.
+    """
+
+    parts: dict[str, int]
+    budget_bytes: int | None
+    mlp_bytes: int
+    mlp_budget_bytes: int | None
+    mlp_bits_per_weight: float
+    cached_fraction: float
+    minimum_bytes: int
+    options: dict[str, Any] = field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    def lines(self) -> list[str]:
+        """The plan in words, one line for the process and one for the MLP."""
+        mib = {name: f"{name.replace('_', ' ')} {value / 2**20:.1f}" for name, value in self.parts.items() if value}
+        budget = "no limit" if self.budget_bytes is None else f"budget {self.budget_bytes / 2**20:.1f}"
+        mlp_budget = "" if self.mlp_budget_bytes is None else f" of {self.mlp_budget_bytes / 2**20:.1f}"
+        return [
+            f"DRAM plan, MiB: total {self.total_bytes / 2**20:.1f} ({budget}) = {' + '.join(mib.values())}",
+            f"MLP share, MiB: {self.mlp_bytes / 2**20:.1f}{mlp_budget} = {self.mlp_bits_per_weight:.2f} bits per MLP weight; "
+            f"{100 * self.cached_fraction:.1f} % of the columns held",
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counters:
+    """What happened since the last `reset_counters()`; bytes and reads are what was asked of the disk."""
+
+    n_tokens: int
+    selected: int
+    hits: int
+    misses: int
+    evictions: int
+    useful_bytes: int
+    flash_bytes: int
+    reads: int
+    ledger_s: dict[str, float]
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over selected columns; None where nothing was selected."""
+        return self.hits / self.selected if self.selected else None
+
+
+class _Planner:
+    """Finds the richest settings that a budget allows; all sizes come from the native `plan_memory`."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig, host_bytes: int) -> None:
+        self.bundle = bundle
+        self.config = config
+        self.host_bytes = host_bytes
+        self.regions: list[dict[str, Any]] = bundle.header["regions"]
+        model = bundle.header["model"]
+        d_in, d_glu = config.densities
+        self.base: dict[str, Any] = {
+            "residency": {"dense-resident": "resident", "dense-stream": "stream"}.get(config.method, "cached"),
+            "prune": config.prunes,
+            "k_in": n_selected(d_in, model["hidden_size"]),
+            "k_glu": n_selected(d_glu, model["intermediate_size"]),
+            "gamma": config.effective_gamma,
+            "cache": config.cache,
+            "cache_decay": config.cache_decay,
+            "capacity": [0] * len(self.regions),
+            "pinned": [0] * len(self.regions),
+            "stream_chunk_bytes": _CHUNK_BYTES,
+            "context": config.context,
+            "n_threads": config.threads or os.cpu_count() or 1,
+            "isa": config.isa,
+            "reader": config.reader,
+            "depth": 64,
+        }
+        self.scale_bytes = sum(
+            array["bytes"]
+            for region in self.regions
+            for matrix in region["matrices"]
+            for name, array in matrix["scales"].items()
+            if name != "tier"
+        )
+        self.region_bytes = sum(region["bytes"] for region in self.regions)
+        self.mlp_weights = bundle.mlp_weights
+
+    def parts(self, options: dict[str, Any]) -> dict[str, int]:
+        native = _core.plan_memory(self.bundle.header, str(self.bundle.path), options)
+        return {
+            "host": self.host_bytes,
+            "resident": native["resident"] - self.scale_bytes,
+            "mlp_scales": self.scale_bytes,
+            **{name: native[name] for name in ("pinned", "slots", "staging", "bookkeeping", "kv", "scratch")},
+        }
+
+    @staticmethod
+    def mlp_bytes(parts: dict[str, int]) -> int:
+        return sum(parts[name] for name in ("mlp_scales", "pinned", "slots", "staging", "bookkeeping"))
+
+    def limits(self) -> tuple[int | None, int | None]:
+        """Budgets of the process and of the MLP in bytes."""
+        config = self.config
+        budget = None if config.dram is None else parse_bytes(config.dram, self.bundle.total_bytes)
+        mlp_dram = config.mlp_dram
+        if config.method == "dense-resident":
+            if mlp_dram is not None:
+                raise ConfigError("--mlp-dram does not go with dense-resident, which holds the whole MLP: drop it or choose dense-stream")
+            return budget, None
+        if mlp_dram is None:
+            if budget is not None:
+                return budget, None
+            mlp_dram = DEFAULT_MLP_DRAM
+        bits = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*b(its)?\s*", mlp_dram)
+        if bits:
+            return budget, int(float(bits.group(1)) * self.mlp_weights / 8)
+        return budget, parse_bytes(mlp_dram, self.region_bytes + self.scale_bytes)
+
+    def fill(self, options: dict[str, Any], room: int) -> dict[str, Any]:
+        """Spends `room` bytes on pinned regions (dense-stream) or slots (dip)."""
+        options = dict(options)
+        if self.base["residency"] == "cached":
+            share = min(1.0, room / self.region_bytes)
+            options["capacity"] = [int(share * region["n_columns"]) for region in self.regions]
+        elif self.base["residency"] == "stream":
+            options["pinned"] = _spread([-(-region["bytes"] // 4096) * 4096 for region in self.regions], room)
+        return options
+
+    def plan(self) -> Plan:
+        budget, mlp_budget = self.limits()
+        minimum = mlp_minimum = 0
+        for block_tokens, stream_slots in _BLOCKS_AND_SLOTS:
+            options = {**self.base, "block_tokens": min(block_tokens, self.config.context), "stream_slots": stream_slots}
+            parts = self.parts(options)
+            minimum, mlp_minimum = sum(parts.values()), self.mlp_bytes(parts)
+            room = min(
+                self.region_bytes if budget is None else budget - minimum,
+                self.region_bytes if mlp_budget is None else mlp_budget - mlp_minimum,
+            )
+            if room >= 0:
+                break
+        else:
+            self.refuse(budget, minimum, mlp_budget, mlp_minimum)
+        options = self.fill(options, room)
+        parts = self.parts(options)
+        held = sum(r["bytes"] for r, p in zip(self.regions, options["pinned"], strict=True) if p) + parts["slots"]
+        if self.config.method == "dense-resident":
+            held = self.region_bytes
+        return Plan(
+            parts=parts,
+            budget_bytes=budget,
+            mlp_bytes=self.mlp_bytes(parts),
+            mlp_budget_bytes=mlp_budget,
+            mlp_bits_per_weight=8 * self.mlp_bytes(parts) / self.mlp_weights,
+            cached_fraction=held / self.region_bytes,
+            minimum_bytes=self.smallest(),
+            options=options,
+        )
+
+    def smallest(self) -> int:
+        block_tokens, stream_slots = _BLOCKS_AND_SLOTS[-1]
+        return sum(self.parts({**self.base, "block_tokens": min(block_tokens, self.config.context), "stream_slots": stream_slots}).values())
+
+    def refuse(self, budget: int | None, minimum: int, mlp_budget: int | None, mlp_minimum: int) -> None:
+        if budget is not None and budget < minimum:
+            raise BudgetError(
+                f"--dram gives {budget / 1e6:.1f} MB, but {self.config.method} with a context of {self.config.context} needs at least "
+                f"{_ceil_mb(minimum)} MB here ({self.host_bytes / 1e6:.1f} MB of it is the host process): raise --dram to {_ceil_mb(minimum)}MB"
+                + ("" if self.config.method != "dense-resident" else " or choose --method dense-stream or dip")
+            )
+        bits = 8 * mlp_minimum / self.mlp_weights
+        raise BudgetError(
+            f"--mlp-dram gives {(mlp_budget or 0) / 1e6:.1f} MB to the MLP, but its scales and staging alone need {mlp_minimum / 1e6:.1f} MB: "
+            f"raise --mlp-dram to {bits + 0.005:.2f}b or more"
+        )
+
+
+def _ceil_mb(n_bytes: int) -> str:
+    return f"{-(-n_bytes // 10**5) / 10:.1f}"
+
+
+def _spread(sizes: Sequence[int], room: int) -> list[int]:
+    """Which regions to pin within `room` bytes, evenly over the depth: streaming then overlaps with every layer's compute."""
+    total = sum(sizes)
+    pinned = [0] * len(sizes)
+    passed = held = 0
+    for i, size in enumerate(sizes):
+        passed += size
+        if held + size <= room * passed / total:
+            pinned[i] = 1
+            held += size
+    for i, size in enumerate(sizes):
+        if not pinned[i] and held + size <= room:
+            pinned[i] = 1
+            held += size
+    return pinned
+
+
+def _rss_bytes() -> int:
+    """Resident set of this process now."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Engine:
+    """A loaded bundle; use `Engine.open`. Not for several threads at once.
+
+    Attributes:
+        config, plan, bundle: what it was opened with.
+        notes: fallbacks taken (reader, direct I/O), each said once.
+    """
+
+    def __init__(self, bundle: Bundle, config: EngineConfig, plan: Plan, decoder: Any) -> None:
+        self.bundle = bundle
+        self.config = config
+        self.plan = plan
+        self.notes: list[str] = [note for note in decoder.reader_notes if note]
+        self._decoder = decoder
+        self._trace_partial: Path | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, config: EngineConfig | None = None, on_plan: Callable[[Plan], None] | None = None
+    ) -> Engine:
+        """Plans, then loads.
+
+        Args:
+            path: bundle directory.
+            config: how to run it.
+            on_plan: called with the plan before anything is loaded.
+
+        Raises:
+            BundleError: damaged or newer bundle.
+            BudgetError: the budget is below the smallest that works.
+            ConfigError: context over the model's, unknown instruction set.
+        """
+        config = config or EngineConfig()
+        bundle = Bundle.open(path)
+        limit = bundle.header["model"]["max_context"]
+        if config.context > limit:
+            raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
+        plan = _Planner(bundle, config, _rss_bytes()).plan()
+        if on_plan is not None:
+            on_plan(plan)
+        decoder = _core.Decoder(bundle.header, str(bundle.path), plan.options)
+        digest = hashlib.sha256(decoder.resident_bytes()).hexdigest()
+        if digest != bundle.header["files"]["resident.bin"]["sha256"]:
+            raise BundleError(f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again")
+        engine = cls(bundle, config, plan, decoder)
+        if config.prunes and config.cache == "static" and config.cold:
+            decoder.pin_static()
+        if config.trace is not None:
+            engine._start_trace(config.trace)
+        return engine
+
+    def _start_trace(self, path: Path) -> None:
+        header = {
+            "format": "dipper-trace",
+            "model": self.bundle.header["model"]["name"],
+            "bundle": self.bundle.header["header_sha256"],
+            "method": self.config.method,
+            "gamma": self.config.effective_gamma,
+            "densities": self.config.densities,
+            "cache": self.config.cache,
+            "regions": [
+                {"layer": r["layer"], "kind": r["kind"], "n_columns": r["n_columns"], "record_bytes": r["record_bytes"], "offset": r["offset"], "capacity": c}
+                for r, c in zip(self.bundle.header["regions"], self.plan.options["capacity"], strict=True)
+            ],
+        }
+        self._trace_partial = path.with_name(path.name + ".partial")
+        self._decoder.start_trace(str(self._trace_partial), json.dumps(header))
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees weights and caches; a trace gets its final name."""
+        if self._decoder is None:
+            return
+        self._decoder.stop_trace()
+        self._decoder = None
+        if self._trace_partial is not None and self.config.trace is not None:
+            with open(self._trace_partial, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(self._trace_partial, self.config.trace)
+
+    @property
+    def n_past(self) -> int:
+        """Positions in the KV cache."""
+        return int(self._decoder.n_past)
+
+    @property
+    def context(self) -> int:
+        """Positions that the KV cache has room for."""
+        return self.config.context
+
+    @property
+    def vocab_size(self) -> int:
+        """Length of a row of logits."""
+        return int(self.bundle.header["model"]["vocab_size"])
+
+    @property
+    def isa(self) -> str:
+        """Instruction set of the kernels in use."""
+        return str(self._decoder.isa)
+
+    @property
+    def n_threads(self) -> int:
+        """Compute threads, the caller's included."""
+        return int(self.plan.options["n_threads"])
+
+    @property
+    def reader_backend(self) -> str:
+        """io_uring or pread."""
+        return str(self._decoder.reader_backend)
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads bypass the page cache."""
+        return bool(self._decoder.direct)
+
+    def prefill(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Appends tokens, dense and streamed layer by layer; warms the column caches unless `cold`.
+
+        Returns:
+            Logits of the last token, [vocab].
+
+        Raises:
+            ConfigError: no tokens, an id outside the vocabulary, or the context is full.
+            FlashError: a read failed.
+        """
+        logits: npt.NDArray[np.float32] = self._decoder.prefill(np.asarray(tokens, np.int32), self.config.prunes and not self.config.cold)
+        return logits
+
+    def step(self, token: int) -> npt.NDArray[np.float32]:
+        """One decoded token through its own masks and the caches; logits [vocab]. Raises as `prefill`, and ConfigError for a NaN score."""
+        logits: npt.NDArray[np.float32] = self._decoder.step(int(token))
+        return logits
+
+    def logits(
+        self, tokens: Sequence[int], masks: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Logits of every token, each through its own mask and cache step, worked layer by layer; equals `step` bit for bit.
+
+        Args:
+            tokens: continue after `n_past`.
+            masks: forced instead: by layer (uint8 [T, hidden], uint8 [T, intermediate]), nonzero = used. Cache untouched.
+
+        Returns:
+            [T, vocab] fp32.
+        """
+        ids = np.asarray(tokens, np.int32)
+        if masks is None:
+            logits: npt.NDArray[np.float32] = self._decoder.logits(ids, "own" if self.config.prunes else "dense", [], [])
+        else:
+            inputs, glus = ([np.ascontiguousarray(layer[i], np.uint8) for layer in masks] for i in range(2))
+            logits = self._decoder.logits(ids, "forced", inputs, glus)
+        return logits
+
+    def score(self, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Negative log-likelihood of tokens[1:], every token through its own mask and cache step, [T - 1].
+
+        Raises:
+            ConfigError: fewer than two tokens, or as `prefill`.
+        """
+        ids = np.asarray(tokens, np.int32)
+        if len(ids) < 2:
+            raise ConfigError(f"{len(ids)} tokens cannot be scored: at least 2 are needed")
+        losses: npt.NDArray[np.float64] = self._decoder.losses(ids[:-1].copy(), ids[1:].copy())
+        return losses
+
+    def reset(self) -> None:
+        """Forgets the KV cache; column caches stay."""
+        self._decoder.reset()
+
+    def reset_cache(self) -> None:
+        """Empties the column caches and their counters."""
+        self._decoder.reset_cache()
+
+    def reset_counters(self) -> None:
+        """Counters and ledger start at zero."""
+        self._decoder.reset_counters()
+
+    def counters(self) -> Counters:
+        """Counters since the last reset."""
+        return Counters(**self._decoder.counters())
+
+

@@ -1,0 +1,488 @@
+"""The one result schema: what a measurement is called, how it is computed, and where it came from.
+
+Owns the metrics (each defined once, below), `RunRecord` (one generation), `BenchRow` (a `RunRecord` plus
+llama-bench's field names), `EvalRecord` (one perplexity) and `Provenance`. Whatever prints or stores a figure takes
+it from here.
+
+    timing = Timing(start_s=0.0, first_s=0.5, last_s=2.5, n_tokens=21)
+    timing.ttft_s, timing.tok_per_s       # (0.5, 10.0): 20 tokens in the 2 s after the first
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dipper import __version__
+from dipper.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dipper.engine import Counters, Engine, EngineConfig
+
+__all__ = [
+    "LEDGER",
+    "BenchRow",
+    "EvalRecord",
+    "Provenance",
+    "RunRecord",
+    "Timing",
+    "Traffic",
+    "engine_fields",
+    "header_sha256",
+    "json_line",
+    "ledger",
+    "method_fields",
+    "peak_rss_bytes",
+    "per_token",
+    "provenance",
+    "ratio",
+    "run_record",
+    "write_json",
+]
+
+# The parts of a decoded token's time. `rest` is what the others leave of the wall time: norms, sampling, detokenising.
+LEDGER = ("select", "wait", "gemv", "attention", "head", "rest")
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole, or None where there is no whole (JSON has no infinity)."""
+    return part / whole if whole > 0 else None
+
+
+def per_token(total: int, n_tokens: int) -> float:
+    """A counter spread over the decoded tokens it was counted over; 0 where none was."""
+    return total / n_tokens if n_tokens else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """When a generation began, gave its first and its last token, in seconds of one monotonic clock."""
+
+    start_s: float  # before the prefill
+    first_s: float  # the first new token is known: prefill and one sampling are done
+    last_s: float  # the last new token is known
+    n_tokens: int  # new tokens, an end-of-text token included
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token, prefill included."""
+        return self.first_s - self.start_s
+
+    @property
+    def decode_s(self) -> float:
+        """Time from the first token to the last, prefill excluded."""
+        return self.last_s - self.first_s
+
+    @property
+    def tok_per_s(self) -> float | None:
+        """Tokens after the first over the time they took; None for fewer than two tokens."""
+        return ratio(self.n_tokens - 1, self.decode_s) if self.n_tokens > 1 else None
+
+
+def ledger(measured: Mapping[str, float], decode_s: float) -> dict[str, float]:
+    """The engine's own seconds by part, with `rest` set so that the parts add up to the decode time.
+
+    Args:
+        measured: seconds by part; parts that are absent count as 0, an own `rest` is replaced.
+        decode_s: wall time from the first token to the last.
+
+    Returns:
+        Seconds for every name of `LEDGER`, in that order.
+    """
+    parts = {name: float(measured.get(name, 0.0)) for name in LEDGER if name != "rest"}
+    parts["rest"] = max(0.0, decode_s - sum(parts.values()))
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------ provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What produced a result: code, bundle, libraries, machine, time."""
+
+    dipper: str
+    commit: str | None  # None outside a git checkout
+    dirty: bool | None  # tracked files differ from the commit
+    bundle: str
+    bundle_header_sha256: str | None
+    python: str
+    numpy: str
+    cpu: str
+    n_cpus: int
+    system: str
+    time: str  # UTC, ISO 8601
+
+
+def _git(root: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@lru_cache(maxsize=1)
+def _checkout() -> tuple[str | None, bool | None]:
+    """Commit and dirty flag when this package runs from a checkout, (None, None) when it is installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
+        return None, None
+    commit = _git(root, "rev-parse", "HEAD")
+    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return commit, None if commit is None or status is None else bool(status)
+
+
+@lru_cache(maxsize=1)
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def header_sha256(bundle: str | os.PathLike[str]) -> str | None:
+    """The checksum that names a bundle's content, None where there is no readable header."""
+    try:
+        with open(Path(bundle) / "bundle.json", encoding="utf-8") as file:
+            stated = json.load(file).get("header_sha256")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return stated if isinstance(stated, str) else None
+
+
+def provenance(bundle: str | os.PathLike[str]) -> Provenance:
+    """Describes this process and the bundle that it read."""
+    import numpy as np
+
+    commit, dirty = _checkout()
+    return Provenance(
+        dipper=__version__,
+        commit=commit,
+        dirty=dirty,
+        bundle=os.fspath(bundle),
+        bundle_header_sha256=header_sha256(bundle),
+        python=platform.python_version(),
+        numpy=np.__version__,
+        cpu=_cpu(),
+        n_cpus=os.cpu_count() or 1,
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process held. VmHWM, since ru_maxrss survives exec and can be the parent's."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One generation, measured. Counters run from the first new token to the last: prefill is not in them."""
+
+    text: str
+    n_tokens: int  # new tokens, an end-of-text token included
+    n_prompt: int  # tokens prefilled for this generation
+    finish_reason: str  # stop | length | context
+    tok_per_s: float | None
+    ttft_s: float
+    decode_s: float
+    method: str
+    density: float | None  # None: dense
+    d_in: float | None
+    d_glu: float | None
+    gamma: float | None  # 1 for dip; None: dense
+    cache: str | None  # None: the method has no column cache
+    seed: int
+    sampling: dict[str, Any]  # temperature (0: greedy, the seed does not act), top_k, top_p, min_p
+    hit_rate: float | None  # hits / (hits + misses); None where nothing was looked up
+    flash_bytes_per_token: float  # asked of the disk
+    useful_bytes_per_token: float  # of it, the records' own
+    reads_per_token: float
+    read_gbps: float | None  # flash bytes / decode_s: what the run drew from the disk, its idle time included
+    disk_gbps_at_size: float | None = None  # what the disk gives for reads of the run's mean size; None: not measured
+    dram_bytes: dict[str, int]  # planned, by part
+    dram_budget_bytes: int | None
+    mlp_bits_per_weight: float
+    peak_rss_bytes: int
+    ledger_s: dict[str, float]  # seconds over the whole decode; see LEDGER
+    reader_backend: str
+    direct: bool
+    isa: str
+    n_threads: int
+    notes: list[str] = field(default_factory=list)  # fallbacks and what else a reader of the figures must know
+    provenance: Provenance | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON types, `schema` first."""
+        return {"schema": "dipper-run/1", **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """One test of one mode: the run whose speed is the median, and llama-bench's fields over all repetitions.
+
+    `test` is `ppN` (prompt tokens per second until the first new token) or `tgN` (new tokens per second after it, at a
+    depth of `n_depth` prompt tokens).
+    """
+
+    run: RunRecord
+    mode: str
+    state: str  # cold: page cache dropped, column cache empty before the prompt; warm: after one generation
+    test: str
+    n_gen: int
+    n_depth: int
+    samples_ts: list[float]
+    samples_ns: list[int]
+    # What the disk alone would allow: disk_gbps_at_size / flash bytes per token; None where nothing is read.
+    limit_ts: float | None = None
+
+    @property
+    def median_ts(self) -> float:
+        """Tokens per second, median of the repetitions."""
+        return _median(self.samples_ts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as JSON types: every key of the run, then the bench's own."""
+        avg_ts, stddev_ts = _mean_stddev(self.samples_ts)
+        avg_ns, stddev_ns = _mean_stddev(self.samples_ns)
+        of_limit = None if self.limit_ts is None else ratio(self.median_ts, self.limit_ts)
+        own: dict[str, Any] = {
+            "mode": self.mode,
+            "state": self.state,
+            "test": self.test,
+            "n_gen": self.n_gen,
+            "n_depth": self.n_depth,
+            "reps": len(self.samples_ts),
+            "median_ts": self.median_ts,
+            "avg_ts": avg_ts,
+            "stddev_ts": stddev_ts,
+            "avg_ns": round(avg_ns),
+            "stddev_ns": round(stddev_ns),
+            "samples_ts": self.samples_ts,
+            "samples_ns": self.samples_ns,
+            "limit_ts": self.limit_ts,
+            "of_limit": of_limit,
+        }
+        return {**self.run.as_dict(), "schema": "dipper-bench/1", **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """One perplexity of one method over one text."""
+
+    perplexity: float
+    stderr: float | None  # bootstrap over windows; None for a single window
+    ci95: tuple[float, float] | None
+    nll_per_token: float
+    n_tokens: int  # scored
+    n_windows: int
+    window: int
+    bos_id: int | None  # put before every window, not scored
+    tokens_sha256: str  # of the text's token ids that were used, int32 little-endian, without BOS
+    text: str  # path
+    text_sha256: str  # of the text as tokenised, UTF-8
+    rows_joined: bool  # True: one row a line, joined by blank lines; False: the file as it is
+    method: str
+    density: float | None
+    d_in: float | None
+    d_glu: float | None
+    gamma: float | None
+    cache: str | None
+    hit_rate: float | None
+    flash_bytes_per_token: float
+    useful_bytes_per_token: float
+    reads_per_token: float
+    seconds: float
+    dram_bytes: dict[str, int]
+    dram_budget_bytes: int | None
+    mlp_bits_per_weight: float
+    peak_rss_bytes: int
+    isa: str
+    n_threads: int
+    window_nll: list[float]  # sum over each window, nats
+    notes: list[str] = field(default_factory=list)
+    provenance: Provenance | None = None
+    against: dict[str, Any] | None = None  # the other engine's record and the relative change
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON types, `schema` first."""
+        return {"schema": "dipper-eval/1", **asdict(self)}
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def _mean_stddev(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for one value, as llama-bench has it)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    return mean, (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+
+
+# ------------------------------------------------------------------------------------------------ from an engine
+
+
+def method_fields(config: EngineConfig) -> dict[str, Any]:
+    """The keys that name a method, with None where a knob does not act."""
+    d_in, d_glu = config.densities if config.prunes else (None, None)
+    return {
+        "method": config.method,
+        "density": config.mlp_density if config.prunes else None,
+        "d_in": d_in,
+        "d_glu": d_glu,
+        "gamma": config.effective_gamma if config.prunes else None,
+        "cache": config.cache if config.prunes else None,
+    }
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """Cache and flash counters, summed over as many readings of an engine's counters as are added."""
+
+    n_tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    flash_bytes: int = 0
+    useful_bytes: int = 0
+    reads: int = 0
+
+    def add(self, counters: Counters) -> Traffic:
+        """Adds one reading; returns itself."""
+        self.n_tokens += counters.n_tokens
+        self.hits += counters.hits
+        self.misses += counters.misses
+        self.flash_bytes += counters.flash_bytes
+        self.useful_bytes += counters.useful_bytes
+        self.reads += counters.reads
+        return self
+
+    def fields(self) -> dict[str, Any]:
+        """The keys of a record that come from counters."""
+        return {
+            "hit_rate": ratio(self.hits, self.hits + self.misses),
+            "flash_bytes_per_token": per_token(self.flash_bytes, self.n_tokens),
+            "useful_bytes_per_token": per_token(self.useful_bytes, self.n_tokens),
+            "reads_per_token": per_token(self.reads, self.n_tokens),
+        }
+
+
+def engine_fields(engine: Engine) -> dict[str, Any]:
+    """The keys that name an engine and what it holds, shared by all records."""
+    return {
+        **method_fields(engine.config),
+        "dram_bytes": dict(engine.plan.parts),
+        "dram_budget_bytes": engine.plan.budget_bytes,
+        "mlp_bits_per_weight": engine.plan.mlp_bits_per_weight,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "isa": engine.isa,
+        "n_threads": engine.n_threads,
+        "notes": list(engine.notes),
+        "provenance": provenance(engine.bundle.path),
+    }
+
+
+def run_record(
+    engine: Engine,
+    timing: Timing,
+    *,
+    text: str,
+    n_prompt: int,
+    finish_reason: str,
+    seed: int,
+    sampling: Mapping[str, Any],
+) -> RunRecord:
+    """Builds the record of the generation that the engine's counters cover.
+
+    Args:
+        engine: its counters were reset after the prefill.
+        timing: of the same generation.
+        text: what was generated.
+        n_prompt: tokens prefilled.
+        finish_reason: stop, length or context.
+        seed: of the sampler.
+        sampling: its other options.
+
+    Returns:
+        The record, without `disk_gbps_at_size`, which only a probe of the disk can tell.
+    """
+    counters = engine.counters()
+    flash_gbps = ratio(counters.flash_bytes / 1e9, timing.decode_s) if counters.flash_bytes else None
+    return RunRecord(
+        text=text,
+        n_tokens=timing.n_tokens,
+        n_prompt=n_prompt,
+        finish_reason=finish_reason,
+        tok_per_s=timing.tok_per_s,
+        ttft_s=timing.ttft_s,
+        decode_s=timing.decode_s,
+        seed=seed,
+        sampling=dict(sampling),
+        read_gbps=flash_gbps,
+        ledger_s=ledger(counters.ledger_s, timing.decode_s),
+        reader_backend=engine.reader_backend,
+        direct=engine.direct,
+        **Traffic().add(counters).fields(),
+        **engine_fields(engine),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of strict JSON (no NaN, no infinity), keys in the order given."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Writes a JSON file that is whole or absent: built beside its place, flushed, renamed.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ConfigError(f"Cannot write {target}: the folder {target.parent} does not exist. Create it first.")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as out:
+            json.dump(value, out, ensure_ascii=False, allow_nan=False, indent=1)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)

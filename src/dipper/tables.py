@@ -1,0 +1,238 @@
+"""What the command line shows of records: plain text, returned, never printed here.
+
+Plain text on purpose: a table library would stand in the DRAM that a run accounts for. MB are 10^6 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dipper.records import LEDGER, BenchRow, EvalRecord, RunRecord
+
+__all__ = ["align", "bench_table", "compare_table", "eval_table", "inspect_table", "run_table", "turn_line"]
+
+_NONE = "-"
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def _mb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:.1f} MB"
+
+
+def _size(n_bytes: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.1f} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return _NONE if value is None else form.format(value)
+
+
+def _method(record: RunRecord | EvalRecord) -> str:
+    words = [record.method]
+    if record.density is not None:
+        words.append(f"density {record.density:.2f}")
+    if record.d_in is not None and record.d_glu is not None:
+        words.append(f"(input {record.d_in:.2f}, glu {record.d_glu:.2f})")
+    if record.gamma is not None:
+        words.append(f"gamma {record.gamma:g}")
+    if record.cache is not None:
+        words.append(f"cache {record.cache}")
+    return ", ".join(words)
+
+
+def align(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Rows of cells as columns two spaces apart: the first `left` flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _pairs(rows: Sequence[tuple[str, str]]) -> str:
+    return align(rows, left=2)
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+def run_table(record: RunRecord) -> str:
+    """One run: speed, cache, flash, DRAM, time."""
+    rows = [
+        ("method", f"{_method(record)}; {record.n_threads} threads, {record.isa}"),
+        ("speed", _speed(record)),
+        *_flash(record),
+        ("DRAM", _dram(record)),
+        ("peak RSS", _mb(record.peak_rss_bytes)),
+        ("time per token", _ledger(record)),
+        *(("note", note) for note in record.notes),
+    ]
+    return _pairs(rows)
+
+
+def _speed(record: RunRecord) -> str:
+    rate = _or_none(record.tok_per_s, "{:.2f} tok/s")
+    prompt = f"first token after {record.ttft_s:.2f} s ({record.n_prompt} prompt tokens)"
+    return f"{rate}, {record.n_tokens} tokens, {prompt}, ended by {record.finish_reason}"
+
+
+def _flash(record: RunRecord) -> list[tuple[str, str]]:
+    rows = []
+    if record.hit_rate is not None:
+        rows.append(("hit rate", f"{100 * record.hit_rate:.1f} %"))
+    if not record.reads_per_token:
+        return [*rows, ("flash", "no reads while decoding")]
+    mean = record.flash_bytes_per_token / record.reads_per_token
+    useful = 100 * record.useful_bytes_per_token / record.flash_bytes_per_token
+    rows.append(
+        (
+            "flash per token",
+            f"{_size(record.flash_bytes_per_token)} in {record.reads_per_token:,.0f} reads of {_size(mean)} "
+            f"({useful:.0f} % useful)",
+        )
+    )
+    given = "not measured" if record.disk_gbps_at_size is None else f"{record.disk_gbps_at_size:.2f} GB/s"
+    backend = f"{record.reader_backend}, {'O_DIRECT' if record.direct else 'through the page cache'}"
+    drawn = _or_none(record.read_gbps, "{:.2f} GB/s")
+    rows.append(("read", f"{drawn}; the disk gives at that size: {given} ({backend})"))
+    return rows
+
+
+def _dram(record: RunRecord) -> str:
+    parts = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in record.dram_bytes.items() if n)
+    budget = "no budget" if record.dram_budget_bytes is None else f"budget {_mb(record.dram_budget_bytes)}"
+    total = _mb(sum(record.dram_bytes.values()))
+    return f"{total} ({budget}; {parts}); MLP {record.mlp_bits_per_weight:.2f} bits per weight"
+
+
+def _ledger(record: RunRecord) -> str:
+    n_steps = record.n_tokens - 1
+    if n_steps < 1:
+        return _NONE
+    parts = " + ".join(f"{name} {1e3 * record.ledger_s[name] / n_steps:.2f}" for name in LEDGER)
+    return f"{1e3 * record.decode_s / n_steps:.2f} ms = {parts}"
+
+
+def turn_line(record: RunRecord) -> str:
+    """One turn of a chat, in a line."""
+    words = [f"[{_or_none(record.tok_per_s, '{:.2f}')} tok/s", f"first token after {record.ttft_s:.2f} s"]
+    if record.hit_rate is not None:
+        words.append(f"hits {100 * record.hit_rate:.0f} %")
+    if record.reads_per_token:
+        words.append(f"{_size(record.flash_bytes_per_token)} in {record.reads_per_token:,.0f} reads per token")
+    return ", ".join(words) + "]"
+
+
+def compare_table(records: Sequence[RunRecord], perplexities: dict[str, float] | None = None) -> str:
+    """Several runs side by side, one a row."""
+    head = ["method", "tok/s", "TTFT s", "hits", "flash/token", "reads/token", "DRAM MB", "peak RSS MB"]
+    rows = [head + (["perplexity"] if perplexities else [])]
+    for record in records:
+        cells = [
+            record.method,
+            _or_none(record.tok_per_s, "{:.2f}"),
+            f"{record.ttft_s:.2f}",
+            _or_none(None if record.hit_rate is None else 100 * record.hit_rate, "{:.0f} %"),
+            _size(record.flash_bytes_per_token),
+            f"{record.reads_per_token:,.0f}",
+            f"{sum(record.dram_bytes.values()) / 1e6:.0f}",
+            f"{record.peak_rss_bytes / 1e6:.0f}",
+        ]
+        if perplexities:
+            cells.append(_or_none(perplexities.get(record.method), "{:.2f}"))
+        rows.append(cells)
+    return align(rows)
+
+
+# ------------------------------------------------------------------------------------------------ bench
+
+
+def bench_table(rows: Sequence[BenchRow]) -> str:
+    """A bench: one test of one mode a row, medians."""
+    table = [
+        [
+            "mode",
+            "state",
+            "test",
+            "tok/s",
+            "± ",
+            "hits",
+            "flash/token",
+            "reads/token",
+            "disk GB/s",
+            "of limit",
+            "RSS MB",
+        ]
+    ]
+    for row in rows:
+        cells = row.as_dict()
+        run, is_decode = row.run, row.test.startswith("tg")
+        table.append(
+            [
+                row.mode,
+                row.state,
+                row.test,
+                f"{row.median_ts:.2f}",
+                f"{cells['stddev_ts']:.2f}",
+                _or_none(None if run.hit_rate is None or not is_decode else 100 * run.hit_rate, "{:.0f} %"),
+                _size(run.flash_bytes_per_token) if is_decode else _NONE,
+                f"{run.reads_per_token:,.0f}" if is_decode else _NONE,
+                _or_none(run.disk_gbps_at_size if is_decode else None, "{:.2f}"),
+                _or_none(None if cells["of_limit"] is None else 100 * cells["of_limit"], "{:.0f} %"),
+                f"{run.peak_rss_bytes / 1e6:.0f}",
+            ]
+        )
+    return align(table, left=3)
+
+
+# ------------------------------------------------------------------------------------------------ eval, inspect
+
+
+def eval_table(record: EvalRecord) -> str:
+    """A perplexity and what it was taken on."""
+    error = "one window, no error bar" if record.stderr is None else f"± {record.stderr:.3f}"
+    joined = "rows joined by blank lines" if record.rows_joined else "as it is"
+    bos = "no BOS" if record.bos_id is None else f"BOS {record.bos_id} before each"
+    rows = [
+        ("perplexity", f"{record.perplexity:.4f} ({error})"),
+        ("method", f"{_method(record)}; {record.n_threads} threads, {record.isa}"),
+        ("text", f"{record.text}, {joined}"),
+        ("windows", f"{record.n_windows} of {record.window}, {record.n_tokens} tokens scored, {bos}"),
+        ("tokens sha256", record.tokens_sha256),
+    ]
+    if record.hit_rate is not None:
+        rows.append(("hit rate", f"{100 * record.hit_rate:.1f} %"))
+    rows.append(("time", f"{record.seconds:.1f} s"))
+    if record.against is not None:
+        other, change = record.against["record"], record.against["relative"]
+        error = _or_none(record.against["relative_stderr"], " ± {:.2%}")
+        rows.append((f"against {other['method']}", f"{other['perplexity']:.4f}; {change:+.2%}{error}"))
+    rows += [("note", note) for note in record.notes]
+    return _pairs(rows)
+
+
+def inspect_table(description: dict[str, Any], verified: bool) -> str:
+    """A bundle's `describe()`."""
+    model, source = description["model"], description["source"]
+    shape = f"{model['n_layers']} layers, hidden {model['hidden_size']}, intermediate {model['intermediate_size']}"
+    rows = [
+        ("bundle", f"{description['path']} (version {description['version']}, {description['created_by']})"),
+        ("model", f"{model['name']} ({model['architecture']}): {shape}, vocabulary {model['vocab_size']}"),
+        ("source", f"{source['name']} ({source['kind']}, --bits {source['bits']})"),
+    ]
+    for tier, parts in description["bytes"].items():
+        held = ", ".join(f"{name} {_size(n)}" for name, n in parts.items() if n)
+        rows.append((tier, f"{_size(sum(parts.values()))}: {held}"))
+    for kind, sizes in description["record_bytes"].items():
+        rows.append((f"{kind} column", " or ".join(f"{n:,} B" for n in sizes)))
+    rows.append(("grids", "; ".join(f"{name} {' + '.join(labels)}" for name, labels in description["grids"].items())))
+    rows.append(("MLP", f"{description['bits_per_mlp_weight']:.2f} bits per weight, scales included"))
+    rows.append(("checksums", "every byte read and right" if verified else "not read (--no-verify)"))
+    return _pairs(rows)

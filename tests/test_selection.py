@@ -1,0 +1,169 @@
+"""Masks: native against the definition, ties, bounds and error texts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dipper.cache import ColumnCache, n_selected, reference_top_k, scan, top_k
+from dipper.errors import ConfigError
+
+GAMMAS = [1.0, 0.5, 0.2, 0.1, 1e-30]
+
+
+def to_bf16(scores: np.ndarray) -> np.ndarray:
+    """Cut to bf16, so that many scores tie."""
+    return (scores.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+finite_or_inf = st.floats(width=32, allow_nan=False, allow_infinity=True)
+few_values = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, 1.0078125, 1e-45, math.inf, -math.inf])
+
+
+@given(
+    scores=hnp.arrays(np.float32, st.integers(1, 150), elements=st.one_of(finite_or_inf, few_values)),
+    gamma=st.sampled_from(GAMMAS),
+    data=st.data(),
+)
+def test_equals_the_definition(scores: np.ndarray, gamma: float, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(scores)))
+    cached = data.draw(hnp.arrays(np.bool_, len(scores)))
+    mask = top_k(scores, k, gamma, cached)
+    assert mask.dtype == np.int32
+    assert mask.tolist() == reference_top_k(scores, k, gamma, cached)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 576, 1536, 4864])
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_equals_the_definition_at_model_sizes(n: int, gamma: float, rounded: bool) -> None:
+    rng = np.random.default_rng(n)
+    scores = rng.standard_normal(n).astype(np.float32) * np.exp(rng.standard_normal(n).astype(np.float32))
+    scores = to_bf16(scores) if rounded else scores
+    cached = rng.random(n) < 0.5
+    for k in sorted({1, 2, n // 10, n // 2, n - 1, n} & set(range(1, n + 1))):
+        assert top_k(scores, k, gamma, cached).tolist() == reference_top_k(scores, k, gamma, cached)
+
+
+def test_ties_go_to_the_lower_column() -> None:
+    assert top_k([1, 2, 1, 2, 1], 3).tolist() == [0, 1, 3]
+    assert top_k([-1, 1, -1, 1], 2).tolist() == [0, 1]
+    assert top_k([0.0, -0.0, 0.0], 2).tolist() == [0, 1]
+
+
+def test_the_product_with_gamma_is_rounded_to_fp32() -> None:
+    # 0.1f * 3 rounds to the fp32 number 0.3f + 1 ulp; in fp64 the product would lie between the two scores.
+    product = np.float32(0.1) * np.float32(3)
+    assert float(np.float32(0.1)) * 3 < float(product)
+    assert top_k([product, 3.0], 1, 0.1, [True, False]).tolist() == [0]
+    assert top_k([3.0, product], 1, 0.1, [False, True]).tolist() == [0]
+
+
+def test_scores_are_compared_in_fp32() -> None:
+    assert top_k(np.array([1.0, 1.0 + 1e-12]), 1).tolist() == [0]
+
+
+def test_cached_columns_win_at_small_gamma() -> None:
+    assert top_k([9, 1, 8, 2], 2, 0.01, [False, True, False, True]).tolist() == [1, 3]
+    assert top_k([9, 1, 8, 2], 2, 1.0, [False, True, False, True]).tolist() == [0, 2]
+
+
+def test_infinite_scores_rank() -> None:
+    assert top_k([1.0, -math.inf, 5.0, math.inf], 2, 0.5, [True, False, True, False]).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("density", "n", "k"),
+    [(0.5, 576, 288), (0.5, 3, 2), (0.5, 1, 1), (0.7, 896, 627), (1e-6, 4864, 1), (1.0, 4864, 4864), (0.999, 5, 5)],
+)
+def test_n_selected(density: float, n: int, k: int) -> None:
+    assert n_selected(density, n) == k
+
+
+@given(density=st.floats(0, 1, exclude_min=True), n=st.integers(1, 20000))
+def test_n_selected_is_its_formula_within_bounds(density: float, n: int) -> None:
+    assert n_selected(density, n) == min(n, max(1, math.floor(density * n + 0.5)))
+
+
+@pytest.mark.parametrize("density", [0.0, -0.5, 1.5, math.nan, math.inf])
+def test_n_selected_refuses_what_is_no_share(density: float) -> None:
+    with pytest.raises(ConfigError, match=r"density is .*: it is the share of columns used, above 0 and at most 1"):
+        n_selected(density, 100)
+
+
+def test_n_selected_refuses_an_empty_region() -> None:
+    with pytest.raises(ConfigError, match=r"a region of 0 columns has no mask"):
+        n_selected(0.5, 0)
+
+
+@pytest.mark.parametrize("k", [-1, 0, 4, 1000])
+def test_k_out_of_bounds(k: int) -> None:
+    text = rf"k is {k} for 3 columns: a mask holds between 1 and all of them"
+    with pytest.raises(ConfigError, match=text):
+        top_k([1, 2, 3], k)
+    with pytest.raises(ConfigError, match=text):
+        scan([[1, 2, 3]], k)
+
+
+@pytest.mark.parametrize("column", [0, 17, 99])
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_nan_names_its_column(column: int, nan: float) -> None:
+    scores = np.ones(100, dtype=np.float32)
+    scores[column] = nan
+    scores[99] = nan
+    for gamma in (1.0, 0.5):
+        with pytest.raises(ConfigError, match=rf"score of column {column} is NaN: it has no rank"):
+            top_k(scores, 10, gamma, np.ones(100, dtype=bool))
+
+
+def test_nan_in_a_scan_names_its_token_and_leaves_the_cache_before_it() -> None:
+    scores = np.random.default_rng(0).random((8, 20), dtype=np.float32)
+    cache, before = ColumnCache(20, 5, "lfu"), ColumnCache(20, 5, "lfu")
+    scan(scores[:6], 7, 0.5, before)
+    scores[6, 3] = math.nan
+    with pytest.raises(ConfigError, match=r"score of column 3 at token 6 is NaN"):
+        scan(scores, 7, 0.5, cache)
+    assert (cache.hits, cache.misses) == (before.hits, before.misses)
+    assert np.array_equal(cache.slots, before.slots)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -0.5, 1.5, math.nan])
+def test_gamma_out_of_range(gamma: float) -> None:
+    with pytest.raises(ConfigError, match=r"gamma is .*lies in \(0, 1\]; 1 ignores the cache"):
+        top_k([1, 2], 1, gamma, [True, False])
+
+
+def test_gamma_needs_a_cache() -> None:
+    with pytest.raises(ConfigError, match=r"gamma is 0\.5\d* but no cache is given"):
+        top_k([1, 2], 1, 0.5)
+    with pytest.raises(ConfigError, match=r"gamma is 0\.5\d* but no cache is given"):
+        scan([[1, 2]], 1, 0.5)
+
+
+def test_shapes() -> None:
+    with pytest.raises(ConfigError, match=r"scores has shape \[1, 2\]: it must be \[n\]"):
+        top_k([[1, 2]], 1)
+    with pytest.raises(ConfigError, match=r"scores has shape \[2\]: it must be \[tokens, n\]"):
+        scan([1, 2], 1)
+    with pytest.raises(ConfigError, match=r"cached has 3 flags for 2 scores: give one flag a column"):
+        top_k([1, 2], 1, 0.5, [True, False, True])
+    with pytest.raises(
+        ConfigError, match=r"scores have 3 columns but the cache has 4: use the cache of the same region"
+    ):
+        scan([[1, 2, 3]], 1, 1.0, ColumnCache(4, 2, "lru"))
+
+
+def test_strided_and_double_scores_are_converted() -> None:
+    scores = np.random.default_rng(1).standard_normal((50, 2))
+    assert top_k(scores[:, 1], 20).tolist() == reference_top_k(scores[:, 1], 20)
+
+
+def test_scan_of_no_tokens() -> None:
+    masks, hits = scan(np.empty((0, 8)), 3)
+    assert masks.shape == (0, 3)
+    assert hits.shape == (0,)
