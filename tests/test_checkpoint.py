@@ -125,10 +125,8 @@ def test_fused_tensors_are_split_and_gemma_norms_raised(tmp_path):
 
 def test_windows_follow_the_architecture(tmp_path):
     def windows(kind, **changes):
-        folder = tmp_path / f"{kind}{len(changes)}{changes.get('sliding_window')}"
-        return [
-            layer.window for layer in read_model(open_checkpoint(tiny.write_hf(folder, kind, **changes))).config.layers
-        ]
+        folder = tiny.write_hf(tmp_path / f"{kind}{len(changes)}", kind, **changes)
+        return [layer.window for layer in read_model(open_checkpoint(folder)).config.layers]
 
     assert windows("llama") == [0, 0, 0]
     assert windows("mistral") == [8, 8, 8]

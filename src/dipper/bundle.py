@@ -46,7 +46,19 @@ _MAX_HEADER_BYTES = 64 << 20
 _FILES = ("resident.bin", "flash.bin", "tokenizer.json", "chat_template.jinja")
 _GRID_KEYS = ("codes", "group", "zero_point", "scale", "super_blocks")
 _HEADER_KEYS = frozenset(
-    ("format", "version", "created_by", "alignment", "source", "model", "files", "tensors", "regions", "embedding")
+    (
+        "format",
+        "version",
+        "created_by",
+        "alignment",
+        "source",
+        "model",
+        "files",
+        "tensors",
+        "regions",
+        "embedding",
+        "header_sha256",
+    )
 )
 
 
@@ -94,8 +106,13 @@ def _canonical(content: Any) -> bytes:
 
 
 def header_bytes(header: dict[str, Any]) -> bytes:
-    """The bytes of bundle.json for a header without its hash."""
-    return _canonical({**header, "header_sha256": hashlib.sha256(_canonical(header)).hexdigest()}) + b"\n"
+    """The bytes of bundle.json, whose hash is made here; one that the header has already is replaced."""
+    return _canonical({**header, "header_sha256": _header_sha256(header)}) + b"\n"
+
+
+def _header_sha256(header: dict[str, Any]) -> str:
+    hashed = {key: value for key, value in header.items() if key != "header_sha256"}
+    return hashlib.sha256(_canonical(hashed)).hexdigest()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -110,7 +127,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """bundle.json without its hash, which is checked; so are format and version."""
+    """bundle.json, after a check of format, version and hash."""
     file = path / "bundle.json"
     if not path.is_dir() or not file.is_file():
         raise BundleError(f"{path}: is not a bundle (no bundle.json); make one with `dipper pack SOURCE {path.name}`")
@@ -133,8 +150,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         )
     if version > VERSION:
         raise BundleError(f"{path}: format version {version} is newer than this dipper reads ({VERSION}): upgrade")
-    stated = header.pop("header_sha256", None)
-    if stated != hashlib.sha256(_canonical(header)).hexdigest():
+    if header.get("header_sha256") != _header_sha256(header):
         raise BundleError(f"{file}: does not match its own checksum; the bundle is damaged: pack again")
     return header
 
@@ -348,7 +364,7 @@ class Bundle:
 
     Attributes:
         path: its directory.
-        header: bundle.json without its hash.
+        header: bundle.json.
         model: the header's `model`.
     """
 

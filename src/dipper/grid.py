@@ -237,9 +237,8 @@ def pack_plane(codes: Array, bits: int, shift: int) -> U8:
         return np.ascontiguousarray(codes.T).view(np.uint8)
     fields = (codes.view(np.uint8) >> np.uint8(shift)) & np.uint8((1 << bits) - 1)
     n_full = len(codes) // TILE * TILE
-    parts = [_pack_fields(part, bits, n_fields) for part, n_fields in ((fields[:n_full], 8), (fields[n_full:], 4))]
-    stacked = np.concatenate(parts) if len(parts[0]) and len(parts[1]) else parts[0] if len(parts[0]) else parts[1]
-    return np.ascontiguousarray(stacked.T)
+    full, half = _pack_fields(fields[:n_full], bits, 8), _pack_fields(fields[n_full:], bits, 4)
+    return np.ascontiguousarray(np.concatenate([full, half]).T)
 
 
 def _pack_fields(fields: U8, bits: int, n_fields: int) -> U8:
@@ -248,10 +247,11 @@ def _pack_fields(fields: U8, bits: int, n_fields: int) -> U8:
     per_byte = min(8 // bits, n_fields)
     lane_bytes = n_fields // per_byte
     split = fields.reshape(-1, lane_bytes, per_byte, LANES, n_columns)
-    packed = split[:, :, 0].copy()
+    packed: U8 = split[:, :, 0].copy()
     for field in range(1, per_byte):
         packed |= split[:, :, field] << np.uint8(field * bits)
-    return packed.swapaxes(1, 2).reshape(-1, n_columns)
+    ordered: U8 = packed.swapaxes(1, 2).reshape(-1, n_columns)
+    return ordered
 
 
 def unpack_plane(packed: U8, bits: int, n_rows: int) -> Array:
@@ -284,15 +284,12 @@ def _unpack_fields(by_byte: U8, bits: int, n_fields: int, n_columns: int) -> U8:
 
 def pack_tiles(grid: Grid, codes: Array) -> U8:
     """Codes ``[R, C]`` of a resident matrix as stored: for each tile, for each column, the tile bytes of its planes."""
-    n_columns = codes.shape[1]
-    out = []
-    start = 0
-    for size in tile_sizes(len(codes)):
-        tile = codes[start : start + size]
+    tiles = []
+    for start in range(0, len(codes), TILE):
+        tile = codes[start : start + TILE]
         planes = [pack_plane(tile, bits, shift) for bits, shift in grid.planes]
-        out.append(np.concatenate(planes, axis=1).reshape(-1) if len(planes) > 1 else planes[0].reshape(-1))
-        start += size
-    return np.concatenate(out) if out else np.zeros(0, np.uint8).reshape(n_columns * 0)
+        tiles.append(np.concatenate(planes, axis=1).reshape(-1))
+    return np.concatenate(tiles)
 
 
 def unpack_tiles(grid: Grid, packed: U8, n_rows: int, n_columns: int) -> Array:

@@ -378,7 +378,9 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path, header: dict[str, Any
     for name in ("tokenizer.json", "chat_template.jinja"):
         path = folder / name
         if path.is_file():
-            content = path.read_bytes()
+            with path.open("rb+") as file:
+                content = file.read()
+                _flush(file)
             header["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

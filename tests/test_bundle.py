@@ -1,0 +1,662 @@
+"""Packing and opening: what a bundle holds, what damages it shows, and what packing leaves behind when it stops."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from dipper.bundle import ALIGNMENT, Bundle, header_bytes, pack
+from dipper.checkpoint import open_checkpoint
+from dipper.errors import BundleError, CheckpointError, ConfigError
+from dipper.glu import read_model
+from dipper.grid import dequantise, plane_bytes
+
+SRC = str(Path(__file__).parents[1] / "src")
+
+
+def pack_hf(folder: Path, kind: str = "llama", bits: str = "source", dtype: str = "f32", **changes) -> Bundle:
+    source = tiny.write_hf(folder / f"{kind}-hf", kind, dtype=dtype, **changes)
+    return Bundle.open(pack(source, folder / f"{kind}-{bits}.dipper", bits, tokenizer=False))
+
+
+def source_weights(source: Path) -> dict[str, np.ndarray]:
+    parts = read_model(open_checkpoint(source)).parts
+    return {
+        name: part.vector() if len(part.shape) == 1 else dequantise(part.grid, part.rows(0, part.shape[0]))
+        for name, part in parts.items()
+    }
+
+
+# --- what is in a bundle
+
+
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_source_grid_is_lossless(tmp_path, kind):
+    bundle = pack_hf(tmp_path, kind)
+    bundle.verify()
+    for name, weights in source_weights(tmp_path / f"{kind}-hf").items():
+        np.testing.assert_array_equal(bundle.dequantise(name), weights)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_sixteen_bit_sources_are_lossless(tmp_path, dtype):
+    bundle = pack_hf(tmp_path, "phi3", dtype=dtype)
+    assert all(labels == [dtype] for labels in bundle.describe()["grids"].values())
+    for name, weights in source_weights(tmp_path / "phi3-hf").items():
+        np.testing.assert_array_equal(bundle.dequantise(name), weights)
+
+
+# hidden and inner sizes are multiples of 256 for the K types; inner 768 leaves no half tile, vocabulary 160 does
+GGUF_SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("type_name", [*tiny.BLOCKS, "F16", "BF16", None])
+def test_gguf_types_survive_packing(tmp_path, type_name):
+    pytest.importorskip("gguf")
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd", "output")
+    types = dict.fromkeys(names, type_name) if type_name else {}
+    source = tiny.write_gguf(tmp_path / "x.gguf", "llama", types, **GGUF_SIZES)
+    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", tokenizer=False))
+    bundle.verify()
+    for name, weights in source_weights(source).items():
+        np.testing.assert_array_equal(bundle.dequantise(name), weights)
+
+
+def test_smollm2_like_gguf(tmp_path):
+    """Q4_1 weights, tied Q8_0 head, half tiles everywhere."""
+    pytest.importorskip("gguf")
+    names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    types = {**dict.fromkeys(names, "Q4_1"), "token_embd": "Q8_0"}
+    source = tiny.write_gguf(tmp_path / "x.gguf", "llama-tied", types, **sizes)
+    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", tokenizer=False))
+    input_region, glu_region = bundle.header["regions"][:2]
+    assert input_region["record_bytes"] == 2 * 1536 // 2
+    assert input_region["bytes"] == 576 * 1536
+    assert glu_region["record_bytes"] == 576 // 2
+    assert glu_region["offset"] == 576 * 1536
+    assert bundle.header["regions"][2]["offset"] == 576 * 1536 + -(-1536 * 288 // 4096) * 4096
+    for name, weights in source_weights(source).items():
+        np.testing.assert_array_equal(bundle.dequantise(name), weights)
+
+
+def test_records_lie_where_the_format_says(tmp_path):
+    """One column of flash.bin, found with nothing but the header's numbers."""
+    pytest.importorskip("gguf")
+    types = {"ffn_gate": "Q4_0", "ffn_up": "Q5_0", "ffn_down": "Q6_K"}
+    source = tiny.write_gguf(tmp_path / "x.gguf", "llama", types, **GGUF_SIZES)
+    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", tokenizer=False))
+    region = bundle.header["regions"][2]
+    assert (region["layer"], region["kind"]) == (1, "input")
+    assert [plane["offset"] for matrix in region["matrices"] for plane in matrix["planes"]] == [0, 384, 768]
+    column, row = 77, 300  # tile 2, row 44 of it: lane 12, field 2
+    record = (bundle.path / "flash.bin").read_bytes()[region["offset"] + column * region["record_bytes"] :]
+    part = read_model(open_checkpoint(source)).parts["layers.1.up"]
+    code = int(part.rows(row, row + 1).codes[0, column])
+    low = int.from_bytes(record[384 + 2 * 64 + 12 * 4 :][:4], "little") >> 8 & 15
+    high = record[768 + 2 * 16 + 12] >> 2 & 1
+    assert low | high << 4 == code
+    scale = region["matrices"][1]["scales"]["d"]["offset"] + 2 * (column // 32 * 768 + row)
+    resident = (bundle.path / "resident.bin").read_bytes()
+    assert np.frombuffer(resident[scale : scale + 2], "<f2") == part.rows(row, row + 1).scales["d"][0, column // 32]
+
+
+def test_header_keys_of_the_format(tmp_path):
+    header = json.loads((pack_hf(tmp_path).path / "bundle.json").read_text())
+    assert header["format"] == "dipper-bundle"
+    assert header["version"] == 1
+    assert header["source"]["kind"] == "hf"
+    assert header["source"]["bits"] == "source"
+    assert header["model"]["activation"] == "silu"
+    assert header["regions"][0]["matrices"][0]["planes"] == [
+        {"bits": 32, "shift": 0, "kind": "codes", "tier": "flash", "offset": 0, "stride": 2 * 4 * 192}
+    ]
+    assert header["regions"][0]["matrices"][0]["scales"] == {"tier": "resident"}
+    for name, entry in header["files"].items():
+        assert (tmp_path / "llama-source.dipper" / name).stat().st_size == entry["bytes"]
+
+
+@pytest.mark.parametrize(("bits", "codes", "limit"), [("4", "q4", 0.012), ("8", "q8", 5e-5), ("16", "f16", 1e-6)])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3", "gemma3"])
+def test_quantised_bundles(tmp_path, kind, bits, codes, limit):
+    bundle = pack_hf(tmp_path, kind, bits)
+    bundle.verify()
+    grids = {name: labels[0].split("/")[0] for name, labels in bundle.describe()["grids"].items()}
+    assert {grids[name] for name in ("gate", "up", "down")} == {codes}
+    assert {grids[name] for name in ("q", "k", "v", "o", "head")} == {"q8"}
+    assert grids.get("embedding", "f16") == "f16"
+    for name, weights in source_weights(tmp_path / f"{kind}-hf").items():
+        error = ((bundle.dequantise(name) - weights) ** 2).sum() / (weights**2).sum()
+        is_mlp = name.endswith((".gate", ".up", ".down"))
+        assert error <= (0 if weights.ndim == 1 else limit if is_mlp else 5e-5)
+
+
+def test_sixteen_bits_keep_bf16(tmp_path):
+    grids = pack_hf(tmp_path, "llama", "16", dtype="bf16").describe()["grids"]
+    assert grids["gate"] == grids["embedding"] == ["bf16"]
+    assert grids["q"] == ["q8/32 f16"]
+
+
+def test_sixteen_bits_of_a_quantised_source(tmp_path):
+    pytest.importorskip("gguf")
+    types = {"attn_q": "Q5_0", "ffn_up": "Q4_K", "ffn_down": "Q6_K", "token_embd": "Q8_0"}
+    source = tiny.write_gguf(tmp_path / "x.gguf", "llama", types, **GGUF_SIZES)
+    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", "16", tokenizer=False))
+    grids = bundle.describe()["grids"]
+    assert grids["up"] == grids["down"] == grids["gate"] == ["f16"]
+    assert grids["q"] == ["q5/32 f16"]
+    assert grids["k"] == grids["head"] == ["q8/32 f16"]
+    assert grids["embedding"] == ["q8/32 f16"]
+    weights = source_weights(source)
+    np.testing.assert_array_equal(bundle.dequantise("layers.0.up"), weights["layers.0.up"].astype(np.float16))
+
+
+def test_embedding_rows(tmp_path):
+    bundle = pack_hf(tmp_path, "llama", "4")
+    table = bundle.dequantise("embedding")
+    assert table.shape == (160, 96)
+    np.testing.assert_array_equal(bundle.embedding_rows(np.array([159, 0, 7])), table[[159, 0, 7]])
+    np.testing.assert_array_equal(bundle.embedding_row(31), table[31])
+    with pytest.raises(BundleError, match="token ids reach 160, the vocabulary has 160"):
+        bundle.embedding_rows(np.array([1, 160]))
+    tied = pack_hf(tmp_path, "llama-tied", "4")
+    np.testing.assert_array_equal(tied.embedding_row(31), tied.dequantise("head")[31])
+    np.testing.assert_array_equal(tied.dequantise("embedding"), tied.dequantise("head"))
+
+
+def test_unknown_tensor(tmp_path):
+    with pytest.raises(BundleError, match=r"has no tensor 'layers\.9\.gate'"):
+        pack_hf(tmp_path).dequantise("layers.9.gate")
+
+
+def test_bytes_by_part_add_up(tmp_path):
+    bundle = pack_hf(tmp_path, "llama", "4")
+    parts = bundle.bytes_by_part()
+    # 3 layers of 176 x 96: gate and up records of 96 columns, down records of 176
+    assert parts["flash"]["input_records"] == 3 * 96 * 2 * plane_bytes(176, 4)
+    assert parts["flash"]["glu_records"] == 3 * 176 * plane_bytes(96, 4)
+    assert parts["flash"]["embedding"] == 160 * 2 * 128
+    blocks, inner_blocks = 96 // 32, -(-176 // 32)
+    assert parts["resident"]["mlp_scales"] == 3 * (2 * 192 * (2 * blocks + 4) + 128 * (2 * inner_blocks + 4))
+    assert parts["resident"]["norms"] == 4 * (3 * 2 * 96 + 96 + 8)
+    assert parts["resident"]["head"] == 96 * 192 + 2 * 192 * blocks
+    assert bundle.mlp_weights == 3 * 3 * 176 * 96
+    files = bundle.describe()["files"]
+    for tier, file in (("resident", "resident.bin"), ("flash", "flash.bin")):
+        assert sum(parts[tier].values()) <= files[file]
+    assert files["flash.bin"] - sum(parts["flash"].values()) < 7 * ALIGNMENT
+
+
+def test_two_packs_are_the_same_bytes(tmp_path):
+    one, two = (pack_hf(tmp_path / name, "gemma3", "4").path for name in ("a", "b"))
+    for file in sorted(one.iterdir()):
+        assert file.read_bytes() == (two / file.name).read_bytes()
+
+
+def test_progress_ends_at_the_total(tmp_path):
+    calls = []
+    source = tiny.write_hf(tmp_path / "m", "llama")
+    out = pack(source, tmp_path / "x.dipper", progress=lambda done, total: calls.append((done, total)), tokenizer=False)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    total = sum((out / name).stat().st_size for name in ("resident.bin", "flash.bin"))
+    assert calls[-1] == (total, total)
+
+
+def test_tokenizer_files_are_listed_and_checked(tmp_path, monkeypatch):
+    def write_tokenizer(source: Path, out_dir: Path) -> dict:
+        (out_dir / "tokenizer.json").write_text("{}")
+        return {"bos_id": None, "eos_ids": [5, 6], "add_bos": True}
+
+    module = type(sys)("dipper.tokenizer")
+    module.write_tokenizer = write_tokenizer
+    monkeypatch.setitem(sys.modules, "dipper.tokenizer", module)
+    bundle = Bundle.open(pack(tiny.write_hf(tmp_path / "m", "llama"), tmp_path / "x.dipper"))
+    assert (bundle.model.bos_id, bundle.model.eos_ids, bundle.model.add_bos) == (None, (5, 6), True)
+    bundle.verify()
+    (bundle.path / "tokenizer.json").write_text("[]")
+    with pytest.raises(BundleError, match=r"tokenizer.json: .* do not match their checksum"):
+        bundle.verify()
+    (bundle.path / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"tokenizer\.json: is missing; the bundle is incomplete"):
+        Bundle.open(bundle.path)
+
+
+# --- logits
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("maker", [tiny.write_hf, tiny.save_with_transformers])
+@pytest.mark.parametrize("kind", tiny.CONFIGS)
+def test_logits_equal_transformers(tmp_path, kind, maker):
+    """Everything a header says (RoPE, windows, norms, scales, biases) against the models it was read from."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    import reference_model
+
+    source = maker(tmp_path / "m", kind)
+    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", tokenizer=False))
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    for n_tokens in (20, 100):  # within and beyond Phi-3's original context
+        ids = [int(i) for i in np.random.default_rng(n_tokens).integers(3, 160, n_tokens)]
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0].numpy()
+        error = np.abs(reference_model.logits(bundle, ids) - expected).max()
+        assert error <= 2e-5 * np.abs(expected).max()
+
+
+# --- damage
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return pack_hf(tmp_path, "qwen3", "4")
+
+
+def test_a_flipped_byte_anywhere_is_found(bundle):
+    rng = np.random.default_rng(0)
+    for file in sorted(bundle.path.iterdir()):
+        whole = file.read_bytes()
+        for at in {0, len(whole) - 1, *(int(i) for i in rng.integers(0, len(whole), 25))}:
+            flipped = bytearray(whole)
+            flipped[at] ^= 0x01
+            file.write_bytes(flipped)
+            with pytest.raises(BundleError):
+                Bundle.open(bundle.path).verify()
+        file.write_bytes(whole)
+    Bundle.open(bundle.path).verify()
+
+
+def test_a_flipped_part_is_named(bundle):
+    region = bundle.header["regions"][3]
+    path = bundle.path / "flash.bin"
+    content = bytearray(path.read_bytes())
+    content[region["offset"] + 5] ^= 4
+    content[bundle.header["embedding"]["offset"]] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"flash.bin: layer 1 glu columns do not match their checksum; .*pack again"):
+        Bundle.open(bundle.path).verify()
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "resident.bin", "flash.bin"])
+def test_truncation_is_found_on_opening(bundle, file):
+    whole = (bundle.path / file).read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 2):
+        (bundle.path / file).write_bytes(whole[:length])
+        with pytest.raises(BundleError, match="pack again"):
+            Bundle.open(bundle.path)
+    (bundle.path / file).unlink()
+    with pytest.raises(BundleError, match=r"is missing|no bundle\.json"):
+        Bundle.open(bundle.path)
+
+
+def test_not_a_bundle(tmp_path):
+    with pytest.raises(BundleError, match=r"is not a bundle \(no bundle.json\); make one with `dipper pack"):
+        Bundle.open(tmp_path)
+    (tmp_path / "bundle.json").write_text('{"format": "other"}')
+    with pytest.raises(BundleError, match="is not the header of a dipper bundle"):
+        Bundle.open(tmp_path)
+    (tmp_path / "bundle.json").write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="is not valid JSON"):
+        Bundle.open(tmp_path)
+    (tmp_path / "bundle.json").write_text('{"format": "dipper-bundle", "version": NaN}')
+    with pytest.raises(BundleError, match="NaN is not a number"):
+        Bundle.open(tmp_path)
+    (tmp_path / "bundle.json").write_text('{"format": "dipper-bundle", "format": "dipper-bundle"}')
+    with pytest.raises(BundleError, match="a key appears twice"):
+        Bundle.open(tmp_path)
+
+
+def test_newer_version(bundle):
+    for version in (2, 99):
+        (bundle.path / "bundle.json").write_text(json.dumps({"format": "dipper-bundle", "version": version, "new": 1}))
+        with pytest.raises(BundleError) as error:
+            Bundle.open(bundle.path)
+        assert str(error.value) == (
+            f"{bundle.path}: format version {version} is newer than this dipper reads (1): upgrade"
+        )
+
+
+def test_huge_header_is_not_read(bundle):
+    with (bundle.path / "bundle.json").open("r+b") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(BundleError, match="a header has at most 67108864"):
+        Bundle.open(bundle.path)
+
+
+def change(path: str, value):
+    def apply(header):
+        *keys, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+        target = header
+        for key in keys:
+            target = target[key]
+        if value is KeyError:
+            del target[last]
+        else:
+            target[last] = value(target[last]) if callable(value) else value
+
+    return apply
+
+
+HOSTILE = [
+    ("regions/1/offset", 0, "layers.0.glu and layers.0.input overlap in flash.bin"),
+    ("regions/1/offset", lambda o: o + 1, "is not a multiple of 4096"),
+    ("regions/1/offset", -4096, "offset -4096 is not a number from 0"),
+    ("regions/1/offset", 1 << 40, "layers.0.glu: ends at"),
+    ("regions/1/offset", 0.0, "is not a number from 0"),
+    ("regions/0/record_bytes", lambda n: n + 64, "stride"),
+    ("regions/0/bytes", 4096, "bytes is 4096, not"),
+    ("regions/0/n_columns", 1, "n_columns is 1, not 64"),
+    ("regions/0/columns_per_unit", 2, "columns_per_unit is 2"),
+    ("regions/0/order", [0] * 64, "order is not a permutation of 64 columns"),
+    ("regions/0/order", ["a"], "order is not a list of columns"),
+    ("regions/0/kind", "glu", "regions are not"),
+    ("regions/0/layer", [0], "regions are not"),
+    ("regions/0/matrices/0/codes", "q5", "q5 has 2 planes"),
+    ("regions/0/matrices/0/codes", "q9", "codes is 'q9'"),
+    ("regions/0/matrices/0/rows", 50, "rows is 50, not 100"),
+    ("regions/0/matrices/0/planes/0/offset", 64, "plane is"),
+    ("regions/0/matrices/0/planes/0/tier", "resident", "plane is"),
+    ("regions/0/matrices/0/scales/d/offset", 0, "overlap in resident.bin"),
+    ("regions/0/matrices/0/scales/d/bytes", 2, "bytes is 2, not"),
+    ("regions/0/matrices/0/scales/d", KeyError, "scale arrays are"),
+    ("regions/0/matrices/0/scales/tier", "flash", "scales are in 'flash'"),
+    ("regions/0/matrices/0/group", 1 << 40, "not"),
+    ("regions/0/matrices/0/super_blocks", True, "super_blocks is True"),
+    ("regions", list, None),
+    ("regions", lambda r: r[:-1], "regions are not"),
+    ("tensors/head/offset", 8, "is not a multiple of 64"),
+    ("tensors/head/shape", [160, 65], "head: shape is"),
+    ("tensors/head/bytes", 1, "head: bytes is 1"),
+    ("tensors/head", KeyError, "tensors are missing, the first is ['head']"),
+    ("tensors/final_norm/shape", [1], "final_norm: shape is [1], not [64]"),
+    ("tensors/final_norm/kind", "scalar", "kind is 'scalar'"),
+    ("tensors/rope.0", KeyError, "tensors are missing"),
+    ("tensors/extra", {"kind": "vector", "shape": [64], "offset": 0}, "extra: shape is [64], not [None]"),
+    ("model/hidden_size", 128, "not"),
+    ("model/n_layers", 10**9, "3 layers are described and n_layers is 1000000000"),
+    ("model/vocab_size", 10**15, "head: shape is"),
+    ("model/intermediate_size", 10**15, "rows is 100, not 1000000000000000"),
+    ("model/hidden_size", "64", "hidden_size is '64', not int"),
+    ("model/n_heads", 0, "n_heads is 0"),
+    ("model/activation", "relu", "activation is 'relu'"),
+    ("model/tied", True, "the embedding is present and tied is True"),
+    ("model/layers/0/rope", 5, "layer 0 has rope 5 of 1"),
+    ("model/rope/0/dim", 200, "a rope table has dim 200"),
+    ("model/rope/0/short", "head", "takes another tensor's name"),
+    ("model/unknown", 1, "missing or unknown fields: unknown"),
+    ("embedding/row_bytes", 1, "embedding: row_bytes is 1"),
+    ("embedding/offset", 0, "embedding overlap in flash.bin"),
+    ("embedding", None, "the embedding is absent and tied is False"),
+    ("alignment", 512, "alignment is 512, not 4096"),
+    ("files/flash.bin/bytes", lambda n: n + 4096, "the bundle is cut or damaged"),
+    ("files/flash.bin", KeyError, "flash.bin is not listed"),
+    ("files/..", {"bytes": 0}, "file '..' is not part of a bundle"),
+    ("files", [], "the header is inconsistent"),
+    ("embedding", 7, "the header is inconsistent"),
+    ("extra", 1, "keys are missing or unknown: ['extra']"),
+    ("created_by", KeyError, "keys are missing or unknown: ['created_by']"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), HOSTILE)
+def test_hostile_headers_with_a_right_hash(bundle, path, value, message):
+    header = copy.deepcopy(bundle.header)
+    change(path, value)(header)
+    (bundle.path / "bundle.json").write_bytes(header_bytes(header))
+    if message is None:  # the same content again: the machinery of this test changes nothing by itself
+        Bundle.open(bundle.path)
+        return
+    with pytest.raises(BundleError) as error:
+        Bundle.open(bundle.path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_changed_header_without_its_hash(bundle):
+    file = bundle.path / "bundle.json"
+    file.write_bytes(file.read_bytes().replace(b'"n_heads":4', b'"n_heads":2'))
+    with pytest.raises(BundleError, match="does not match its own checksum"):
+        Bundle.open(bundle.path)
+
+
+def test_column_order_is_followed(bundle):
+    """A region whose records are permuted, with `order` saying so, is the same matrix."""
+    before = bundle.dequantise("layers.1.down")
+    header = copy.deepcopy(bundle.header)
+    region = header["regions"][3]
+    order = np.random.default_rng(0).permutation(region["n_columns"])
+    region["order"] = [int(j) for j in order]
+    path = bundle.path / "flash.bin"
+    content = bytearray(path.read_bytes())
+    span = slice(region["offset"], region["offset"] + region["bytes"])
+    records = np.frombuffer(content[span], np.uint8).reshape(-1, region["record_bytes"])
+    content[span] = records[order].tobytes()
+    path.write_bytes(content)
+    (bundle.path / "bundle.json").write_bytes(header_bytes(header))
+    np.testing.assert_array_equal(Bundle.open(bundle.path).dequantise("layers.1.down"), before)
+
+
+# --- refusing to pack
+
+
+def test_bits(tmp_path):
+    source = tiny.write_hf(tmp_path / "m", "llama")
+    with pytest.raises(ConfigError, match="bits is '5'; it must be one of source, 4, 8, 16"):
+        pack(source, tmp_path / "x.dipper", "5", tokenizer=False)
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_quantising_twice_is_refused(tmp_path, bits):
+    pytest.importorskip("gguf")
+    source = tiny.write_gguf(tmp_path / "x.gguf", types={"ffn_up": "Q4_0"}, **GGUF_SIZES)
+    message = rf"3 matrices are quantised already \(Q4_0\) and --bits {bits} would .*; use --bits source"
+    with pytest.raises(ConfigError, match=message):
+        pack(source, tmp_path / "x.dipper", bits, tokenizer=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+
+
+@pytest.mark.parametrize("bits", ["4", "8", "16"])
+def test_weights_beyond_sixteen_bits(tmp_path, bits):
+    source = tiny.write_hf(tmp_path / "m", "llama")
+    arrays = tiny.tensors("llama")
+    arrays["model.layers.1.mlp.up_proj.weight"][3, 3] = 1e5
+    tiny.write_safetensors(source / "model.safetensors", arrays, "f32")
+    with pytest.raises(CheckpointError, match=r"'model.layers.1.mlp.up_proj.weight' reaches 1e\+05, beyond the 65504"):
+        pack(source, tmp_path / "x.dipper", bits, tokenizer=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert pack(source, tmp_path / "x.dipper", tokenizer=False).is_dir()
+
+
+def test_broken_weights_leave_nothing(tmp_path):
+    source = tiny.write_hf(tmp_path / "m", "llama")
+    arrays = tiny.tensors("llama")
+    arrays["model.layers.2.mlp.down_proj.weight"][3, 3] = np.nan
+    tiny.write_safetensors(source / "model.safetensors", arrays, "f32")
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        pack(source, tmp_path / "x.dipper", tokenizer=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_existing_output(tmp_path):
+    bundle = pack_hf(tmp_path, "llama")
+    source = tmp_path / "llama-hf"
+    with pytest.raises(BundleError, match="exists already; remove it, pack to another name, or pass --force"):
+        pack(source, bundle.path, tokenizer=False)
+    pack(source, bundle.path, "8", overwrite=True, tokenizer=False)
+    assert Bundle.open(bundle.path).header["source"]["bits"] == "8"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama-hf", "llama-source.dipper"]
+    other = tmp_path / "precious"
+    other.mkdir()
+    with pytest.raises(BundleError, match="is not a bundle, so it is not replaced"):
+        pack(source, other, overwrite=True, tokenizer=False)
+
+
+def test_missing_and_unwritable_folders_before_any_work(tmp_path, monkeypatch):
+    absent = tmp_path / "absent.gguf"  # never opened: the folder is looked at first
+    with pytest.raises(BundleError, match="there is no such folder; create it first"):
+        pack(absent, tmp_path / "no" / "x.dipper", tokenizer=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(BundleError, match="this folder is not writable; pack to another folder"):
+        pack(absent, tmp_path / "x.dipper", tokenizer=False)
+
+
+def test_no_space_is_known_before_writing(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 0, 50_000_000))
+    source = tiny.write_hf(tmp_path / "m", "llama")
+    with pytest.raises(BundleError, match=r"needs \d+ bytes and the disk has 50000000 free; free \d+ bytes first"):
+        pack(source, tmp_path / "x.dipper", tokenizer=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+# --- stopping midway: in a process of its own
+
+PRELUDE = f"""
+import os, resource, shutil, sys, time
+sys.path.insert(0, {SRC!r})
+from dipper.bundle import pack
+source, out = sys.argv[1:3]
+def slowly(done, total):
+    if done > total // 2:
+        print("half", flush=True)
+        time.sleep(20)
+"""
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PRELUDE + textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stop_halfway(tmp_path: Path, number: signal.Signals) -> subprocess.Popen[str]:
+    source = tiny.write_hf(tmp_path / "m", "llama")
+    process = start("pack(source, out, progress=slowly, tokenizer=False)", source, tmp_path / "x.dipper")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    return process
+
+
+def test_interrupt_leaves_nothing(tmp_path):
+    process = stop_halfway(tmp_path, signal.SIGINT)
+    assert process.returncode != 0
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_kill_leaves_no_bundle_and_the_next_pack_cleans_up(tmp_path):
+    process = stop_halfway(tmp_path, signal.SIGKILL)
+    partial = tmp_path / f"x.dipper.partial-{process.pid}"
+    assert partial.is_dir()
+    assert not (tmp_path / "x.dipper").exists()
+    alive = tmp_path / f"x.dipper.partial-{os.getppid()}"  # of a process that still runs: not ours to remove
+    alive.mkdir()
+    pack(tmp_path / "m", tmp_path / "x.dipper", tokenizer=False)
+    assert not partial.exists()
+    assert alive.exists()
+    Bundle.open(tmp_path / "x.dipper").verify()
+
+
+FULL = """
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
+try:
+    pack(source, out, tokenizer=False)
+except Exception as error:
+    print(type(error).__name__, error)
+print(sorted(os.listdir(os.path.dirname(out))))
+"""
+
+
+def test_file_size_limit_midway(tmp_path):
+    source = tiny.write_hf(tmp_path / "m", "llama")
+    (tmp_path / "out").mkdir()
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+    output, errors = start(limit + FULL, source, tmp_path / "out" / "x.dipper").communicate(timeout=60)
+    assert "BundleError" in output, errors
+    assert "writing failed (File too large), nothing was left behind; make room or pack elsewhere" in output
+    assert output.splitlines()[-1] == "[]"
+
+
+def test_full_disk_midway(tmp_path):
+    """A disk that fills up although it looked large enough: a small tmpfs in a mount namespace of its own."""
+    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "-o", "size=300k", "none", str(tmp_path)]
+    if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    source = tiny.write_hf(tmp_path / "m", "llama")
+    small = tmp_path / "small"
+    small.mkdir()
+    code = PRELUDE + FULL
+    script = f'mount -t tmpfs -o size=300k none "{small}" && exec "$@"'
+    command = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        script,
+        "sh",
+        sys.executable,
+        "-c",
+        code,
+        str(source),
+        str(small / "x.dipper"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "BundleError" in result.stdout, result.stderr
+    assert "writing failed (the disk is full), nothing was left behind" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+# --- memory
+
+
+def write_large(folder: Path, dtype: str, n_bytes: int) -> tuple[Path, int]:
+    """A one-layer model whose tensors are holes in a sparse file; returns it and its largest tensor's bytes."""
+    source = tiny.write_hf(folder / "m", "llama-tied", num_hidden_layers=1, hidden_size=1024, num_attention_heads=8)
+    item = {"f32": 4, "bf16": 2}[dtype]
+    inner = n_bytes // item // 1024
+    shapes = {
+        name: list(array.shape)
+        for name, array in tiny.tensors(
+            "llama-tied", num_hidden_layers=1, hidden_size=1024, num_attention_heads=8, num_key_value_heads=2
+        ).items()
+    }
+    shapes |= {f"model.layers.0.mlp.{name}_proj.weight": [inner, 1024] for name in ("gate", "up")}
+    shapes["model.layers.0.mlp.down_proj.weight"] = [1024, inner]
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "intermediate_size": inner, "num_key_value_heads": 2}))
+    entries, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + item * int(np.prod(shape))
+        entries[name] = {"dtype": dtype.upper(), "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries).encode()
+    with (source / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + offset)
+    return source, inner * 1024 * item
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [("f32", "source"), ("bf16", "source"), ("bf16", "16"), ("bf16", "8"), ("f32", "4")]
+)
+def test_peak_memory(tmp_path, dtype, bits):
+    source, largest = write_large(tmp_path, dtype, 48 << 20)
+    code = f"""
+    pack(source, out, {bits!r}, tokenizer=False)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """
+    output, errors = start(code, source, tmp_path / "x.dipper").communicate(timeout=300)
+    assert output, errors
+    assert int(output) <= 2 * largest + 200_000_000
