@@ -655,7 +655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         # Not command.main(): it would print usage errors over several lines, and exit with 2.
-        with command.make_context("dipper", args or ["--help"]) as context:
+        with command.make_context("dipper", list(args) or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as request:
         return int(request.exit_code)

@@ -330,7 +330,7 @@ def eval_record(engine: Engine, source: TextSource, result: PerplexityResult) ->
 
 
 def evaluate_bundle(
-    bundle: str | os.PathLike[str],
+    bundle: str | Path,
     text: str | os.PathLike[str],
     configs: Sequence[EngineConfig],
     *,
