@@ -422,7 +422,7 @@ def test_pack_names_the_bundle_after_its_source(monkeypatch, capsys, tmp_path):
 
 def test_pull_prints_the_path(monkeypatch, capsys):
     sources = pytest.importorskip("dipper.sources")
-    monkeypatch.setattr(sources, "pull", lambda name, cache_dir=None, progress=None: f"/models/{name}")
+    monkeypatch.setattr(sources, "pull", lambda name, *, cache_dir, progress: f"/models/{name}")
     assert main(["pull"]) == 0
     assert capsys.readouterr().out == "/models/smollm2\n"
 
