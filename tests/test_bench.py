@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 
 import pytest
@@ -52,11 +51,6 @@ def test_no_repetitions_is_an_error():
 def test_the_measuring_process_says_what_it_failed_with():
     with pytest.raises(BundleError, match=r"^dip: .*m\.dipper"):
         measure_apart(case("dip"))
-
-
-def test_a_run_survives_the_way_through_json():
-    run = record()
-    assert bench._run_from(json.loads(json.dumps(run.as_dict()))) == run
 
 
 def test_the_probe_reads_at_the_runs_own_size(monkeypatch, tmp_path):

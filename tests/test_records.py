@@ -11,6 +11,7 @@ from dipper.errors import ConfigError
 from dipper.records import (
     LEDGER,
     BenchRow,
+    RunRecord,
     Timing,
     Traffic,
     json_line,
@@ -74,6 +75,11 @@ def test_run_record_has_every_key_that_readers_rely_on():
         "disk_gbps_at_size", "dram_bytes", "peak_rss_bytes", "ledger_s", "reader_backend", "direct", "isa",
         "n_threads", "notes", "provenance",
     }  # fmt: skip
+
+
+def test_a_record_survives_the_way_through_json():
+    run = record()
+    assert RunRecord.from_dict(json.loads(json_line(run.as_dict()))) == run
 
 
 def test_knobs_that_do_not_act_are_none():
