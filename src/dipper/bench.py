@@ -26,7 +26,7 @@ from typing import Any
 
 from dipper import errors
 from dipper.errors import ConfigError, DipperError
-from dipper.records import BenchRow, Provenance, RunRecord, json_line, ratio
+from dipper.records import BenchRow, RunRecord, json_line, ratio
 
 __all__ = ["BenchCase", "Measurement", "measure", "measure_apart", "run_bench", "with_disk_probe"]
 
@@ -154,16 +154,11 @@ def measure_apart(case: BenchCase) -> Measurement:
     if "error" in answer:
         kind = getattr(errors, answer["error"], DipperError)
         raise kind(f"{case.mode}: {answer['message']}")
-    return {state: _run_from(answer[state]) for state in STATES}
+    return {state: RunRecord.from_dict(answer[state]) for state in STATES}
 
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it said nothing"])[-1]
-
-
-def _run_from(value: dict[str, Any]) -> RunRecord:
-    value = {key: v for key, v in value.items() if key != "schema"}
-    return RunRecord(**{**value, "provenance": Provenance(**value["provenance"])})
 
 
 # ------------------------------------------------------------------------------------------------ one measurement

@@ -13,8 +13,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dipper.engine import Engine, EngineConfig, Plan
     from dipper.generate import GenerationStep, Sampling
     from dipper.records import RunRecord
+    from dipper.sources import Progress
     from dipper.tokenizer import Tokenizer
 
 __all__ = ["app", "main"]
@@ -153,7 +155,7 @@ def pull(
     """
     from dipper.sources import pull as fetch
 
-    with _progress(model) as report:
+    with _progress() as report:
         path = fetch(model, cache_dir=cache_dir, progress=report)
     print(path)
 
@@ -180,8 +182,9 @@ def pack(
     from dipper.bundle import pack as write
 
     target = out if out is not None else Path(source.resolve().stem + ".dipper")
-    with _progress(f"packing {source.name}") as report:
-        path = write(source, target, bits=bits, overwrite=force, progress=report)
+    with _progress() as report:
+        told = None if report is None else partial(report, f"packing {source.name}")
+        path = write(source, target, bits=bits, overwrite=force, progress=told)
     print(path)
 
 
@@ -621,21 +624,14 @@ def _say_progress(done: int, total: int, value: float) -> None:
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[Callable[..., None] | None]:
-    """A progress bar on stderr for `callback(done bytes, total bytes, label)`; none where stderr is no terminal."""
+def _progress() -> Iterator[Progress | None]:
+    """A progress bar on stderr; none where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from dipper.sources import progress_bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=None)
-
-        def report(done: int, total: int | None = None, what: str = label) -> None:
-            bar.update(task, completed=done, total=total, description=what)
-
+    with progress_bar() as report:
         yield report
 
 
@@ -655,7 +651,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         # Not command.main(): it would print usage errors over several lines, and exit with 2.
-        with command.make_context("dipper", args or ["--help"]) as context:
+        with command.make_context("dipper", list(args) or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as request:
         return int(request.exit_code)

@@ -177,10 +177,11 @@ class StopScanner:
         if self.stopped or not self._stop:
             return "" if self.stopped else text
         held = self._held + text
-        starts = [at for at in (held.find(s) for s in self._stop) if at >= 0]
-        if starts:
+        # The first to be complete, and of those the longest: the same wherever the pieces end.
+        found = min(((at + len(s), at) for s in self._stop if (at := held.find(s)) >= 0), default=None)
+        if found is not None:
             self.stopped, self._held = True, ""
-            return held[: min(starts)]
+            return held[: found[1]]
         keep = max((_overlap(held, s) for s in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -245,6 +245,14 @@ class RunRecord:
         """The record as JSON types, `schema` first."""
         return {"schema": "dipper-run/1", **asdict(self)}
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> RunRecord:
+        """The record that `as_dict` gave, after a way through JSON."""
+        fields = {key: v for key, v in value.items() if key != "schema"}
+        if fields["provenance"] is not None:
+            fields["provenance"] = Provenance(**fields["provenance"])
+        return cls(**fields)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:

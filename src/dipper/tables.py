@@ -37,8 +37,8 @@ def _method(record: RunRecord | EvalRecord) -> str:
     words = [record.method]
     if record.density is not None:
         words.append(f"density {record.density:.2f}")
-    if record.d_in is not None and record.d_glu is not None:
-        words.append(f"(input {record.d_in:.2f}, glu {record.d_glu:.2f})")
+    if record.d_in is not None and record.d_glu is not None and record.d_in != record.d_glu:
+        words[-1] += f" (input {record.d_in:.2f}, glu {record.d_glu:.2f})"
     if record.gamma is not None:
         words.append(f"gamma {record.gamma:g}")
     if record.cache is not None:

@@ -1,0 +1,83 @@
+# What a developer runs. Everything goes into .venv and build/; `make clean` removes both.
+#
+#   make setup        .venv with dipper (editable) and its tools; again only when the build's inputs change
+#   make demo         a real model, four modes, one table: about five minutes on two cores
+#   make test         lint, native tests under sanitizers, Python tests
+#   make test-slow    the tests that take minutes
+#   make fix          format and fix what the linters can
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# For the tests that compare with transformers. Where PyPI's torch brings a GPU runtime along, a CPU index saves gigabytes:
+#   make test TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
+# An empty TORCH_SPEC leaves torch out; those tests are then skipped, and pytest says so.
+TORCH_SPEC ?= torch==2.13.0
+TORCH_OPTIONS ?=
+TRANSFORMERS_SPEC ?= transformers>=4.50
+# Pinned: versions of clang-format do not agree on a layout.
+CLANG_FORMAT_SPEC ?= clang-format==18.1.8
+
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+NATIVE_FILES = $(shell find csrc tests/cpp -name '*.[chi]pp' -o -name '*.inl')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo bench test test-native test-python test-slow lint fix clean
+
+help:
+	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
+
+setup: .venv/.setup
+
+.venv/.setup: $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[pack,dev]' '$(CLANG_FORMAT_SPEC)'
+	command -v cmake >/dev/null || $(BIN)/python -m pip install -q cmake
+	command -v ninja >/dev/null || $(BIN)/python -m pip install -q ninja
+	touch $@
+
+.venv/.torch: .venv/.setup
+ifneq ($(TORCH_SPEC),)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH_OPTIONS) '$(TORCH_SPEC)'
+	$(BIN)/python -c 'import transformers' 2>/dev/null || $(BIN)/python -m pip install -q '$(TRANSFORMERS_SPEC)'
+endif
+	touch $@
+
+demo: setup
+	$(BIN)/python benchmarks/demo.py
+
+bench: setup models/smollm2.dipper
+	$(BIN)/dipper bench models/smollm2.dipper --mlp-dram 60%
+
+models/smollm2.dipper: | .venv/.setup
+	mkdir -p models
+	$(BIN)/dipper pack "$$($(BIN)/dipper pull smollm2)" -o $@
+
+test: lint test-native test-python
+
+# The library alone, without Python, with every report of a sanitizer an error.
+test-native: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DDIPPER_NATIVE_TESTS=ON -DDIPPER_SANITIZE=address,undefined -Wno-dev >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/native
+	cd build/native && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --output-on-failure
+
+test-python: .venv/.torch
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-slow: .venv/.torch
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_FILES)
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE_FILES)
+
+clean:
+	rm -rf .venv build

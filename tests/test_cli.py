@@ -1,0 +1,438 @@
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dipper import __version__, bench
+from dipper import bundle as bundle_module
+from dipper import engine as engine_module
+from dipper import tokenizer as tokenizer_module
+from dipper.cli import main
+from dipper.errors import BundleError, ConfigError
+from dipper.records import RunRecord
+from fakes import EOS, FakeEngine, FakeTokenizer
+
+TOKENIZER = FakeTokenizer()
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Engines that verbs open, in order; each says "ok" and ends. The disk probe gives 2 GB/s."""
+    engines = []
+
+    def open_engine(path, config, on_plan=None):
+        engine = FakeEngine(
+            [*TOKENIZER.ids("ok"), EOS], config=config, context=config.context, path=path,
+            losses=lambda ids: [0.5] * (len(ids) - 1),
+        )  # fmt: skip
+        if on_plan is not None:
+            on_plan(engine.plan)
+        engines.append(engine)
+        return engine
+
+    monkeypatch.setattr(engine_module.Engine, "open", open_engine)
+    monkeypatch.setattr(tokenizer_module.Tokenizer, "open", lambda path: TOKENIZER)
+    monkeypatch.setattr(bench, "_read_gbps", lambda *_: 2.0)
+    return engines
+
+
+def lines(capsys):
+    out, err = capsys.readouterr()
+    return out.splitlines(), err.splitlines()
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["rnu"], "there is no verb 'rnu'; did you mean `dipper run`?"),
+        (
+            ["zzz"],
+            "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, bench, doctor.",
+        ),
+        (
+            ["run", "b", "p", "--densty", "1"],
+            "`dipper run` has no option --densty; did you mean --density? or see `dipper run --help`.",
+        ),
+        (["--nope"], "`dipper` has no option --nope; see `dipper --help`."),
+        (["run", "b"], "Missing argument 'PROMPT'; see `dipper run --help`."),
+        (["run", "b", "p", "q"], "Got unexpected extra argument"),
+        (["run", "b", "p", "--density", "x"], "Invalid value for '--density'"),
+        (["run", "b", "p", "--seed", "-1"], "seed is -1; it must be 0 or more."),
+        (["run", "b", "p", "--top-k", "4"], "top_k would have no effect at temperature 0"),
+        (["run", "b", "p", "--density", "0"], "density is 0.0, outside (0, 1]: give a share such as 0.7"),
+        (
+            ["run", "b", "p", "--method", "dpi"],
+            "method 'dpi' is unknown: choose dense-resident, dense-stream, dip, dip-ca",
+        ),
+        (
+            ["run", "b", "p", "--method", "dense-stream", "--density", ".5"],
+            "--density has no effect with dense-stream: drop it, or use --method dip or dip-ca.",
+        ),
+        (
+            ["run", "b", "p", "--gamma", ".5"],
+            "--gamma has no effect with dip: drop it, or use --method dip-ca.",
+        ),
+        (["run", "b", "p", "--stop", ""], "A stop string is empty"),
+        (["run", "b", "p", "--raw", "--system", "x"], "--system needs a chat template, and --raw leaves the chat"),
+        (["bench", "b", "--modes", "dip,dense"], "there is no mode 'dense'; the modes are dense-resident,"),
+        (["bench", "b", "--modes", "dpi-ca"], "there is no mode 'dpi-ca'; did you mean dip-ca?"),
+        (["bench", "b", "--reps", "0"], "0 repetitions were asked for; at least 1 is needed."),
+        (["eval", "b", "--text", "no.txt"], "There is no file no.txt; give a text to score with --text FILE."),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(opened, capsys, args, message):
+    assert main(args) == 1
+    out, err = lines(capsys)
+    said = [line for line in err if line.startswith("dipper: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"dipper: {message}")
+    assert out == []
+
+
+def test_a_real_bundle_error_comes_through(capsys):
+    assert main(["inspect", "no.dipper"]) == 1
+    _, err = lines(capsys)
+    assert len(err) == 1
+    assert err[0].startswith("dipper: no.dipper")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (BundleError("a is\nb"), 1, ["dipper: a is b"]),
+        (KeyboardInterrupt(), 130, []),
+        (MemoryError(), 1, ["dipper: out of memory; lower --dram, --mlp-dram or --ctx."]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x"),
+            1,
+            ["dipper: /x: No space left on device; free some space."],
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            1,
+            ["dipper: /x: Permission denied; check its permissions."],
+        ),
+        (RuntimeError("boom"), 1, ["dipper: internal error: RuntimeError: boom (--debug shows where)"]),
+    ],
+)
+def test_what_is_raised_becomes_a_line(monkeypatch, capsys, error, code, said):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(bundle_module.Bundle, "open", fail)
+    assert main(["inspect", "b"]) == code
+    assert lines(capsys) == ([], said)
+
+
+@pytest.mark.parametrize("args", [["--debug", "inspect", "b"], ["inspect", "b", "--debug"]])
+def test_debug_shows_the_traceback(monkeypatch, capsys, args):
+    def fail(path):
+        raise BundleError("broken")
+
+    monkeypatch.setattr(bundle_module.Bundle, "open", fail)
+    assert main(args) == 1
+    _, err = lines(capsys)
+    assert err[0] == "Traceback (most recent call last):"
+    assert err[-1] == "dipper: broken"
+
+
+def test_help_has_examples_and_version_is_the_packages(capsys):
+    assert main([]) == 0
+    out, _ = lines(capsys)
+    assert '  dipper run smollm2.dipper "Why is the sky blue?" --mlp-dram 60%' in [line[2:] for line in out]
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dipper {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["pull", "pack", "inspect", "run", "chat", "eval", "bench", "doctor"])
+def test_every_verb_shows_an_example(capsys, verb):
+    assert main([verb, "--help"]) == 0
+    assert f"dipper {verb}" in capsys.readouterr().out.split("Examples:")[1]
+
+
+def test_python_m_dipper_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "dipper", "rnu"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "dipper: there is no verb 'rnu'; did you mean `dipper run`?\n"
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m dipper run --help | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+def test_run_streams_text_then_one_table(opened, capsys):
+    assert main(["run", "b", "hi", "--density", "0.6"]) == 0
+    out, err = lines(capsys)
+    assert out[:2] == ["ok", ""]
+    names = [line.split("  ")[0] for line in out[2:]]
+    assert names == [
+        "method", "speed", "hit rate", "flash per token", "read", "DRAM", "peak RSS", "time per token",
+    ]  # fmt: skip
+    table = "\n".join(out[2:])
+    assert "dip, density 0.60, gamma 1, cache lfu; 2 threads, avx2" in table
+    assert "70.0 %" in table
+    assert "12.3 KB in 3 reads of 4.1 KB (24 % useful)" in table
+    assert "the disk gives at that size: 2.00 GB/s (io_uring, O_DIRECT)" in table
+    assert "105.0 MB (budget 120.0 MB; host 70.0, resident 30.0, slots 5.0); MLP 2.50 bits per weight" in table
+    assert err[0].startswith("DRAM plan")  # before loading, not among the text
+
+
+def test_run_json_is_the_last_line_of_stdout(opened, capsys):
+    assert main(["run", "b", "hi", "--json", "--seed", "7"]) == 0
+    out, _ = lines(capsys)
+    record = json.loads(out[-1])
+    assert out[0] == "ok" == record["text"]
+    assert (record["seed"], record["method"], record["disk_gbps_at_size"]) == (7, "dip", 2.0)
+    assert set(RunRecord.__dataclass_fields__) <= set(record)
+
+
+def test_run_uses_the_template_and_sizes_the_context(opened):
+    assert main(["run", "b", "hi", "-n", "9", "--system", "be"]) == 0
+    prompt = TOKENIZER.ids("s be u hi a ")
+    assert opened[0].calls[0] == ("prefill", prompt)
+    assert opened[0].context == len(prompt) + 9
+
+
+def test_run_raw_takes_the_prompt_as_it_is(opened):
+    assert main(["run", "b", "hi", "--raw", "--ctx", "50"]) == 0
+    assert opened[0].calls[0] == ("prefill", TOKENIZER.ids("hi"))
+    assert opened[0].context == 50
+
+
+def test_run_gives_options_to_the_engine(opened):
+    args = "run b hi --method dip-ca --d-in .75 --d-glu .6 --gamma .2 --cache lru --dram 600MB --mlp-dram 2.7b --cold"
+    assert main([*args.split(), "--threads", "1", "--reader", "pread", "--isa", "scalar", "--no-probe"]) == 0
+    config = opened[0].config
+    assert (config.method, config.densities, config.gamma, config.cache) == ("dip-ca", (0.75, 0.6), 0.2, "lru")
+    assert (config.dram, config.mlp_dram, config.cold) == ("600MB", "2.7b", True)
+    assert (config.threads, config.reader, config.isa) == (1, "pread", "scalar")
+
+
+def test_run_defaults_are_the_engines(opened):
+    assert main(["run", "b", "hi"]) == 0
+    assert opened[0].config == engine_module.EngineConfig(context=opened[0].config.context)
+
+
+def test_run_reads_a_prompt_from_stdin(opened, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi"))
+    assert main(["run", "b", "-", "--raw"]) == 0
+    assert opened[0].calls[0] == ("prefill", TOKENIZER.ids("hi"))
+
+
+def test_run_closes_the_engine_before_it_probes_the_disk(opened, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench, "_read_gbps", lambda *_: calls.append(list(opened[0].calls)) or 1.0)
+    assert main(["run", "b", "hi"]) == 0
+    assert calls[0][-1] == "close"
+
+
+# ------------------------------------------------------------------------------------------------ chat
+
+
+def test_chat_answers_until_it_is_quit(opened, monkeypatch, capsys):
+    said = iter(["hi", "", "/what", "/reset", "yo", "/quit", "never"])
+    monkeypatch.setattr("builtins.input", lambda: next(said))
+    assert main(["chat", "b"]) == 0
+    out, err = lines(capsys)
+    assert out == ["ok", "ok"]
+    assert any("there is no command /what; use /reset or /quit." in line for line in err)
+    assert any("new conversation" in line for line in err)
+    assert sum("tok/s" in line for line in err) == 2
+    assert next(said) == "never"
+
+
+def test_chat_ends_with_the_input(opened, monkeypatch):
+    def end():
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert main(["chat", "b"]) == 0
+    assert opened[0].calls[-1] == "close"
+
+
+def test_chat_survives_a_full_context(opened, monkeypatch, capsys):
+    said = iter(["a question much too long for it", "/reset", "hi", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda: next(said))
+    assert main(["chat", "b", "--ctx", "20"]) == 0
+    out, err = lines(capsys)
+    assert out == ["ok"]
+    assert any("dipper: The conversation has" in line and "/reset starts a new" in line for line in err)
+
+
+def test_chat_stops_an_answer_at_ctrl_c(opened, monkeypatch, capsys):
+    said = iter(["hi", "yo", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda: next(said))
+    step = FakeEngine.step
+    interrupts = iter([True])
+
+    def interrupted(engine, token):
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        return step(engine, token)
+
+    monkeypatch.setattr(FakeEngine, "step", interrupted)
+    assert main(["chat", "b"]) == 0
+    _, err = lines(capsys)
+    assert "stopped" in " ".join(err)
+
+
+# ------------------------------------------------------------------------------------------------ eval, bench, inspect
+
+
+def test_eval_prints_what_it_scored(opened, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("abcdefghij")
+    assert main(["eval", "b", "--text", str(tmp_path / "t.txt"), "--window", "5", "--against", "dense"]) == 0
+    out, _ = lines(capsys)
+    table = dict(line.split("  ", 1) for line in out)
+    assert table["perplexity"].strip() == "1.6487 (± 0.000)"
+    assert table["windows"].strip() == "2 of 5, 8 tokens scored, no BOS"
+    assert table["against dense-stream"].strip().startswith("1.6487; +0.00%")
+    assert [e.config.method for e in opened] == ["dip", "dense-stream"]
+
+
+def test_eval_json_is_one_object(opened, tmp_path, capsys):
+    (tmp_path / "t.raw").write_text("ab\ncd")
+    TOKENIZER.pieces.append(b"\n")
+    try:
+        assert main(["eval", "b", "--text", str(tmp_path / "t.raw"), "--window", "4", "--json"]) == 0
+    finally:
+        TOKENIZER.pieces.pop()
+    record = json.loads(lines(capsys)[0][-1])
+    assert (record["schema"], record["rows_joined"], record["n_windows"]) == ("dipper-eval/1", True, 1)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    from test_records import record
+
+    cases = []
+
+    def measure(case):
+        cases.append(case)
+        return {state: record(method=case.mode) for state in ("cold", "warm")}
+
+    monkeypatch.setattr(bench, "measure_apart", measure)
+    return cases
+
+
+def test_bench_json_has_rows_under_results(measured, capsys):
+    assert main(["bench", "b", "--modes", "dip,dense-stream", "-n", "5", "-p", "3", "--reps", "2", "--json"]) == 0
+    out, err = lines(capsys)
+    results = json.loads(out[-1])["results"]
+    assert len(results) == 8
+    assert {(r["mode"], r["state"], r["test"]) for r in results} == {
+        (m, s, t) for m in ("dip", "dense-stream") for s in ("cold", "warm") for t in ("pp3", "tg5")
+    }
+    keys = {"text", "n_tokens", "tok_per_s", "ttft_s", "ledger_s", "n_gen", "n_prompt", "avg_ts", "stddev_ts"}
+    assert all(keys <= set(r) for r in results)
+    assert err == ["1/4 dip", "2/4 dense-stream", "3/4 dip", "4/4 dense-stream"]
+
+
+BENCH = ("bench", "b", "--reps", "1", "-n", "5", "-p", "3")
+
+
+def test_bench_gives_each_mode_the_options_that_act(measured, capsys):
+    assert main([*BENCH, "--density", ".5", "--gamma", ".2", "--dram", "200MB", "--mlp-dram", "60%"]) == 0
+    configs = {case.mode: case.config for case in measured}
+    assert configs == {
+        "dense-resident": {"method": "dense-resident"},
+        "dense-stream": {"method": "dense-stream", "dram": "200MB", "mlp_dram": "60%"},
+        "dip": {"method": "dip", "density": 0.5, "dram": "200MB", "mlp_dram": "60%"},
+        "dip-ca": {"method": "dip-ca", "density": 0.5, "gamma": 0.2, "dram": "200MB", "mlp_dram": "60%"},
+    }
+    assert measured[0].notes == ["no DRAM limit: the reference that holds everything"]
+    out, _ = lines(capsys)
+    assert out[0].split()[:4] == ["mode", "state", "test", "tok/s"]
+    assert len(out) == 1 + 4 * 4
+
+
+def test_bench_names_the_mode_that_failed(monkeypatch, capsys):
+    def fail(case):
+        raise ConfigError(f"{case.mode}: no")
+
+    monkeypatch.setattr(bench, "measure_apart", fail)
+    assert main(["bench", "b", "--modes", "dip"]) == 1
+    assert lines(capsys)[1][-1] == "dipper: dip: no"
+
+
+@pytest.fixture
+def described(monkeypatch):
+    verified = []
+
+    class Opened:
+        def verify(self):
+            verified.append(True)
+
+        def describe(self):
+            return {
+                "path": "b", "version": 1, "created_by": "dipper 0.1.0",
+                "source": {"name": "m.gguf", "kind": "gguf", "bits": "source"},
+                "model": {
+                    "name": "M", "architecture": "llama", "n_layers": 2, "hidden_size": 8, "intermediate_size": 16,
+                    "vocab_size": 32,
+                },
+                "bytes": {"resident": {"head": 2_000_000}, "flash": {"input_records": 3_000, "embedding": 0}},
+                "record_bytes": {"input": [1536], "glu": [288, 576]},
+                "grids": {"gate": ["q4/32 f16m"]}, "bits_per_mlp_weight": 5.0,
+            }  # fmt: skip
+
+    monkeypatch.setattr(bundle_module.Bundle, "open", lambda path: Opened())
+    return verified
+
+
+def test_inspect_verifies_unless_told_not_to(described, capsys):
+    assert main(["inspect", "b"]) == 0
+    out, _ = lines(capsys)
+    assert described == [True]
+    assert out[-1] == "checksums     every byte read and right"
+    assert "input column  1,536 B" in out
+    assert "glu column    288 B or 576 B" in out
+    assert main(["inspect", "b", "--no-verify", "--json"]) == 0
+    assert described == [True]
+    assert json.loads(lines(capsys)[0][-1])["verified"] is False
+
+
+# ------------------------------------------------------------------------------------------------ pull, pack, doctor
+
+
+def test_pack_names_the_bundle_after_its_source(monkeypatch, capsys, tmp_path):
+    asked = {}
+
+    def pack(source, out, **options):
+        asked.update(options, source=str(source), out=str(out))
+        return out
+
+    monkeypatch.setattr(bundle_module, "pack", pack)
+    assert main(["pack", str(tmp_path / "tiny.gguf"), "--bits", "4", "--force"]) == 0
+    assert capsys.readouterr().out == "tiny.dipper\n"
+    assert (asked["bits"], asked["overwrite"], asked["progress"]) == ("4", True, None)
+
+
+def test_pull_prints_the_path(monkeypatch, capsys):
+    sources = pytest.importorskip("dipper.sources")
+    monkeypatch.setattr(sources, "pull", lambda name, *, cache_dir, progress: f"/models/{name}")
+    assert main(["pull"]) == 0
+    assert capsys.readouterr().out == "/models/smollm2\n"
+
+
+def test_doctor_prints_what_it_found(monkeypatch, capsys):
+    from dipper import device
+
+    monkeypatch.setattr(device, "doctor", lambda path: {"path": str(path)})
+    monkeypatch.setattr(device, "format_doctor", lambda found: f"at {found['path']}")
+    assert main(["doctor", "x"]) == 0
+    assert capsys.readouterr().out == "at x\n"
+    assert main(["doctor", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": "x"}
