@@ -596,22 +596,6 @@ void FlashReader::wait(uint64_t n_tickets) {
   impl_->stop_if_failed();
 }
 
-StagingBuffer::StagingBuffer(uint64_t bytes) {
-  constexpr uint64_t kHugePage = uint64_t{2} << 20;
-  const uint64_t alignment = bytes >= kHugePage / 2 ? kHugePage : FlashReader::alignment();
-  bytes_ = (bytes + alignment - 1) / alignment * alignment;
-  if (bytes_ == 0) return;
-  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, bytes_)));
-  if (!data_) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  // Before the first touch. Where huge pages are off this is refused, and small pages do.
-  if (alignment == kHugePage) ::madvise(data_.get(), bytes_, MADV_HUGEPAGE);
-#endif
-  std::memset(data_.get(), 0, bytes_);  // page faults now, not during a read
-}
-
-void StagingBuffer::Free::operator()(uint8_t* p) const { std::free(p); }
-
 void plan_reads(std::span<const uint64_t> offsets, uint32_t record_bytes, uint32_t alignment, uint32_t max_bytes,
                 uint8_t* staging, ReadPlan& plan) {
   if (alignment == 0 || !std::has_single_bit(alignment) || record_bytes == 0 || max_bytes == 0 ||

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 
+#include "arrays.hpp"
 #include "column_cache.hpp"
 #include "errors.hpp"
 #include "selection.hpp"
@@ -21,26 +22,6 @@ namespace {
 
 template <class T, int32_t kDimensions>
 using Input = nb::ndarray<const T, nb::ndim<kDimensions>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Output = nb::ndarray<nb::numpy, T>;
-
-// A new numpy array of this shape, filled by the caller.
-template <class T>
-Output<T> new_array(std::initializer_list<size_t> shape) {
-  size_t size = 1;
-  for (const size_t extent : shape) size *= extent;
-  T* data = new T[size];
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return Output<T>(data, shape, owner);
-}
-
-template <class T, class Values>
-Output<T> copy_array(const Values& values) {
-  Output<T> array = new_array<T>({values.size()});
-  std::copy(values.begin(), values.end(), array.data());
-  return array;
-}
-
 struct CacheStep {
   int32_t n_hits;
   Output<int32_t> misses, admissions;

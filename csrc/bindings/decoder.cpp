@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "arrays.hpp"
 #include "decoder.hpp"
 #include "errors.hpp"
 
@@ -19,19 +20,8 @@ using namespace dipper;
 
 namespace {
 
-template <typename T>
-using Array = nb::ndarray<nb::numpy, T>;
 using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Mask = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-template <typename T>
-Array<T> new_array(std::initializer_list<size_t> shape) {
-  size_t size = 1;
-  for (const size_t extent : shape) size *= extent;
-  T* data = new T[size];
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return Array<T>(data, shape, owner);
-}
 
 template <typename T>
 T get(const nb::dict& d, const char* key) {
@@ -263,12 +253,6 @@ nb::dict counters_dict(const Decoder& decoder) {
   return d;
 }
 
-Array<float> copy_logits(std::span<const float> logits) {
-  Array<float> out = new_array<float>({logits.size()});
-  std::copy(logits.begin(), logits.end(), out.data());
-  return out;
-}
-
 std::vector<const uint8_t*> mask_pointers(const std::vector<Mask>& masks, int32_t n_layers, size_t n_tokens, int32_t n) {
   if (masks.size() != static_cast<size_t>(n_layers)) {
     throw ConfigError("forced masks for " + std::to_string(masks.size()) + " layers, the model has " + std::to_string(n_layers));
@@ -284,7 +268,7 @@ std::vector<const uint8_t*> mask_pointers(const std::vector<Mask>& masks, int32_
   return pointers;
 }
 
-Array<float> logits_of(Decoder& decoder, const Tokens& tokens, const std::string& kind, const std::vector<Mask>& input,
+Output<float> logits_of(Decoder& decoder, const Tokens& tokens, const std::string& kind, const std::vector<Mask>& input,
                        const std::vector<Mask>& glu) {
   const Model& m = decoder.model();
   ForwardRequest request;
@@ -295,7 +279,7 @@ Array<float> logits_of(Decoder& decoder, const Tokens& tokens, const std::string
   } else {
     request.kind = kind == "own" ? BlockMasks::Kind::kOwn : BlockMasks::Kind::kDense;
   }
-  Array<float> logits = new_array<float>({tokens.size(), static_cast<size_t>(m.vocab)});
+  Output<float> logits = new_array<float>({tokens.size(), static_cast<size_t>(m.vocab)});
   request.logits = logits.data();
   {
     nb::gil_scoped_release released;
@@ -304,12 +288,12 @@ Array<float> logits_of(Decoder& decoder, const Tokens& tokens, const std::string
   return logits;
 }
 
-Array<double> losses_of(Decoder& decoder, const Tokens& tokens, const Tokens& next) {
+Output<double> losses_of(Decoder& decoder, const Tokens& tokens, const Tokens& next) {
   if (next.size() != tokens.size()) throw ConfigError("next tokens and tokens differ in number");
   ForwardRequest request;
   request.kind = BlockMasks::Kind::kOwn;
   request.next = next.data();
-  Array<double> nll = new_array<double>({tokens.size()});
+  Output<double> nll = new_array<double>({tokens.size()});
   std::fill(nll.data(), nll.data() + tokens.size(), 0.0);
   request.nll = nll.data();
   {
@@ -347,7 +331,7 @@ void bind_decoder(nb::module_& m) {
                nb::gil_scoped_release released;
                logits = self.step(token);
              }
-             return copy_logits(logits);
+             return copy_array<float>(logits);
            })
       .def("prefill",
            [](Decoder& self, const Tokens& tokens, bool warm) {
@@ -356,7 +340,7 @@ void bind_decoder(nb::module_& m) {
                nb::gil_scoped_release released;
                logits = self.prefill({tokens.data(), tokens.size()}, warm);
              }
-             return copy_logits(logits);
+             return copy_array<float>(logits);
            })
       .def("logits", &logits_of)
       .def("losses", &losses_of)

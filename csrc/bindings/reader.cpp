@@ -15,6 +15,7 @@
 
 #include "dram_probe.hpp"
 #include "errors.hpp"
+#include "arena.hpp"
 #include "flash_reader.hpp"
 
 namespace nb = nanobind;
@@ -92,14 +93,14 @@ class PyReader {
   uint8_t* room_for(uint64_t bytes) {
     if (bytes > buffer_.bytes()) {
       buffer_ = {};  // never both at once
-      buffer_ = dipper::StagingBuffer(bytes);
+      buffer_ = dipper::Arena(bytes);
     }
     return buffer_.data();
   }
 
   const uint64_t depth_;
   std::mutex mutex_;
-  dipper::StagingBuffer buffer_;  // before the reader: freed after its reads are drained
+  dipper::Arena buffer_;  // before the reader: freed after its reads are drained
   FlashReader reader_;
 };
 

@@ -211,18 +211,6 @@ void test_refusals(const std::string& path) {
   CHECK(reader.counters().reads == 0);
 }
 
-void test_staging_buffer() {
-  CHECK(StagingBuffer().bytes() == 0 && StagingBuffer(0).data() == nullptr);
-  for (const uint64_t bytes : {uint64_t{1}, uint64_t{5000}, uint64_t{3} << 20}) {
-    const StagingBuffer buffer(bytes);
-    CHECK(buffer.bytes() >= bytes && buffer.bytes() % kPage == 0);
-    CHECK(reinterpret_cast<uintptr_t>(buffer.data()) % kPage == 0);
-    CHECK(std::all_of(buffer.data(), buffer.data() + buffer.bytes(), [](uint8_t b) { return b == 0; }));
-  }
-  CHECK(StagingBuffer(5000).bytes() == 8192);
-  CHECK(StagingBuffer(3 << 20).bytes() == 4 << 20);
-}
-
 void test_plan_random() {
   std::mt19937_64 rng(11);
   for (int round = 0; round < 3000; ++round) {
@@ -302,7 +290,6 @@ void test_plan_by_hand() {
 int main() {
   test_plan_by_hand();
   test_plan_random();
-  test_staging_buffer();
   const TestFile file(kFileBytes);
   test_refusals(file.path());
   const FlashReader probe(file.path(), {});
