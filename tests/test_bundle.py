@@ -489,12 +489,30 @@ def test_broken_weights_leave_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_existing_output(tmp_path):
+def rename_once_then_stop(rename):
+    """`os.rename` that is interrupted at its second call, and works again from the third."""
+    calls = []
+
+    def stopping(old, new):
+        calls.append(old)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    return stopping
+
+
+def test_existing_output(tmp_path, monkeypatch):
     bundle = pack_hf(tmp_path, "llama")
     source = tmp_path / "llama-hf"
     with pytest.raises(BundleError, match="exists already; remove it, pack to another name, or pass --force"):
         pack(source, bundle.path, tokenizer=False)
     pack(source, bundle.path, "8", overwrite=True, tokenizer=False)
+    assert Bundle.open(bundle.path).header["source"]["bits"] == "8"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["llama-hf", "llama-source.dipper"]
+    monkeypatch.setattr(os, "rename", rename_once_then_stop(os.rename))
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, bundle.path, "4", overwrite=True, tokenizer=False)
     assert Bundle.open(bundle.path).header["source"]["bits"] == "8"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama-hf", "llama-source.dipper"]
     other = tmp_path / "precious"

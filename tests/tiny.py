@@ -243,7 +243,7 @@ def random_blocks(type_name: str, rows: int, inputs: int, rng: np.random.Generat
 def write_gguf(
     path: Path, kind: str = "llama-tied", types: dict[str, str] | None = None, seed: int = 0, **changes: Any
 ) -> Path:
-    """A tiny Llama or Qwen2 GGUF without a vocabulary, made with the `gguf` package.
+    """A tiny GGUF of any kind in `CONFIGS`, without a vocabulary, made with the `gguf` package.
 
     Args:
         types: source name inside a layer (``ffn_up`` ...) or ``token_embd``/``output`` -> block type; F32 elsewhere.
@@ -251,17 +251,8 @@ def write_gguf(
     import gguf
 
     c = config(kind, **changes)
-    arch = c["model_type"]
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_name(f"tiny {arch}")
-    writer.add_context_length(c["max_position_embeddings"])
-    writer.add_embedding_length(c["hidden_size"])
-    writer.add_block_count(c["num_hidden_layers"])
-    writer.add_feed_forward_length(c["intermediate_size"])
-    writer.add_head_count(c["num_attention_heads"])
-    writer.add_head_count_kv(c["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
-    writer.add_rope_freq_base(c["rope_theta"])
+    writer = gguf.GGUFWriter(path, c["model_type"].removesuffix("_text").replace("mistral", "llama"))
+    _add_gguf_metadata(writer, c)
     rng = np.random.default_rng(seed)
     for name, array in gguf_tensors(kind, seed, **changes).items():
         short = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -281,32 +272,99 @@ def write_gguf(
     return path
 
 
+def _add_gguf_metadata(writer: Any, c: dict[str, Any]) -> None:
+    import gguf
+
+    writer.add_name(f"tiny {c['model_type']}")
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(c["hidden_size"])
+    writer.add_block_count(c["num_hidden_layers"])
+    writer.add_feed_forward_length(c["intermediate_size"])
+    writer.add_head_count(c["num_attention_heads"])
+    writer.add_head_count_kv(c["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    writer.add_rope_freq_base(c["rope_theta"])
+    if "head_dim" in c:
+        writer.add_key_length(c["head_dim"])
+        writer.add_value_length(c["head_dim"])
+    if "sliding_window" in c and c.get("use_sliding_window", True):
+        writer.add_sliding_window(c["sliding_window"])
+    if "sliding_window_pattern" in c:
+        writer.add_sliding_window_pattern(c["sliding_window_pattern"])
+    if "query_pre_attn_scalar" in c:
+        writer.add_attention_scale(c["query_pre_attn_scalar"] ** -0.5)
+    scaling = c.get("rope_scaling", {})
+    if scaling.get("rope_type") in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+        writer.add_rope_scaling_factor(scaling["factor"])
+    original = c.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+    if original:
+        writer.add_rope_scaling_orig_ctx_len(original)
+
+
 _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_GGUF_GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def gguf_tensors(kind: str, seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
-    """`tensors` under GGUF's names; rows of Llama's q and k pair neighbours, as that format has them."""
+    """`tensors` as that format has them: its names, Llama's q and k rows pairing neighbours, Gemma's norms as 1 + w."""
     c = config(kind, **changes)
+    is_llama, is_gemma = c["model_type"] in ("llama", "mistral"), c["model_type"] == "gemma3_text"
+    names = _GGUF_NAMES | (_GGUF_GEMMA_NAMES if is_gemma else {})
     top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     out = {}
     for name, array in tensors(kind, seed, **changes).items():
         stem, suffix = name.rsplit(".", 1)
+        if is_gemma and stem.endswith("norm"):
+            array = array + np.float32(1)
         if stem in top:
             out[f"{top[stem]}.{suffix}"] = array
             continue
         layer, inner = stem.removeprefix("model.layers.").split(".", 1)
         heads = {"self_attn.q_proj": c["num_attention_heads"], "self_attn.k_proj": c["num_key_value_heads"]}.get(inner)
-        if heads and c["model_type"] == "llama":
+        if heads and is_llama:
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        out[f"blk.{layer}.{_GGUF_NAMES[inner]}.{suffix}"] = array
+        out[f"blk.{layer}.{names[inner]}.{suffix}"] = array
+    scaling = c.get("rope_scaling", {})
+    for name in ("short_factor", "long_factor"):
+        if name in scaling:
+            out[f"rope_factors_{name.split('_')[0]}.weight"] = np.array(scaling[name], np.float32)
+    if scaling.get("rope_type") == "llama3":
+        out["rope_freqs.weight"] = _llama3_factors(c, scaling)
     return out
+
+
+def _llama3_factors(c: dict[str, Any], scaling: dict[str, Any]) -> np.ndarray:
+    """What GGUF conversion stores for Llama 3: the divisor of each frequency, element by element."""
+    dim = c["hidden_size"] // c["num_attention_heads"]
+    factors = []
+    for i in range(dim // 2):
+        wavelength = 2 * np.pi * c["rope_theta"] ** (2 * i / dim)
+        turns = scaling["original_max_position_embeddings"] / wavelength
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        if turns > high:
+            factors.append(1.0)
+        elif turns < low:
+            factors.append(scaling["factor"])
+        else:
+            smooth = (turns - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / scaling["factor"] + smooth))
+    return np.array(factors, np.float32)

@@ -21,22 +21,11 @@ import numpy as np
 from dipper.checkpoint import Checkpoint, Tensor
 from dipper.errors import CheckpointError
 from dipper.grid import F32, CodedRows, Grid
+from dipper.rope import Rope, RopeConfig, name_tables, rope_table
 
 __all__ = ["LayerConfig", "Model", "ModelConfig", "Part", "RopeConfig", "matrix_shapes", "read_model", "vector_shapes"]
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """One rotary table: names of its inverse-frequency vectors, factors on cos and sin (bundle format, section 5)."""
-
-    dim: int
-    short: str
-    long: str | None
-    original_context: int
-    scale_short: float
-    scale_long: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -432,110 +421,6 @@ def _refuse_unused(checkpoint: Checkpoint, architecture: Architecture, used: set
         )
 
 
-# --- RoPE ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rope:
-    """Inverse frequencies [dim/2] and the factors on cos and sin, up to and beyond `original_context`."""
-
-    short: F32
-    long: F32 | None = None
-    original_context: int = 0
-    scale_short: float = 1.0
-    scale_long: float = 1.0
-
-
-def _rope(params: dict[str, Any], dim: int, max_context: int) -> _Rope:
-    """RoPE table from Hugging Face's parameter names; `freq_factors` (GGUF) divide the frequencies."""
-    kind = params.get("rope_type", params.get("type", "default"))
-    inverse = params["rope_theta"] ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    if "freq_factors" in params:
-        inverse = inverse / _factors(params["freq_factors"], dim)
-    if kind == "default":
-        return _Rope(inverse.astype(np.float32))
-    if kind == "linear":
-        return _Rope((inverse / params["factor"]).astype(np.float32))
-    if kind == "llama3":
-        return _Rope(_llama3(inverse, params).astype(np.float32))
-    if kind == "yarn":
-        return _yarn(inverse, params, dim, max_context)
-    if kind in ("longrope", "su"):
-        return _longrope(inverse, params, dim, max_context)
-    raise ValueError(f"RoPE scaling {kind!r} is not one of default, linear, llama3, yarn, longrope")
-
-
-def _factors(values: Any, dim: int) -> Any:
-    factors = np.asarray(values, np.float64)
-    if factors.shape != (dim // 2,) or not (factors > 0).all():
-        raise ValueError(f"{factors.size} RoPE factors for {dim // 2} frequencies, or one that is not positive")
-    return factors
-
-
-def _llama3(inverse: Any, params: dict[str, Any]) -> Any:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    low, high = params["low_freq_factor"], params["high_freq_factor"]
-    turns = params["original_max_position_embeddings"] * inverse / (2 * math.pi)  # turns within the trained context
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return inverse * (keep + (1 - keep) / params["factor"])
-
-
-def _yarn(inverse: Any, params: dict[str, Any], dim: int, max_context: int) -> _Rope:
-    """YaRN: a ramp over the elements between kept and stretched frequencies, and a longer cos and sin."""
-    original = params.get("original_max_position_embeddings") or max_context
-    factor = params.get("factor") or max_context / original
-
-    def element(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(params["rope_theta"]))
-
-    low, high = element(params.get("beta_fast") or 32), element(params.get("beta_slow") or 1)
-    if params.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    stretched = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
-    scale = params.get("attention_factor")
-    if scale is None:
-        mscale, all_dim = params.get("mscale"), params.get("mscale_all_dim")
-        scale = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1)
-    return _Rope(
-        (inverse * (1 - stretched + stretched / factor)).astype(np.float32), scale_short=scale, scale_long=scale
-    )
-
-
-def _mscale(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
-
-def _longrope(inverse: Any, params: dict[str, Any], dim: int, max_context: int) -> _Rope:
-    original = params.get("original_max_position_embeddings") or max_context
-    factor = params.get("factor") or max_context / original
-    scale = params.get("attention_factor")
-    if scale is None:
-        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    short, long = (inverse / _factors(params[name], dim) for name in ("short_factor", "long_factor"))
-    return _Rope(short.astype(np.float32), long.astype(np.float32), int(original), scale, scale)
-
-
-def _rope_tables(ropes: list[_Rope]) -> tuple[tuple[RopeConfig, ...], dict[str, F32]]:
-    configs, vectors = [], {}
-    for index, rope in enumerate(ropes):
-        short, long = f"rope.{index}", f"rope.{index}.long" if rope.long is not None else None
-        vectors[short] = rope.short
-        if long is not None and rope.long is not None:
-            vectors[long] = rope.long
-        configs.append(
-            RopeConfig(
-                dim=2 * len(rope.short),
-                short=short,
-                long=long,
-                original_context=rope.original_context,
-                scale_short=float(rope.scale_short),
-                scale_long=float(rope.scale_long),
-            )
-        )
-    return tuple(configs), vectors
-
-
 # --- Hugging Face config.json ----------------------------------------------------------------------------------------
 
 
@@ -551,7 +436,7 @@ def _read_hf(checkpoint: Checkpoint, architecture: Architecture) -> tuple[ModelC
         raise ValueError("use_bidirectional_attention is true: dipper generates with causal attention only")
     windows = _hf_windows(config, architecture)
     ropes, rope_of = _hf_ropes(config, architecture, head_dim, max_context)
-    tables, vectors = _rope_tables(ropes)
+    tables, vectors = name_tables(ropes)
     eos = config.get("eos_token_id")
     embedding = checkpoint.tensors.get(_TOP_NAMES["hf"]["embedding"])
     result = ModelConfig(
@@ -622,7 +507,7 @@ def _hf_windows(config: dict[str, Any], architecture: Architecture) -> list[int]
 
 def _hf_ropes(
     config: dict[str, Any], architecture: Architecture, head_dim: int, max_context: int
-) -> tuple[list[_Rope], Any]:
+) -> tuple[list[Rope], Any]:
     """The tables, and the index of the table for a layer's window."""
     parameters = dict(config.get("rope_parameters") or {})
     scaling = dict(config.get("rope_scaling") or {})
@@ -632,7 +517,7 @@ def _hf_ropes(
             **(parameters.get("sliding_attention") or {}),
         }
         full = {"rope_theta": config.get("rope_theta", 1e6), **scaling, **(parameters.get("full_attention") or {})}
-        return [_rope(p, head_dim, max_context) for p in (local, full)], lambda window: 0 if window else 1
+        return [rope_table(p, head_dim, max_context) for p in (local, full)], lambda window: 0 if window else 1
     params = {"rope_theta": config.get("rope_theta", 10000.0), **scaling, **parameters}
     params = {key: value for key, value in params.items() if value is not None}
     if "original_max_position_embeddings" in config:  # Phi-3 keeps it beside the scaling, and the ratio is the factor
@@ -642,7 +527,7 @@ def _hf_ropes(
     if architecture.name == "phi3" and kind in ("su", "yarn"):
         params["rope_type"] = "longrope"
     partial = params.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
-    return [_rope(params, int(head_dim * partial), max_context)], lambda window: 0
+    return [rope_table(params, int(head_dim * partial), max_context)], lambda window: 0
 
 
 # --- GGUF metadata ---------------------------------------------------------------------------------------------------
@@ -664,7 +549,7 @@ def _read_gguf(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Mode
     is_gemma = architecture.name == "gemma3"
     windows = _gguf_windows(get, architecture, n_layers)
     ropes, rope_of = _gguf_ropes(checkpoint, get, architecture, head_dim, max_context)
-    tables, vectors = _rope_tables(ropes)
+    tables, vectors = name_tables(ropes)
     names = _TOP_NAMES["gguf"]
     embedding = checkpoint.tensors.get(names["embedding"])
     eos = metadata.get("tokenizer.ggml.eos_token_id")
@@ -712,7 +597,7 @@ def _gguf_windows(get: Any, architecture: Architecture, n_layers: int) -> list[i
 
 def _gguf_ropes(
     checkpoint: Checkpoint, get: Any, architecture: Architecture, head_dim: int, max_context: int
-) -> tuple[list[_Rope], Any]:
+) -> tuple[list[Rope], Any]:
     params: dict[str, Any] = {"rope_theta": get("rope.freq_base", 10000.0)}
     kind = get("rope.scaling.type", "none")
     params["rope_type"] = "default" if kind == "none" else kind
@@ -737,8 +622,8 @@ def _gguf_ropes(
         raise ValueError(
             f"rope.dimension_count is {dim} and heads have {head_dim}: partial rotation of interleaved rows"
         )
-    full = _rope(params, dim, max_context)
+    full = rope_table(params, dim, max_context)
     if architecture.name == "gemma3":
-        local = _rope({"rope_theta": get("rope.freq_base_swa", 10000.0)}, dim, max_context)
+        local = rope_table({"rope_theta": get("rope.freq_base_swa", 10000.0)}, dim, max_context)
         return [local, full], lambda window: 0 if window else 1
     return [full], lambda window: 0

@@ -465,12 +465,12 @@ def _publish(partial: Path, out: Path, overwrite: bool) -> None:
     """Rename the finished directory into place, and make the rename last."""
     _sync_directory(partial)
     old = partial.with_name(partial.name + "-old")
-    if overwrite and out.exists():
-        os.rename(out, old)
     try:
+        if overwrite and out.exists():
+            os.rename(out, old)
         os.rename(partial, out)
-    except OSError:
-        if old.exists():
+    except BaseException:  # Ctrl-C between the two renames included: the old bundle goes back
+        if old.exists() and not out.exists():
             os.rename(old, out)
         raise
     shutil.rmtree(old, ignore_errors=True)
