@@ -61,7 +61,8 @@ def bundle_for(spec: str, bits: str, workdir: Path) -> Path:
     from dipper.sources import pull
 
     source = Path(pull(spec))
-    target = workdir / f"{source.stem}-{bits}.dipper"
+    name = source.stem if source.is_file() else source.name  # a folder's name may have dots
+    target = workdir / f"{name}-{bits}.dipper"
     if not target.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         print(f"packing {source.name} at --bits {bits}", file=sys.stderr)
