@@ -391,6 +391,8 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
           kernels_.gemm_block(w, tokens, t, t + 1, y[m], y_stride);
         }
       }
+      // The owner drives the reads that the others follow, also when there are too few tiles for it to have one.
+      if (thread == 0 && !spans_[m].empty()) wait_ticket(0, spans_[m].back().ticket, ledger);
     }
   });
   ledger.gemv += seconds() - start - (ledger.wait - waited);

@@ -1,0 +1,446 @@
+"""The engine's invariants (design: density 1 is dense, gamma 1 depends on nothing but the masks, budgets hold), and its errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from dipper import _core
+from dipper.bundle import Bundle, header_bytes, pack
+from dipper.cache import ReferenceCache, n_selected, reference_top_k
+from dipper.engine import METHODS, Engine, EngineConfig, parse_bytes
+from dipper.errors import BudgetError, BundleError, ConfigError, FlashError
+from dipper.trace import read_trace
+
+KINDS = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "gemma3")
+ALL = "1000b"  # more DRAM than any tiny MLP can use
+PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38, 46, 2]
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    """Tiny bundles of every architecture, packed on demand."""
+    folder = tmp_path_factory.mktemp("bundles")
+    known = [k for k in KINDS if k in tiny.CONFIGS]
+
+    def bundle(kind: str = "llama") -> Path:
+        assert kind in known
+        path = folder / f"{kind}.dipper"
+        if not path.exists():
+            pack(tiny.write_hf(folder / kind, kind), path, tokenizer=False)
+        return path
+
+    bundle.kinds = known
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf, tmp_path_factory):
+    return pack(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "smollm2.dipper")
+
+
+def decode(path, n=12, prompt=PROMPT, **options):
+    """Greedy tokens and every row of logits."""
+    options.setdefault("context", 64)
+    if options.get("method", "dip") != "dense-resident":
+        options.setdefault("mlp_dram", ALL)
+    with Engine.open(path, EngineConfig(**options)) as engine:
+        rows = [engine.prefill(prompt)]
+        for _ in range(n):
+            rows.append(engine.step(int(rows[-1].argmax())))
+    return np.stack(rows)
+
+
+def same_bits(a, b):
+    return a.shape == b.shape and np.array_equal(a.view(np.int32), b.view(np.int32))
+
+
+def tight(path, share=0.3, context=64, **options):
+    """An MLP share that holds about this part of the columns beside scales and staging, in bits per weight."""
+    bundle = Bundle.open(path)
+    with Engine.open(path, EngineConfig(mlp_dram=ALL, context=context, **options)) as engine:
+        parts = engine.plan.parts
+    held = sum(r["bytes"] for r in bundle.header["regions"])
+    fixed = sum(parts[name] for name in ("mlp_scales", "staging", "bookkeeping"))
+    return f"{8 * (fixed + share * held) / bundle.mlp_weights + 0.01:.3f}b"
+
+
+# --- invariant 1: density 1 is dense
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_density_1_equals_dense_bit_for_bit(bundles, kind):
+    if kind not in bundles.kinds:
+        pytest.skip(f"tests/tiny.py has no {kind}")
+    path = bundles(kind)
+    dense = decode(path, method="dense-resident")
+    assert same_bits(decode(path, density=1.0, mlp_dram=tight(path, density=1.0)), dense)
+    assert same_bits(decode(path, method="dense-stream"), dense)
+    assert not same_bits(decode(path, density=0.5), dense)  # or nothing above was tested
+
+
+def test_density_1_equals_dense_on_a_real_model(smollm2):
+    dense = decode(smollm2, n=8, method="dense-resident")
+    assert same_bits(decode(smollm2, n=8, method="dense-stream", mlp_dram="60%"), dense)
+    assert same_bits(decode(smollm2, n=8, density=1.0, mlp_dram="60%"), dense)
+
+
+# --- invariant 2: at gamma 1 nothing but the masks matters
+
+
+@pytest.mark.parametrize("path_of", ["tiny", "smollm2"])
+def test_gamma_1_depends_on_masks_alone(bundles, request, path_of):
+    path = bundles() if path_of == "tiny" else request.getfixturevalue("smollm2")
+    base = decode(path, density=0.6)
+    variants = [
+        {"mlp_dram": tight(path, share, density=0.6)} for share in (0.0, 0.2, 0.7)
+    ] + [
+        {"cache": cache, "mlp_dram": tight(path, 0.3, density=0.6)} for cache in ("lru", "lfu-decay", "static")
+    ] + [
+        {"threads": 1}, {"threads": 3}, {"cold": True}, {"reader": "pread"},
+        {"cache": "static", "cold": True, "mlp_dram": tight(path, 0.4, density=0.6)},
+    ] + [{"isa": isa} for isa in _core.isas() if isa != "scalar" or path_of == "tiny"]
+    for variant in variants:
+        assert same_bits(decode(path, **{"density": 0.6, **variant}), base), variant
+
+
+# --- invariant 3: gamma < 1 repeats
+
+
+def test_gamma_below_1_repeats(bundles):
+    path = bundles()
+    options = {"method": "dip-ca", "gamma": 0.3, "density": 0.5}
+    share = tight(path, 0.3, density=0.5)
+    first = decode(path, mlp_dram=share, **options)
+    assert same_bits(decode(path, mlp_dram=share, **options), first)
+    assert not same_bits(decode(path, mlp_dram=share, density=0.5), first)  # gamma does something
+    with Engine.open(path, EngineConfig(mlp_dram=share, context=64, **options)) as engine:
+        for _ in range(2):
+            engine.reset()
+            engine.reset_cache()
+            assert same_bits(engine.prefill(PROMPT), first[0])
+            assert same_bits(engine.step(int(first[0].argmax())), first[1])
+
+
+# --- evaluation is decoding
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_block_forward_equals_decoding_512_tokens(smollm2, gamma):
+    tokens = np.random.default_rng(0).integers(5, 40000, 512)
+    config = EngineConfig(method="dip-ca", gamma=gamma, density=0.6, mlp_dram="60%", context=512)
+    with Engine.open(smollm2, config) as engine:
+        block = engine.logits(tokens)
+        counted = engine.counters()
+        engine.reset()
+        engine.reset_cache()
+        losses = engine.score(tokens)
+        engine.reset()
+        engine.reset_cache()
+        for i, token in enumerate(tokens):
+            assert same_bits(engine.step(int(token)), block[i]), i
+        steps = engine.counters()
+    assert (steps.hits, steps.misses, steps.selected) == (counted.hits, counted.misses, counted.selected)
+    exact = block.astype(np.float64)
+    exact = np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1)) + exact.max(1) - exact[np.arange(512), np.roll(tokens, -1)]
+    assert np.allclose(losses, exact[:-1], rtol=1e-5, atol=1e-6)
+
+
+def test_decoding_goes_on_after_evaluation(smollm2):
+    config = EngineConfig(method="dip-ca", gamma=0.5, density=0.6, mlp_dram="60%", context=64)
+    with Engine.open(smollm2, config) as engine:
+        engine.logits(range(100, 140))
+        after_block = engine.step(7)
+        engine.reset()
+        engine.reset_cache()
+        for token in range(100, 140):
+            engine.step(token)
+        assert same_bits(engine.step(7), after_block)
+
+
+def test_pruning_hard_scores_worse(smollm2_gguf, smollm2):
+    text = (Path(__file__).parent / "data" / "wikitext2_test_head.txt").read_text()[:6000]
+    from dipper.tokenizer import Tokenizer
+
+    tokens = Tokenizer.open(smollm2).encode(text)[:512]
+    losses = {}
+    for density in (1.0, 0.3):
+        with Engine.open(smollm2, EngineConfig(density=density, mlp_dram="70%", context=512)) as engine:
+            losses[density] = engine.score(tokens).mean()
+    assert losses[1.0] < 4 < losses[0.3]
+
+
+def test_forced_masks_of_a_run_give_its_logits(bundles, tmp_path):
+    path = bundles()
+    trace = tmp_path / "run.trace"
+    with Engine.open(path, EngineConfig(density=0.6, mlp_dram=ALL, context=64, trace=trace)) as engine:
+        rows = np.stack([engine.step(t) for t in PROMPT])
+    header, frames = read_trace(trace)
+    n_layers = len(header["regions"]) // 2
+    masks = [tuple(np.zeros((len(PROMPT), header["regions"][2 * i + j]["n_columns"]), np.uint8) for j in range(2)) for i in range(n_layers)]
+    for frame in frames:
+        masks[frame.region // 2][frame.region % 2][frame.token, frame.mask] = 1
+    with Engine.open(path, EngineConfig(method="dense-resident", context=64)) as engine:
+        assert same_bits(engine.logits(PROMPT, masks), rows)
+
+
+# --- cache, trace and flash counters
+
+
+def test_trace_agrees_with_counters_and_reference(smollm2, tmp_path):
+    trace = tmp_path / "run.trace"
+    config = EngineConfig(method="dip-ca", gamma=0.4, density=0.55, mlp_dram="60%", context=64, trace=trace, cache="lru")
+    with Engine.open(smollm2, config) as engine:
+        engine.reset_counters()
+        for token in range(200, 212):
+            engine.step(token)
+        counters = engine.counters()
+    header, frames = read_trace(trace)
+    frames = list(frames)
+    regions = header["regions"]
+    assert len(frames) == 12 * len(regions)
+    assert sum(f.flash_bytes for f in frames) == counters.flash_bytes
+    assert sum(len(f.reads) for f in frames) == counters.reads
+    assert sum(f.useful_bytes for f in frames) == counters.useful_bytes
+    caches = [ReferenceCache(r["n_columns"], r["capacity"], "lru") for r in regions]
+    for frame in frames:
+        cache = caches[frame.region]
+        region = regions[frame.region]
+        cached = np.zeros(region["n_columns"], bool)
+        cached[list(cache.slots)] = True
+        k = n_selected(0.55, region["n_columns"])
+        assert list(reference_top_k(frame.scores, k, 0.4, cached)) == list(frame.mask)
+        assert np.array_equal(cached[frame.mask], frame.hit)
+        cache.step(list(frame.mask))
+        covered = np.zeros(region["n_columns"] * region["record_bytes"], bool)
+        for offset, size in frame.reads:
+            start = int(offset) - region["offset"]
+            covered[max(0, start) : start + int(size)] = True
+        assert covered.reshape(-1, region["record_bytes"])[frame.mask[~frame.hit]].all()
+        assert frame.flash_bytes == frame.reads["bytes"].sum()
+    assert (sum(c.hits for c in caches), sum(c.misses for c in caches)) == (counters.hits, counters.misses)
+    assert sum(c.evictions for c in caches) == counters.evictions
+
+
+def test_cut_trace_is_refused(bundles, tmp_path):
+    trace = tmp_path / "run.trace"
+    with Engine.open(bundles(), EngineConfig(mlp_dram=ALL, context=16, trace=trace)) as engine:
+        engine.step(3)
+        assert not trace.exists()  # only a closed trace has its name
+    trace.write_bytes(trace.read_bytes()[:-3])
+    with pytest.raises(ConfigError, match="ends inside a frame: the trace is cut"):
+        list(read_trace(trace)[1])
+    trace.write_bytes(b"not a trace at all")
+    with pytest.raises(ConfigError, match="it is no trace"):
+        read_trace(trace)
+
+
+def test_prefill_warms_the_cache(smollm2):
+    hits = {}
+    for cold in (False, True):
+        with Engine.open(smollm2, EngineConfig(density=0.5, mlp_dram="60%", context=64, cold=cold)) as engine:
+            engine.prefill(PROMPT)
+            engine.reset_counters()
+            engine.step(5)
+            hits[cold] = engine.counters().hits
+    assert hits[True] == 0 < hits[False]
+
+
+def test_dense_stream_reads_what_is_not_pinned(smollm2):
+    with Engine.open(smollm2, EngineConfig(method="dense-stream", mlp_dram="60%", context=64)) as engine:
+        streamed = sum(
+            r["bytes"] for r, p in zip(engine.bundle.header["regions"], engine.plan.options["pinned"], strict=True) if not p
+        )
+        engine.step(3)
+        engine.reset_counters()
+        for token in range(8):
+            engine.step(token)
+        per_token = engine.counters().flash_bytes / 8
+    assert streamed <= per_token < 1.1 * streamed  # alignment; reads ahead shift by less than a token
+
+
+def test_flash_bytes_are_what_the_process_read(smollm2):
+    def read_bytes():
+        return int(Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0])
+
+    with Engine.open(smollm2, EngineConfig(density=0.6, mlp_dram="60%", context=64)) as engine:
+        if not engine.direct:
+            pytest.skip(f"{smollm2} is on a file system without direct I/O: reads go through the page cache")
+        engine.reset_counters()
+        before = read_bytes()
+        for token in range(20):
+            engine.step(token)
+        counted = engine.counters().flash_bytes
+        assert read_bytes() - before == pytest.approx(counted, rel=0.02)
+
+
+# --- invariant 6: the budget
+
+
+_PEAK = """
+import sys
+from dipper.engine import Engine, EngineConfig
+from dipper.tokenizer import Tokenizer
+tokenizer = Tokenizer.open(sys.argv[1])
+config = EngineConfig(method=sys.argv[2], dram=sys.argv[3], context=96, density=0.7)
+with Engine.open(sys.argv[1], config) as engine:
+    logits = engine.prefill(range(300, 364))
+    for _ in range(16):
+        logits = engine.step(int(logits.argmax()))
+    print(engine.plan.total_bytes, engine.plan.budget_bytes)
+print(next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peak_memory_keeps_to_the_budget(smollm2, method):
+    dram = "170MB" if method == "dense-resident" else "130MB"
+    run = subprocess.run([sys.executable, "-c", _PEAK, smollm2, method, dram], capture_output=True, text=True, check=True)
+    planned, budget, peak = (int(word) for word in run.stdout.split())
+    assert planned <= budget
+    assert peak <= budget + 32 * 2**20
+
+
+def test_smallest_budget_is_named_and_works(smollm2):
+    for method in METHODS:
+        with pytest.raises(BudgetError, match="needs at least .* raise --dram to ") as error:
+            Engine.open(smollm2, EngineConfig(method=method, dram="1MB"))
+        named = str(error.value).split("raise --dram to ")[1].split("MB")[0]
+        with Engine.open(smollm2, EngineConfig(method=method, dram=f"{float(named) + 4:.1f}MB")) as engine:  # the host may grow a little
+            assert engine.plan.total_bytes <= engine.plan.budget_bytes
+            engine.step(1)
+
+
+def test_smallest_mlp_share_is_named_and_works(smollm2):
+    for method in ("dense-stream", "dip"):
+        with pytest.raises(BudgetError, match="its scales and staging alone need") as error:
+            Engine.open(smollm2, EngineConfig(method=method, mlp_dram="0.5b"))
+        named = str(error.value).split("raise --mlp-dram to ")[1].split(" ")[0]
+        with Engine.open(smollm2, EngineConfig(method=method, mlp_dram=named)) as engine:
+            assert engine.plan.mlp_bytes <= engine.plan.mlp_budget_bytes
+
+
+def test_plan_comes_before_loading(smollm2, tmp_path):
+    damaged = tmp_path / "damaged.dipper"
+    shutil.copytree(smollm2, damaged)
+    with open(damaged / "resident.bin", "r+b") as f:
+        f.seek(5000)
+        f.write(b"\xff")
+    plans = []
+    with pytest.raises(BundleError, match=r"resident.bin does not match its checksum: the bundle is damaged"):
+        Engine.open(damaged, EngineConfig(), on_plan=plans.append)
+    assert len(plans) == 1
+    assert plans[0].lines()[0].startswith("DRAM plan, MiB: total ")
+    assert "bits per MLP weight" in plans[0].lines()[1]
+
+
+def test_parse_bytes():
+    assert parse_bytes("600MB", 0) == 600_000_000
+    assert parse_bytes("1.5GiB", 0) == 3 * 2**29
+    assert parse_bytes("60%", 1000) == 600
+    assert parse_bytes(4096, 0) == 4096
+    for text in ("lots", "-3MB", "5 XB", ""):
+        with pytest.raises(ConfigError, match="is not an amount of memory: write 600MB"):
+            parse_bytes(text, 1000)
+    with pytest.raises(ConfigError, match="is nothing"):
+        parse_bytes("0%", 1000)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "dop"}, "method 'dop' is unknown: choose dense-resident, dense-stream, dip, dip-ca"),
+        ({"density": 0.0}, r"density is 0.0, outside \(0, 1\]"),
+        ({"density": 1.2}, r"density is 1.2, outside \(0, 1\]"),
+        ({"density": float("nan")}, r"density is nan, outside"),
+        ({"method": "dip-ca", "gamma": 0.0}, r"gamma is 0.0, outside \(0, 1\]"),
+        ({"method": "dip-ca", "gamma": 1.5}, r"gamma is 1.5, outside"),
+        ({"gamma": 0.5}, "gamma 0.5 goes with --method dip-ca, not dip"),
+        ({"d_in": 0.5}, "d_in and d_glu go together"),
+        ({"cache": "fifo"}, "cache 'fifo' is unknown: choose lru, lfu, lfu-decay, static"),
+        ({"context": 0}, "context is 0: at least 1"),
+        ({"threads": 0}, "threads is 0: at least 1"),
+        ({"method": "dense-stream", "trace": Path("x")}, "a trace records masks, which dense-stream does not have"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**options)
+
+
+def test_bad_calls(bundles):
+    path = bundles()
+    with Engine.open(path, EngineConfig(mlp_dram=ALL, context=16)) as engine:
+        with pytest.raises(ConfigError, match="the context is full: 17 positions are needed, --ctx gives 16"):
+            engine.prefill([1] * 17)
+        with pytest.raises(ConfigError, match=f"token id 100000 is outside the vocabulary of {engine.vocab_size}"):
+            engine.step(100000)
+        with pytest.raises(ConfigError, match="no tokens to run"):
+            engine.prefill([])
+        with pytest.raises(ConfigError, match="1 tokens cannot be scored"):
+            engine.score([1])
+        with pytest.raises(ConfigError, match="forced masks for 0 layers"):
+            engine.logits([1], masks=[])
+        engine.prefill([1] * 16)
+        with pytest.raises(ConfigError, match="the context is full"):
+            engine.step(1)
+    limit = Bundle.open(path).header["model"]["max_context"]
+    with pytest.raises(ConfigError, match=f"a context of {limit + 1} is over the model's {limit}"):
+        Engine.open(path, EngineConfig(context=limit + 1))
+    with pytest.raises(ConfigError, match="instruction set 'mmx' is not available"):
+        Engine.open(path, EngineConfig(isa="mmx", mlp_dram=ALL, context=16))
+    with pytest.raises(ConfigError, match="--mlp-dram does not go with dense-resident"):
+        Engine.open(path, EngineConfig(method="dense-resident", mlp_dram="50%"))
+
+
+def test_flash_cut_while_running(bundles, tmp_path):
+    path = tmp_path / "cut.dipper"
+    shutil.copytree(bundles(), path)
+    for method in ("dip", "dense-stream"):
+        with Engine.open(path, EngineConfig(method=method, mlp_dram=tight(path, 0.0, method=method), context=16, cold=True)) as engine:
+            flash = path / "flash.bin"
+            whole = flash.read_bytes()
+            os.truncate(flash, 0)
+            try:
+                with pytest.raises(FlashError, match=r"flash\.bin"):
+                    for token in range(4):
+                        engine.step(token)
+                with pytest.raises(FlashError):  # and it stays stopped
+                    engine.step(1)
+            finally:
+                flash.write_bytes(whole)
+
+
+def test_nan_scores_name_layer_and_region(bundles, tmp_path):
+    path = tmp_path / "nan.dipper"
+    shutil.copytree(bundles(), path)
+    header = json.loads((path / "bundle.json").read_text())
+    header.pop("header_sha256", None)
+    data = bytearray((path / "resident.bin").read_bytes())
+    at = header["tensors"]["layers.1.mlp_norm"]["offset"] + 4 * 3
+    data[at : at + 4] = np.float32(np.nan).tobytes()
+    (path / "resident.bin").write_bytes(data)
+    header["files"]["resident.bin"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (path / "bundle.json").write_bytes(header_bytes(header))
+    with Engine.open(path, EngineConfig(mlp_dram=ALL, context=16)) as engine, pytest.raises(
+        ConfigError, match="layer 1, input columns: .*column 3.* NaN"
+    ):
+        engine.step(1)
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineConfig().density = 0.5
