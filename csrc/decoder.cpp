@@ -21,6 +21,10 @@ double seconds() {
 
 int64_t padded(int64_t rows) { return (rows + kHalfTileRows - 1) / kHalfTileRows * kHalfTileRows; }
 
+// Positions are kept in blocks of 16 (Kernels::attend).
+int64_t padded_positions(int32_t context) { return (static_cast<int64_t>(context) + 15) / 16 * 16; }
+int64_t score_floats(int32_t context) { return padded_positions(context) + 32; }
+
 uint64_t embedding_slot_bytes(const Model& model) {
   return model.tied ? 0 : (model.embedding.row_bytes + kAlign - 1) / kAlign * kAlign + kAlign;
 }
@@ -46,7 +50,7 @@ struct ScratchLayout {
     k = take(t * padded(kv));
     v = take(t * padded(kv));
     attended = take(t * heads);
-    scores = take(static_cast<int64_t>(o.n_threads) * o.context);
+    scores = take(static_cast<int64_t>(o.n_threads) * score_floats(o.context));
     logits = take(std::min<int64_t>(t, kHeadTokens) * padded(m.vocab));
     sums = take(2 * t * (std::max<int64_t>(heads, m.hidden) / 16 + 1));
     angles = take(static_cast<int64_t>(m.ropes.size()) * t * m.head_dim);
@@ -55,7 +59,7 @@ struct ScratchLayout {
 };
 
 uint64_t kv_bytes(const Model& m, int32_t context) {
-  return 2ull * static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) * static_cast<uint64_t>(context) *
+  return 2ull * static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) * static_cast<uint64_t>(padded_positions(context)) *
          static_cast<uint64_t>(m.head_dim) * sizeof(float);
 }
 
@@ -254,7 +258,7 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
                              {l.v, l.v_bias, m.n_kv_heads * hd, v_, kv_p_}};
   project(qkv, x, m.hidden, n_tokens);
 
-  const int64_t head_floats = static_cast<int64_t>(options_.context) * hd;
+  const int64_t head_floats = padded_positions(options_.context) * hd;
   float* keys = keys_ + static_cast<int64_t>(layer) * m.n_kv_heads * head_floats;
   float* values = values_ + static_cast<int64_t>(layer) * m.n_kv_heads * head_floats;
   const RopeTable& rope = m.ropes[static_cast<size_t>(l.rope)];
@@ -269,9 +273,11 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
       float* k = k_ + t * kv_p_ + h * hd;
       if (l.k_norm != nullptr) kernels_->rms_norm(k, l.k_norm, hd, m.norm_eps, k);
       rotate(k, rope.dim, angles);
-      std::copy(k, k + hd, keys + h * head_floats + static_cast<int64_t>(n_past_ + t) * hd);
+      const int32_t position = n_past_ + t;
+      float* column = keys + h * head_floats + static_cast<int64_t>(position / 16) * 16 * hd + position % 16;
+      for (int32_t i = 0; i < hd; ++i) column[16 * i] = k[i];
       const float* v = v_ + t * kv_p_ + h * hd;
-      std::copy(v, v + hd, values + h * head_floats + static_cast<int64_t>(n_past_ + t) * hd);
+      std::copy(v, v + hd, values + h * head_floats + static_cast<int64_t>(position) * hd);
     }
   };
   if (n_tokens == 1) {
@@ -283,7 +289,7 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
     });
   }
   pool_.run([&](int thread) {  // (token, head) pairs in turn: later tokens see more positions
-    float* scores = scores_ + static_cast<int64_t>(thread) * options_.context;
+    float* scores = scores_ + static_cast<int64_t>(thread) * score_floats(options_.context);
     for (int32_t i = thread; i < n_tokens * m.n_heads; i += pool_.size()) {
       const int32_t t = i / m.n_heads;
       const int32_t h = i % m.n_heads;

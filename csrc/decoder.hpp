@@ -112,8 +112,8 @@ class Decoder {
   uint64_t n_steps_ = 0;
   int64_t hidden_p_ = 0, q_p_ = 0, kv_p_ = 0, vocab_p_ = 0;  // padded widths
   Arena kv_;
-  float* keys_ = nullptr;  // [layer][kv head][context][head_dim]
-  float* values_ = nullptr;
+  float* keys_ = nullptr;    // [layer][kv head][context / 16][head_dim][16]
+  float* values_ = nullptr;  // [layer][kv head][context][head_dim]
   Arena scratch_;
   float *x_ = nullptr, *normed_ = nullptr, *branch_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *attended_ = nullptr,
         *scores_ = nullptr, *logits_ = nullptr, *sums_ = nullptr, *angles_ = nullptr;

@@ -192,13 +192,18 @@ void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
   }
   pool_.run([&](int thread) {
     for (size_t list = 0; list <= spans_of[1]; ++list) {
-      for (const Span& s : spans_[list]) {
+      for (size_t i = 0; i < spans_[list].size(); ++i) {
+        const Span& s = spans_[list][i];
         if (!wait_ticket(thread, s.ticket, ledger)) return;
-        const BlockColumns columns{s.block, s.n, batch_.record.data() + s.first, batch_.x.data() + s.first, s.sum_x};
         for (size_t m = 0; m < n_matrices; ++m) {
           if (spans_of[m] != list) continue;
           const WeightView& w = region.matrices[m];
           const Share tiles = share(w.n_tiles(), thread, pool_.size());
+          BlockColumns columns{s.block, s.n, batch_.record.data() + s.first, batch_.x.data() + s.first, s.sum_x};
+          if (i + 1 < spans_[list].size()) {
+            columns.next_record = batch_.record.data() + spans_[list][i + 1].first;
+            columns.n_next = spans_[list][i + 1].n;
+          }
           kernels_.gemv_block(w, columns, tiles.first, tiles.last, y[m]);
         }
       }

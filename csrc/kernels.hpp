@@ -78,6 +78,9 @@ struct BlockColumns {
   const uint8_t* const* record;  // [n] records (start of the record, not of the plane)
   const float* x;                // [n] their inputs
   float sum_x;                   // of x, ascending
+  // Records that this matrix is multiplied with next (null: none), brought into the CPU's caches meanwhile.
+  const uint8_t* const* next_record = nullptr;
+  int32_t n_next = 0;
 };
 
 // The same columns for several tokens: x of token t, column c is x[t * x_stride + c].
@@ -106,7 +109,8 @@ struct Kernels {
   // out = act(gate) * up
   void (*silu_mul)(const float* gate, const float* up, int32_t n, float* out);
   void (*gelu_tanh_mul)(const float* gate, const float* up, int32_t n, float* out);
-  // Attention of one query head over positions [first, last): k, v are [position][head_dim]; scores is scratch [last - first].
+  // Attention of one query head over positions [first, last). k is [position / 16][head_dim][16], so that 16 positions are 16
+  // lanes; v is [position][head_dim]; scores is scratch [last - first + 31].
   void (*attend)(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last, float scale,
                  float* scores, float* out);
   // log(sum(exp(x))) in fp32 lanes, combined in double.

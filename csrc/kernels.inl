@@ -91,11 +91,9 @@ struct Columns {
   inline const uint8_t* at(int i) const { return Strided ? base + i * stride : record[i]; }
 };
 
-template <Codes C, Scale S, int K0, int KN, bool Half, bool Strided>
-DIPPER_INLINE void tile_part(const WeightView& w, const Columns<Strided>& columns, int32_t n, const float* x, float sum_x,
-                                                     ScaleAt at, float* y) {
-  F acc[KN];
-  for (int k = 0; k < KN; ++k) acc[k] = is_float(C) ? load(y + 16 * (K0 + k)) : set1(0.0f);
+// acc[fields] = fma(code, x, acc) over n columns, ascending.
+template <Codes C, int K0, int KN, bool Half, bool Strided>
+DIPPER_INLINE void accumulate(const Columns<Strided>& columns, int32_t n, const float* x, F (&acc)[KN]) {
   for (int32_t i = 0; i < n; ++i) {
     const uint8_t* column = columns.at(i);
     F code[KN];
@@ -103,28 +101,17 @@ DIPPER_INLINE void tile_part(const WeightView& w, const Columns<Strided>& column
     const F xi = set1(x[i]);
     for (int k = 0; k < KN; ++k) acc[k] = fma(code[k], xi, acc[k]);
   }
-  if constexpr (is_float(C)) {
-    for (int k = 0; k < KN; ++k) store(y + 16 * (K0 + k), acc[k]);
-  } else {
-    const F sum = set1(sum_x);
-    const F zero_point = set1(static_cast<float>(-w.grid.zero_point));
-    for (int k = 0; k < KN; ++k) {
-      const int row = 16 * (K0 + k);
-      store(y + row, apply_scale<S>(w, at, row, acc[k], sum, zero_point, load(y + row)));
-    }
-  }
 }
 
-template <Codes C, Scale S, bool Strided>
-DIPPER_INLINE void tile(const WeightView& w, const Columns<Strided>& columns, int32_t n, const float* x, float sum_x,
-                                                ScaleAt at, bool half, float* y) {
-  if (half) {
-    tile_part<C, S, 0, 4, true, Strided>(w, columns, n, x, sum_x, at, y);
-  } else if constexpr (kFieldsAtOnce == 8) {
-    tile_part<C, S, 0, 8, false, Strided>(w, columns, n, x, sum_x, at, y);
-  } else {
-    tile_part<C, S, 0, 4, false, Strided>(w, columns, n, x, sum_x, at, y);
-    tile_part<C, S, 4, 4, false, Strided>(w, columns, n, x, sum_x, at, y);
+template <Codes C, Scale S, int K0, int KN, bool Half>
+DIPPER_INLINE void tile_part(const WeightView& w, const Columns<true>& columns, int32_t n, const float* x, float sum_x, ScaleAt at, float* y) {
+  F acc[KN];
+  for (int k = 0; k < KN; ++k) acc[k] = is_float(C) ? load(y + 16 * (K0 + k)) : set1(0.0f);
+  accumulate<C, K0, KN, Half>(columns, n, x, acc);
+  const F zero_point = set1(static_cast<float>(-w.grid.zero_point));
+  for (int k = 0; k < KN; ++k) {
+    const int row = 16 * (K0 + k);
+    store(y + row, is_float(C) ? acc[k] : apply_scale<S>(w, at, row, acc[k], set1(sum_x), zero_point, load(y + row)));
   }
 }
 
@@ -150,17 +137,91 @@ inline Columns<true> tiled_columns(const WeightView& w, int32_t t, int32_t block
   return {nullptr, base, bytes, {0, static_cast<uint32_t>(plane_tile_bytes(C, 0, half))}};
 }
 
+// The next columns after those at hand, to be fetched into the CPU's caches.
+struct Ahead {
+  const uint8_t* record[4];
+  int64_t offset[2];  // from the tile at hand to theirs, planes 0 and 1 (0: the same tile of another record)
+};
+
+// acc[tiles] += columns * x for up to four columns at once: four sequential streams, which the hardware's prefetchers follow
+// and a line a column asked for by hand leads; dozens of records tile by tile they do not.
+template <Codes C, int K0, int KN, bool Half, int N>
+DIPPER_INLINE void strip_part(const Columns<false>& columns, const float* x, bool fresh, float* acc) {
+  F sum[KN];
+  for (int k = 0; k < KN; ++k) sum[k] = fresh ? set1(0.0f) : load(acc + 16 * (K0 + k));
+  accumulate<C, K0, KN, Half>(columns, N, x, sum);
+  for (int k = 0; k < KN; ++k) store(acc + 16 * (K0 + k), sum[k]);
+}
+
+template <Codes C, int N>
+DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, const float* x, int32_t tile_begin, int32_t tile_end, bool fresh,
+                         const Ahead& ahead, float* acc) {
+  for (int32_t t = tile_begin; t < tile_end; ++t, acc += kTileRows) {
+    const Columns<false> columns = record_columns<C>(w, record, t);
+    for (const uint8_t* next : ahead.record) {
+      __builtin_prefetch(next + columns.offset[0] + ahead.offset[0]);
+      if constexpr (plane_tile_bytes(C, 1, false) != 0) __builtin_prefetch(next + columns.offset[1] + ahead.offset[1]);
+      for (int32_t line = 64; line < plane_tile_bytes(C, 0, false); line += 64) __builtin_prefetch(next + columns.offset[0] + ahead.offset[0] + line);
+    }
+    if (tile_rows(w, t) == kHalfTileRows) {
+      strip_part<C, 0, 4, true, N>(columns, x, fresh, acc);
+    } else if constexpr (kFieldsAtOnce == 8) {
+      strip_part<C, 0, 8, false, N>(columns, x, fresh, acc);
+    } else {
+      strip_part<C, 0, 4, false, N>(columns, x, fresh, acc);
+      strip_part<C, 4, 4, false, N>(columns, x, fresh, acc);
+    }
+  }
+}
+
 template <Codes C, Scale S>
 void gemv_block(const WeightView& w, const BlockColumns& c, int32_t tile_begin, int32_t tile_end, float* y) {
-  constexpr int kAhead = 4;  // tiles; the next lines of every column of the block, which the hardware follows badly
-  for (int32_t t = tile_begin; t < tile_end; ++t) {
-    const int32_t rows = tile_rows(w, t);
-    const Columns<false> columns = record_columns<C>(w, c.record, t);
-    if (t + kAhead < tile_end) {
-      const uint32_t ahead = columns.offset[0] + kAhead * static_cast<uint32_t>(plane_tile_bytes(C, 0, false));
-      for (int32_t i = 0; i < c.n; ++i) __builtin_prefetch(c.record[i] + ahead);
+  constexpr int32_t kStripTiles = 16;  // their sums stay in L1: 8 KiB
+  alignas(64) float sums[kStripTiles * kTileRows];
+  for (int32_t begin = tile_begin; begin < tile_end; begin += kStripTiles) {
+    const int32_t end = begin + kStripTiles < tile_end ? begin + kStripTiles : tile_end;
+    float* acc = is_float(C) ? y + begin * kTileRows : sums;
+    for (int32_t i = 0; i < c.n;) {
+      const int32_t n = c.n - i < 4 ? c.n - i : 4;
+      // After these columns come the next ones; after the last the first again, a strip on, or those of the next block.
+      const int32_t next = i + n + 4;  // the four after the next four: time for a DRAM access
+      const bool turns = next >= c.n;
+      const bool is_next_block = turns && end >= tile_end;
+      const int32_t to_tile = !turns ? 0 : is_next_block ? tile_begin - begin : kStripTiles;
+      Ahead ahead{{}, {static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 0, false), static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 1, false)}};
+      const uint8_t* const* from = is_next_block && c.n_next > 0 ? c.next_record : c.record;
+      const int32_t n_from = is_next_block && c.n_next > 0 ? c.n_next : c.n;
+      for (int32_t j = 0; j < 4; ++j) {
+        const int32_t at = (turns ? next - c.n : next) + j;
+        ahead.record[j] = from[at < n_from ? at : n_from - 1];
+      }
+      const bool fresh = !is_float(C) && i == 0;
+      switch (n) {
+        case 4:
+          strip<C, 4>(w, c.record + i, c.x + i, begin, end, fresh, ahead, acc);
+          break;
+        case 3:
+          strip<C, 3>(w, c.record + i, c.x + i, begin, end, fresh, ahead, acc);
+          break;
+        case 2:
+          strip<C, 2>(w, c.record + i, c.x + i, begin, end, fresh, ahead, acc);
+          break;
+        default:
+          strip<C, 1>(w, c.record + i, c.x + i, begin, end, fresh, ahead, acc);
+      }
+      i += n;
     }
-    tile<C, S, false>(w, columns, c.n, c.x, c.sum_x, scale_at(w, t, rows, c.block), rows == kHalfTileRows, y + t * kTileRows);
+    if constexpr (!is_float(C)) {
+      const F zero_point = set1(static_cast<float>(-w.grid.zero_point));
+      for (int32_t t = begin; t < end; ++t, acc += kTileRows) {
+        const int32_t rows = tile_rows(w, t);
+        const ScaleAt at = scale_at(w, t, rows, c.block);
+        float* out = y + t * kTileRows;
+        for (int32_t row = 0; row < rows; row += 16) {
+          store(out + row, apply_scale<S>(w, at, row, load(acc + row), set1(c.sum_x), zero_point, load(out + row)));
+        }
+      }
+    }
   }
 }
 
@@ -172,7 +233,17 @@ void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t
     for (int32_t b = 0; b < w.n_blocks; ++b) {
       const int32_t first = b * w.grid.group;
       const int32_t n = w.n_cols - first < w.grid.group ? w.n_cols - first : w.grid.group;
-      tile<C, S, true>(w, tiled_columns<C>(w, t, b, half), n, x + first, sum_x[b], scale_at(w, t, rows, b), half, y + t * kTileRows);
+      const Columns<true> columns = tiled_columns<C>(w, t, b, half);
+      const ScaleAt at = scale_at(w, t, rows, b);
+      float* out = y + t * kTileRows;
+      if (half) {
+        tile_part<C, S, 0, 4, true>(w, columns, n, x + first, sum_x[b], at, out);
+      } else if constexpr (kFieldsAtOnce == 8) {
+        tile_part<C, S, 0, 8, false>(w, columns, n, x + first, sum_x[b], at, out);
+      } else {
+        tile_part<C, S, 0, 4, false>(w, columns, n, x + first, sum_x[b], at, out);
+        tile_part<C, S, 4, 4, false>(w, columns, n, x + first, sum_x[b], at, out);
+      }
     }
   }
 }
@@ -366,14 +437,6 @@ void gelu_tanh_mul(const float* gate, const float* up, int32_t n, float* out) {
   act_mul(gate, up, n, out, [](F g) { return gelu_tanh(g); });
 }
 
-inline float dot(const float* a, const float* b, int32_t n) {
-  F acc = set1(0.0f);
-  int32_t i = 0;
-  for (; i + 16 <= n; i += 16) acc = fma(load(a + i), load(b + i), acc);
-  if (i < n) acc = fma(load_partial(a + i, n - i, 0.0f), load_partial(b + i, n - i, 0.0f), acc);
-  return reduce_add(acc);
-}
-
 // scores -> exp(scores - max); returns their sum.
 inline float exponentiate(float* scores, int32_t n) {
   F top = set1(-3.0e38f);
@@ -395,24 +458,41 @@ inline float exponentiate(float* scores, int32_t n) {
   return reduce_add(sum);
 }
 
+// out[16 * Chunks] = sum over positions of p * v, ascending; several chunks at once hide the latency of fma.
+template <int Chunks>
+DIPPER_INLINE void weighted_sum(const float* p, const float* v, int32_t n, int32_t head_dim, F scale, float* out) {
+  F acc[Chunks];
+  for (int c = 0; c < Chunks; ++c) acc[c] = set1(0.0f);
+  for (int32_t i = 0; i < n; ++i) {
+    const F weight = set1(p[i]);
+    for (int c = 0; c < Chunks; ++c) acc[c] = fma(weight, load(v + static_cast<int64_t>(i) * head_dim + 16 * c), acc[c]);
+  }
+  for (int c = 0; c < Chunks; ++c) store(out + 16 * c, mul(acc[c], scale));
+}
+
 void attend(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last, float scale, float* scores,
             float* out) {
+  const int32_t first_block = first / 16;
+  const F scale_lanes = set1(scale);
+  for (int32_t b = first_block; b * 16 < last; ++b) {  // lanes outside [first, last) are computed and not used
+    const float* block = k + static_cast<int64_t>(b) * 16 * head_dim;
+    F acc = set1(0.0f);
+    for (int32_t i = 0; i < head_dim; ++i) acc = fma(set1(q[i]), load(block + 16 * i), acc);
+    store(scores + (b - first_block) * 16, mul(acc, scale_lanes));
+  }
+  float* used = scores + (first - 16 * first_block);
   const int32_t n = last - first;
-  for (int32_t p = 0; p < n; ++p) scores[p] = dot(q, k + static_cast<int64_t>(first + p) * head_dim, head_dim) * scale;
-  const float inverse = 1.0f / exponentiate(scores, n);
-  for (int32_t i = 0; i < head_dim; i += 16) {
-    const int32_t width = head_dim - i < 16 ? head_dim - i : 16;
+  const F inverse = set1(1.0f / exponentiate(used, n));
+  const float* rows = v + static_cast<int64_t>(first) * head_dim;
+  int32_t i = 0;
+  for (; i + 64 <= head_dim; i += 64) weighted_sum<4>(used, rows + i, n, head_dim, inverse, out + i);
+  for (; i + 16 <= head_dim; i += 16) weighted_sum<1>(used, rows + i, n, head_dim, inverse, out + i);
+  if (i < head_dim) {
     F acc = set1(0.0f);
     for (int32_t p = 0; p < n; ++p) {
-      const float* row = v + static_cast<int64_t>(first + p) * head_dim + i;
-      acc = fma(set1(scores[p]), width == 16 ? load(row) : load_partial(row, width, 0.0f), acc);
+      acc = fma(set1(used[p]), load_partial(rows + static_cast<int64_t>(p) * head_dim + i, head_dim - i, 0.0f), acc);
     }
-    acc = mul(acc, set1(inverse));
-    if (width == 16) {
-      store(out + i, acc);
-    } else {
-      store_partial(out + i, width, acc);
-    }
+    store_partial(out + i, head_dim - i, mul(acc, inverse));
   }
 }
 

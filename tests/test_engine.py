@@ -403,14 +403,14 @@ def test_bad_calls(bundles):
     with pytest.raises(ConfigError, match="instruction set 'mmx' is not available"):
         Engine.open(path, EngineConfig(isa="mmx", mlp_dram=ALL, context=16))
     with pytest.raises(ConfigError, match="--mlp-dram does not go with dense-resident"):
-        Engine.open(path, EngineConfig(method="dense-resident", mlp_dram="50%"))
+        Engine.open(path, EngineConfig(method="dense-resident", mlp_dram="50%", context=16))
 
 
 def test_flash_cut_while_running(bundles, tmp_path):
     path = tmp_path / "cut.dipper"
     shutil.copytree(bundles(), path)
     for method in ("dip", "dense-stream"):
-        with Engine.open(path, EngineConfig(method=method, mlp_dram=tight(path, 0.0, method=method), context=16, cold=True)) as engine:
+        with Engine.open(path, EngineConfig(method=method, mlp_dram="20b", context=16, cold=True)) as engine:
             flash = path / "flash.bin"
             whole = flash.read_bytes()
             os.truncate(flash, 0)

@@ -272,8 +272,11 @@ void test_attention() {
     constexpr int32_t kPositions = 37;
     const std::vector<float> q = random_vector(static_cast<size_t>(dim), 4);
     const std::vector<float> k = random_vector(static_cast<size_t>(dim * kPositions), 5), v = random_vector(static_cast<size_t>(dim * kPositions), 6);
-    std::vector<float> scores(kPositions), out(static_cast<size_t>(dim));
-    reference.attend(q.data(), k.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), out.data());
+    std::vector<float> scores(kPositions + 32), out(static_cast<size_t>(dim)), lanes(static_cast<size_t>(48 * dim));
+    for (int32_t p = 0; p < kPositions; ++p) {  // positions in blocks of 16 lanes
+      for (int32_t i = 0; i < dim; ++i) lanes[static_cast<size_t>(p / 16 * 16 * dim + 16 * i + p % 16)] = k[static_cast<size_t>(p * dim + i)];
+    }
+    reference.attend(q.data(), lanes.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), out.data());
     std::vector<double> expected(static_cast<size_t>(dim));
     double total = 0.0;
     for (int32_t p = 5; p < kPositions; ++p) {
@@ -286,7 +289,7 @@ void test_attention() {
     for (size_t i = 0; i < expected.size(); ++i) CHECK(std::fabs(out[i] - expected[i] / total) < 3e-6);
     for (const std::string& isa : available_isas()) {
       std::vector<float> again(static_cast<size_t>(dim));
-      select_kernels(isa).attend(q.data(), k.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), again.data());
+      select_kernels(isa).attend(q.data(), lanes.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), again.data());
       CHECK(same_bits(again, out));
     }
   }
