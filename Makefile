@@ -57,7 +57,7 @@ test: lint test-native test-python
 
 # The library alone, without Python, with every report of a sanitizer an error.
 test-native: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 	  -DDIPPER_NATIVE_TESTS=ON -DDIPPER_SANITIZE=address,undefined -Wno-dev >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/native
 	cd build/native && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --output-on-failure

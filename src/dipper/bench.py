@@ -117,7 +117,10 @@ def _row(
 ) -> BenchRow:
     speeds = [n / max(seconds, 1e-9) for n, seconds in samples]
     middle = sorted(range(len(runs)), key=lambda i: speeds[i])[(len(runs) - 1) // 2]
-    run = replace(runs[middle], notes=[*case.notes, *runs[middle].notes])
+    # The disk is probed after every run; a median of all says more about it than the one beside the median run.
+    probes = sorted(r.disk_gbps_at_size for r in runs if r.disk_gbps_at_size is not None)
+    disk_gbps = probes[(len(probes) - 1) // 2] if probes else None
+    run = replace(runs[middle], disk_gbps_at_size=disk_gbps, notes=[*case.notes, *runs[middle].notes])
     limit = None
     if n_gen and run.disk_gbps_at_size is not None:
         limit = ratio(run.disk_gbps_at_size * 1e9, run.flash_bytes_per_token)

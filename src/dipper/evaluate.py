@@ -335,8 +335,8 @@ def eval_record(engine: Engine, source: TextSource, result: PerplexityResult) ->
 def _return_free_memory() -> None:
     """Gives the heap's free pages back, where the C library can.
 
-    Encoding a long text takes a hundred times its size for a moment; what the heap keeps of that would count as the
-    host's part of the DRAM budget.
+    Encoding a long text takes a hundred times its size for a moment; what the heap keeps of that, or of an engine that
+    was closed, would count as the host's part of the next DRAM budget.
     """
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -387,6 +387,7 @@ def evaluate_bundle(
         with Engine.open(bundle, config, on_plan=on_plan) as engine:
             result = perplexity(engine, tokens, window=window, bos_id=bos_id, limit=limit, seed=seed, progress=progress)
             scored.append((result, eval_record(engine, source, result)))
+        _return_free_memory()  # so that the next engine's budget does not pay for this one
     if len(scored) == 1:
         return scored[0][1]
     (result, record), (reference, other) = scored
