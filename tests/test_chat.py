@@ -1,6 +1,6 @@
 import pytest
 
-from dipper.chat import ChatSession
+from dipper.chat import Conversation
 from dipper.errors import ConfigError
 from dipper.generate import Sampling
 from fakes import EOS, FakeEngine, FakeTokenizer
@@ -8,9 +8,9 @@ from fakes import EOS, FakeEngine, FakeTokenizer
 TOKENIZER = FakeTokenizer()
 
 
-def session(script, **options):
+def conversation(script, **options):
     engine = FakeEngine([*TOKENIZER.ids(script), EOS], context=options.pop("context", 64))
-    return ChatSession(engine, TOKENIZER, **options), engine
+    return Conversation(engine, TOKENIZER, **options), engine
 
 
 def say(chat, text, n=20, **options):
@@ -22,7 +22,7 @@ def prefills(engine):
 
 
 def test_a_second_turn_prefills_only_what_is_new():
-    chat, engine = session("ok")
+    chat, engine = conversation("ok")
     assert say(chat, "hi") == "ok"
     assert say(chat, "yo") == "ok"
     first, second = prefills(engine)
@@ -35,7 +35,7 @@ def test_a_second_turn_prefills_only_what_is_new():
 
 
 def test_text_cut_at_a_stop_string_starts_anew():
-    chat, engine = session("abcd")
+    chat, engine = conversation("abcd")
     assert say(chat, "hi", stop=["cd"]) == "ab"
     assert engine.held == TOKENIZER.ids("u hi a abc")  # more than the conversation says
     say(chat, "yo")
@@ -44,7 +44,7 @@ def test_text_cut_at_a_stop_string_starts_anew():
 
 
 def test_reset_forgets_the_conversation_but_not_the_system_message():
-    chat, engine = session("ok", system="be")
+    chat, engine = conversation("ok", system="be")
     say(chat, "hi")
     chat.reset()
     assert chat.messages == [{"role": "system", "content": "be"}]
@@ -53,7 +53,7 @@ def test_reset_forgets_the_conversation_but_not_the_system_message():
 
 
 def test_a_full_context_leaves_the_conversation_as_it_was():
-    chat, _ = session("ok", context=16)
+    chat, _ = conversation("ok", context=16)
     say(chat, "hi")
     before = list(chat.messages)
     with pytest.raises(ConfigError, match=r"The conversation has \d+ tokens and the context is 16: .* --ctx \d+"):
@@ -64,7 +64,7 @@ def test_a_full_context_leaves_the_conversation_as_it_was():
 
 
 def test_a_stopped_answer_stays_in_the_conversation():
-    chat, engine = session("abcdef")
+    chat, engine = conversation("abcdef")
     steps = chat.send("hi", max_new_tokens=20)
     assert next(steps).text + next(steps).text == "ab"
     steps.close()
@@ -75,20 +75,20 @@ def test_a_stopped_answer_stays_in_the_conversation():
 
 
 def test_a_turn_given_up_before_its_first_token_did_not_happen():
-    chat, _ = session("abc")
+    chat, _ = conversation("abc")
     chat.send("hi", max_new_tokens=4).close()
     assert chat.messages == []
 
 
 def test_turns_draw_different_numbers():
-    chat, _ = session("abc")
+    chat, _ = conversation("abc")
     hot = Sampling(temperature=9.0, seed=1)
     answers = [say(chat, "hi", n=8, sampling=hot) for _ in range(2)]
-    again, _ = session("abc")
+    again, _ = conversation("abc")
     assert answers == [say(again, "hi", n=8, sampling=hot) for _ in range(2)]
     assert answers[0] != answers[1]
 
 
 def test_a_bundle_without_template_cannot_chat():
     with pytest.raises(ConfigError, match=r"no chat template; use `dipper run --raw`"):
-        ChatSession(FakeEngine([3]), FakeTokenizer(has_chat_template=False))
+        Conversation(FakeEngine([3]), FakeTokenizer(has_chat_template=False))

@@ -4,7 +4,7 @@ Every turn renders the whole conversation with the bundle's template and prefill
 yet. Where the rendering does not begin with what is held (a template that rewrites earlier turns, text cut at a stop
 string), the KV cache is emptied, the conversation is prefilled anew and `was_reset` says so. The column cache stays.
 
-    chat = ChatSession(engine, tokenizer, system="Answer in one sentence.")
+    chat = Conversation(engine, tokenizer, system="Answer in one sentence.")
     for step in chat.send("Why is the sky blue?", max_new_tokens=64):
         print(step.text, end="")
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from dipper.engine import Engine
     from dipper.tokenizer import Tokenizer
 
-__all__ = ["ChatSession"]
+__all__ = ["Conversation"]
 
 
-class ChatSession:
+class Conversation:
     """Messages, and the token ids that the engine's KV cache holds for them."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, *, system: str | None = None) -> None:

@@ -341,7 +341,7 @@ def chat(
     Examples:
       dipper chat smollm2.dipper --mlp-dram 60% --system "Answer in one sentence."
     """
-    from dipper.chat import ChatSession
+    from dipper.chat import Conversation
 
     sampling = _sampling(temperature, top_k, top_p, min_p, seed)
     tokenizer = _open_tokenizer(bundle)
@@ -350,18 +350,18 @@ def chat(
         threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace, context=ctx,
     )  # fmt: skip
     with _open_engine(bundle, config) as engine:
-        session = ChatSession(engine, tokenizer, system=system)
+        conversation = Conversation(engine, tokenizer, system=system)
         _say("/reset starts a new conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer.")
         while (line := _read_line()) is not None:
             if line == "/quit":
                 break
             if line == "/reset":
-                session.reset()
+                conversation.reset()
                 _say("new conversation")
             elif line.startswith("/"):
                 _say(f"there is no command {line.split()[0]}; use /reset or /quit.")
             elif line:
-                _turn(session, line, max_new_tokens=n_tokens, sampling=sampling, stop=stop or ())
+                _turn(conversation, line, max_new_tokens=n_tokens, sampling=sampling, stop=stop or ())
 
 
 def _read_line() -> str | None:
@@ -375,13 +375,13 @@ def _read_line() -> str | None:
         return None
 
 
-def _turn(session: Any, line: str, **options: Any) -> None:
+def _turn(conversation: Any, line: str, **options: Any) -> None:
     """One question and its answer. What ends a turn does not end the chat, except a broken disk or bundle."""
     from dipper.tables import turn_line
 
     try:
-        steps = session.send(line, **options)
-        if session.was_reset and len(session.messages) > 1:
+        steps = conversation.send(line, **options)
+        if conversation.was_reset and len(conversation.messages) > 1:
             _say("the conversation does not extend what is held; reading all of it again")
         record = _print_steps(steps)
     except ConfigError as error:
