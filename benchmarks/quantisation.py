@@ -38,8 +38,8 @@ def rope_theta(inv_freq: np.ndarray) -> float:
 def write_f16_folder(bundle_path: Path, folder: Path) -> None:
     """A bundle's dequantised weights as a Hugging Face folder, whole or not at all."""
     import torch
-    from dipper.bundle import Bundle
 
+    from dipper.bundle import Bundle
     from reference import hf_model_from_bundle
 
     bundle = Bundle.open(bundle_path)
@@ -73,8 +73,8 @@ def engine_result(bundle: Path, ids: list[int], bos_id: int | None, args: Any) -
 
 def reference_perplexity(bundle_path: Path, windows: Sequence[list[int]], threads: int) -> float:
     import torch
-    from dipper.bundle import Bundle
 
+    from dipper.bundle import Bundle
     from reference import hf_model_from_bundle, reference_nll
 
     torch.set_num_threads(threads)

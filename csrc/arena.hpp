@@ -1,5 +1,6 @@
-// Anonymous memory that the budget accounts for, zeroed, freed as a whole. From 1 MiB up it starts at a huge-page boundary and asks
-// for huge pages: fewer TLB misses, and a 64 KiB read into it is one physical segment instead of 16 (half its CPU time).
+// Anonymous memory that the budget accounts for, zeroed, freed as a whole. From 1 MiB up it starts at a huge-page
+// boundary and asks for huge pages: fewer TLB misses, and a 64 KiB read into it is one physical segment instead of 16
+// (half its CPU time).
 #pragma once
 
 #include <sys/mman.h>

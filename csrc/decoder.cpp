@@ -11,13 +11,11 @@ namespace dipper {
 
 namespace {
 
-constexpr int32_t kHeadTokens = 12;       // logits rows kept at once
-constexpr int32_t kEmbeddingReads = 16;   // rows of an untied embedding in flight
+constexpr int32_t kHeadTokens = 12;      // logits rows kept at once
+constexpr int32_t kEmbeddingReads = 16;  // rows of an untied embedding in flight
 constexpr uint64_t kAlign = FlashReader::alignment();
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 int64_t padded(int64_t rows) { return (rows + kHalfTileRows - 1) / kHalfTileRows * kHalfTileRows; }
 
@@ -59,8 +57,8 @@ struct ScratchLayout {
 };
 
 uint64_t kv_bytes(const Model& m, int32_t context) {
-  return 2ull * static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) * static_cast<uint64_t>(padded_positions(context)) *
-         static_cast<uint64_t>(m.head_dim) * sizeof(float);
+  return 2ull * static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) *
+         static_cast<uint64_t>(padded_positions(context)) * static_cast<uint64_t>(m.head_dim) * sizeof(float);
 }
 
 }  // namespace
@@ -120,7 +118,8 @@ void Decoder::load_resident() {
   }
   std::vector<ReadRange> ranges;
   for (uint64_t at = 0; at < model_->resident_bytes; at += 1u << 20) {
-    ranges.push_back({at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, model_->resident_bytes - at)), model_->resident.data() + at});
+    ranges.push_back({at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, model_->resident_bytes - at)),
+                      model_->resident.data() + at});
   }
   file.wait(file.submit(ranges) + ranges.size());
 }
@@ -129,13 +128,14 @@ void Decoder::check_tokens(std::span<const int32_t> tokens) const {
   if (tokens.empty()) throw ConfigError("no tokens to run: give at least one");
   for (const int32_t t : tokens) {
     if (t < 0 || t >= model_->vocab) {
-      throw ConfigError("token id " + std::to_string(t) + " is outside the vocabulary of " + std::to_string(model_->vocab));
+      throw ConfigError("token id " + std::to_string(t) + " is outside the vocabulary of " +
+                        std::to_string(model_->vocab));
     }
   }
   const int64_t need = static_cast<int64_t>(n_past_) + static_cast<int64_t>(tokens.size());
   if (need > options_.context) {
-    throw ConfigError("the context is full: " + std::to_string(need) + " positions are needed, --ctx gives " + std::to_string(options_.context) +
-                      "; raise --ctx or shorten the prompt");
+    throw ConfigError("the context is full: " + std::to_string(need) + " positions are needed, --ctx gives " +
+                      std::to_string(options_.context) + "; raise --ctx or shorten the prompt");
   }
 }
 
@@ -158,7 +158,8 @@ void Decoder::embed(std::span<const int32_t> tokens, float* x) {
       }
       embedding_reader_->wait(embedding_reader_->submit(ranges) + n);
       for (size_t i = 0; i < n; ++i) {
-        dequantise_embedding_row(m.embedding.grid, ranges[i].dst + skip[i], m.hidden, x + (first + i) * static_cast<size_t>(m.hidden));
+        dequantise_embedding_row(m.embedding.grid, ranges[i].dst + skip[i], m.hidden,
+                                 x + (first + i) * static_cast<size_t>(m.hidden));
       }
     }
   }
@@ -167,7 +168,8 @@ void Decoder::embed(std::span<const int32_t> tokens, float* x) {
   }
 }
 
-// cos and sin of every rotary table for positions n_past_ ..., [table][token][dim / 2][2]; angles in fp32 as the reference has them.
+// cos and sin of every rotary table for positions n_past_ ..., [table][token][dim / 2][2]; angles in fp32 as the
+// reference has them.
 void Decoder::fill_angles(int32_t first, int32_t n_tokens) {
   const Model& m = *model_;
   for (size_t r = 0; r < m.ropes.size(); ++r) {
@@ -317,7 +319,8 @@ void Decoder::add_branch(float* branch, const float* norm, int32_t n_tokens) {
 
 void Decoder::normalise(const float* weight, int32_t n_tokens) {
   const int64_t n = model_->hidden;
-  for (int32_t t = 0; t < n_tokens; ++t) kernels_->rms_norm(x_ + t * n, weight, model_->hidden, model_->norm_eps, normed_ + t * n);
+  for (int32_t t = 0; t < n_tokens; ++t)
+    kernels_->rms_norm(x_ + t * n, weight, model_->hidden, model_->norm_eps, normed_ + t * n);
 }
 
 // The residual stream of n_tokens through all layers; block == nullptr: one token through its own masks and the caches.
@@ -354,7 +357,8 @@ void Decoder::run_head(const float* x, int32_t n_tokens, float* logits) {
   const Model& m = *model_;
   const double start = seconds();
   for (int32_t t = 0; t < n_tokens; ++t) {
-    kernels_->rms_norm(x + static_cast<int64_t>(t) * m.hidden, m.final_norm, m.hidden, m.norm_eps, normed_ + static_cast<int64_t>(t) * m.hidden);
+    kernels_->rms_norm(x + static_cast<int64_t>(t) * m.hidden, m.final_norm, m.hidden, m.norm_eps,
+                       normed_ + static_cast<int64_t>(t) * m.hidden);
   }
   const Projection head{m.head, nullptr, m.vocab, logits, vocab_p_};
   project({&head, 1}, normed_, m.hidden, n_tokens);
@@ -407,7 +411,8 @@ void Decoder::forward(std::span<const int32_t> tokens, const ForwardRequest& req
         for (int32_t r = thread; r < rows; r += pool_.size()) {
           const float* row = logits_ + r * vocab_p_;
           const size_t t = first + at + static_cast<size_t>(r);
-          if (request.logits != nullptr) std::copy(row, row + m.vocab, request.logits + t * static_cast<size_t>(m.vocab));
+          if (request.logits != nullptr)
+            std::copy(row, row + m.vocab, request.logits + t * static_cast<size_t>(m.vocab));
           if (request.nll != nullptr && request.next[t] >= 0) {
             request.nll[t] = kernels_->log_sum_exp(row, m.vocab) - static_cast<double>(row[request.next[t]]);
           }

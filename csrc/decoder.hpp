@@ -54,9 +54,9 @@ class Decoder {
   // Tokens in blocks through the given kind of masks, every token's logits or losses. Continues after n_past().
   void forward(std::span<const int32_t> tokens, const ForwardRequest& request);
 
-  void reset();               // forget the KV cache
-  void reset_cache();         // empty the column caches
-  void pin_static();          // static caches: the first columns of each region
+  void reset();        // forget the KV cache
+  void reset_cache();  // empty the column caches
+  void pin_static();   // static caches: the first columns of each region
   void reset_counters();
   void set_trace(std::unique_ptr<TraceWriter> trace) { mlp_->set_trace(std::move(trace)); }
 
@@ -115,8 +115,8 @@ class Decoder {
   float* keys_ = nullptr;    // [layer][kv head][context / 16][head_dim][16]
   float* values_ = nullptr;  // [layer][kv head][context][head_dim]
   Arena scratch_;
-  float *x_ = nullptr, *normed_ = nullptr, *branch_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr, *attended_ = nullptr,
-        *scores_ = nullptr, *logits_ = nullptr, *sums_ = nullptr, *angles_ = nullptr;
+  float *x_ = nullptr, *normed_ = nullptr, *branch_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr,
+        *attended_ = nullptr, *scores_ = nullptr, *logits_ = nullptr, *sums_ = nullptr, *angles_ = nullptr;
   Ledger ledger_;
   ReaderCounters flash_start_;
 };

@@ -13,9 +13,7 @@ namespace {
 constexpr uint32_t kAlign = FlashReader::alignment();
 constexpr uint32_t kMaxReadBytes = 256u << 10;  // coalesced reads are cut here, so that products can follow them
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Adds the seconds of its scope to a ledger line.
 class Timed {
@@ -51,7 +49,9 @@ std::vector<int32_t> streamed_regions(const Model& model, const MlpOptions& opti
   return regions;
 }
 
-int32_t columns_kept(const MlpOptions& options, int32_t region) { return region % 2 == 0 ? options.k_in : options.k_glu; }
+int32_t columns_kept(const MlpOptions& options, int32_t region) {
+  return region % 2 == 0 ? options.k_in : options.k_glu;
+}
 
 std::string region_name(int32_t region) {
   return "layer " + std::to_string(region / 2) + ", " + (region % 2 == 0 ? "input" : "glu") + " columns";
@@ -64,18 +64,20 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
   const std::vector<int32_t> streamed = streamed_regions(model, options);
   for (size_t r = 0; r < model.regions.size(); ++r) {
     const Region& region = model.regions[r];
-    if (!std::binary_search(streamed.begin(), streamed.end(), static_cast<int32_t>(r))) memory.pinned += aligned(region.bytes());
+    if (!std::binary_search(streamed.begin(), streamed.end(), static_cast<int32_t>(r)))
+      memory.pinned += aligned(region.bytes());
     if (options.residency == Residency::kCached) {
       memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.record_bytes;
       memory.staging = std::max(memory.staging,
-                                max_staging_bytes(static_cast<uint64_t>(columns_kept(options, static_cast<int32_t>(r))), region.record_bytes,
-                                                  region.bytes(), kAlign));
+                                max_staging_bytes(static_cast<uint64_t>(columns_kept(options, static_cast<int32_t>(r))),
+                                                  region.record_bytes, region.bytes(), kAlign));
       memory.bookkeeping += static_cast<uint64_t>(region.n_columns) * 16;  // counts, slots, flags
     }
   }
   if (!streamed.empty()) {
     const uint32_t slot = ring_slot_bytes(make_chunks(model, streamed, options.stream_chunk_bytes));
-    memory.staging = std::max<uint64_t>(memory.staging, static_cast<uint64_t>(slot) * static_cast<uint64_t>(options.stream_slots));
+    memory.staging =
+        std::max<uint64_t>(memory.staging, static_cast<uint64_t>(slot) * static_cast<uint64_t>(options.stream_slots));
   }
   return memory;
 }
@@ -87,8 +89,8 @@ uint64_t GluMlp::scratch_bytes(const Model& model, int32_t block_tokens) {
   return static_cast<uint64_t>(block_tokens) * (3 * wide + columns + columns / 8 + 2) * sizeof(float);
 }
 
-GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, FlashReader& reader,
-               int32_t block_tokens)
+GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool,
+               FlashReader& reader, int32_t block_tokens)
     : model_(model), options_(options), kernels_(kernels), pool_(pool), reader_(reader) {
   const MlpMemory memory = plan_mlp_memory(model, options);
   pinned_memory_ = Arena(memory.pinned);
@@ -131,7 +133,8 @@ void GluMlp::load_pinned() {
     auto* to = const_cast<uint8_t*>(region_base_[r]);  // into pinned_memory_, which this object owns
     const uint64_t end = aligned(model_.regions[r].bytes());
     for (uint64_t at = 0; at < end; at += 1u << 20) {
-      ranges.push_back({model_.regions[r].offset + at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, end - at)), to + at});
+      ranges.push_back(
+          {model_.regions[r].offset + at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, end - at)), to + at});
     }
   }
   if (!ranges.empty()) reader_.wait(reader_.submit(ranges) + ranges.size());
@@ -220,7 +223,8 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     const Timed timed(ledger.select);
     mask_.resize(static_cast<size_t>(k));
     try {
-      top_k({values, static_cast<size_t>(region.n_columns)}, k, options_.gamma, cache.cached(), selection_, mask_.data());
+      top_k({values, static_cast<size_t>(region.n_columns)}, k, options_.gamma, cache.cached(), selection_,
+            mask_.data());
     } catch (const ConfigError& e) {
       throw ConfigError(region_name(r) + ": " + e.what());
     }
@@ -244,7 +248,12 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     counters_.useful_bytes += miss_offsets_.size() * region.record_bytes;
     plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, staging_.data(), plan_);
     if (trace_) {
-      trace_->write({token_, static_cast<uint32_t>(r), mask_, step.misses, plan_.ranges, miss_offsets_.size() * region.record_bytes,
+      trace_->write({token_,
+                     static_cast<uint32_t>(r),
+                     mask_,
+                     step.misses,
+                     plan_.ranges,
+                     miss_offsets_.size() * region.record_bytes,
                      {values, static_cast<size_t>(region.n_columns)}});
     }
   }
@@ -263,7 +272,8 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     batch_.record[i] = staging_.data() + plan_.staging_offset[miss];
     batch_.ticket[i] = first_ticket + plan_.n_ranges_needed[miss];
     ++miss;
-    if (admission < admissions_.size() && admissions_[admission].column == mask_[i]) admitted_record_[admission++] = batch_.record[i];
+    if (admission < admissions_.size() && admissions_[admission].column == mask_[i])
+      admitted_record_[admission++] = batch_.record[i];
   }
 }
 
@@ -271,7 +281,8 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
 void GluMlp::admit(int32_t region, Ledger& ledger) {
   const Timed timed(ledger.select);
   const uint32_t bytes = model_.regions[static_cast<size_t>(region)].record_bytes;
-  for (size_t i = 0; i < admissions_.size(); ++i) std::memcpy(slot(region, admissions_[i].slot), admitted_record_[i], bytes);
+  for (size_t i = 0; i < admissions_.size(); ++i)
+    std::memcpy(slot(region, admissions_[i].slot), admitted_record_[i], bytes);
 }
 
 void GluMlp::step_region(int32_t r, const float* values, float* const* y, Ledger& ledger) {
@@ -378,7 +389,8 @@ void GluMlp::copy_streamed(int32_t r, const StreamChunk& chunk, const uint8_t* d
   }
 }
 
-void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride, Ledger& ledger) {
+void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride,
+                            Ledger& ledger) {
   const double start = seconds();
   const double waited = ledger.wait;
   batch_.x.clear();
@@ -387,12 +399,19 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
     for (size_t m = 0; m < region.matrices.size(); ++m) {
       const WeightView& w = region.matrices[m];
       const Share tiles = share(w.n_tiles(), thread, pool_.size());
-      for (int32_t t = tiles.first; t < tiles.last; ++t) {  // tile by tile, so that its outputs stay in cache over the blocks
+      for (int32_t t = tiles.first; t < tiles.last;
+           ++t) {  // tile by tile, so that its outputs stay in cache over the blocks
         for (const Span& s : spans_[m]) {
           if (!wait_ticket(thread, s.ticket, ledger)) return;
           const int32_t column = batch_.index[static_cast<size_t>(s.first)];
-          const BlockTokens tokens{s.block,          s.n,        batch_.record.data() + s.first, x + column, region.n_columns,
-                                   sums_[m].data() + s.block, w.n_blocks, n_tokens};
+          const BlockTokens tokens{s.block,
+                                   s.n,
+                                   batch_.record.data() + s.first,
+                                   x + column,
+                                   region.n_columns,
+                                   sums_[m].data() + s.block,
+                                   w.n_blocks,
+                                   n_tokens};
           kernels_.gemm_block(w, tokens, t, t + 1, y[m], y_stride);
         }
       }
@@ -403,8 +422,8 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
   ledger.gemv += seconds() - start - (ledger.wait - waited);
 }
 
-void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced, float* const* y,
-                          int64_t y_stride, Ledger& ledger) {
+void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
+                          float* const* y, int64_t y_stride, Ledger& ledger) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
   {
     const Timed timed(ledger.select);
@@ -441,7 +460,8 @@ void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMask
   }
 }
 
-void GluMlp::forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks& masks, float* y, int64_t y_stride, Ledger& ledger) {
+void GluMlp::forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks& masks, float* y, int64_t y_stride,
+                     Ledger& ledger) {
   float* gate_up[2] = {gate_, up_};
   block_region(2 * layer, x, n_tokens, masks, masks.input, gate_up, wide_, ledger);
   {
@@ -450,7 +470,8 @@ void GluMlp::forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks
     pool_.run([&](int thread) {
       const Share tokens = share(n_tokens, thread, pool_.size());
       for (int32_t t = tokens.first; t < tokens.last; ++t) {
-        act(gate_ + t * wide_, up_ + t * wide_, model_.intermediate, hidden_ + static_cast<int64_t>(t) * model_.intermediate);
+        act(gate_ + t * wide_, up_ + t * wide_, model_.intermediate,
+            hidden_ + static_cast<int64_t>(t) * model_.intermediate);
       }
     });
   }
@@ -478,7 +499,8 @@ void GluMlp::pin(int32_t r, const std::vector<int32_t>& columns) {
     plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, buffer.data(), plan);
     reader_.wait(reader_.submit(plan.ranges) + plan.ranges.size());
     for (size_t i = first; i < last; ++i) {
-      std::memcpy(slot(r, cache.slot_of(columns[i])), buffer.data() + plan.staging_offset[i - first], region.record_bytes);
+      std::memcpy(slot(r, cache.slot_of(columns[i])), buffer.data() + plan.staging_offset[i - first],
+                  region.record_bytes);
     }
   }
 }

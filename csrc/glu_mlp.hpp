@@ -1,7 +1,8 @@
 // The streamed MLP: which columns a token uses, where their bytes come from, and the products.
 //
-// One region is a fetch (masks, cache, reads) followed by products over the fetched columns in ascending order. Weights are
-// resident (all or some regions pinned), streamed whole through a ring, or cached by columns with misses read from flash.
+// One region is a fetch (masks, cache, reads) followed by products over the fetched columns in ascending order. Weights
+// are resident (all or some regions pinned), streamed whole through a ring, or cached by columns with misses read from
+// flash.
 #pragma once
 
 #include <cstdint>
@@ -69,22 +70,24 @@ struct MlpCounters {
 // How a block of tokens goes through the MLP.
 struct BlockMasks {
   enum class Kind { kDense, kOwn, kForced } kind = Kind::kDense;
-  bool touch_cache = false;  // kDense: warm the column caches with the masks the tokens would have had
+  bool touch_cache = false;        // kDense: warm the column caches with the masks the tokens would have had
   const uint8_t* input = nullptr;  // kForced: [n_tokens, hidden], nonzero = used; and [n_tokens, intermediate]
   const uint8_t* glu = nullptr;
 };
 
 class GluMlp {
  public:
-  GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, FlashReader& reader, int32_t block_tokens);
+  GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, FlashReader& reader,
+         int32_t block_tokens);
 
   // y [hidden padded] = MLP(x) of one token through its own masks and the caches.
   void step(int32_t layer, const float* x, float* y, Ledger& ledger);
 
-  // The same for n_tokens of one layer, weights streamed once. x [n_tokens, hidden] is masked in place; y [n_tokens, y_stride].
-  // Layers must come in order 0..n-1 between begin_block and end_block.
+  // The same for n_tokens of one layer, weights streamed once. x [n_tokens, hidden] is masked in place; y [n_tokens,
+  // y_stride]. Layers must come in order 0..n-1 between begin_block and end_block.
   void begin_block();
-  void forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks& masks, float* y, int64_t y_stride, Ledger& ledger);
+  void forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks& masks, float* y, int64_t y_stride,
+               Ledger& ledger);
 
   void clear_caches();
   // Static caches: fills slots with these columns of a region, read from flash.
@@ -93,7 +96,9 @@ class GluMlp {
   void reset_counters();
   void set_trace(std::unique_ptr<TraceWriter> trace) { trace_ = std::move(trace); }
   void set_token(uint32_t token) { token_ = token; }
-  const ColumnCache* cache(int32_t region) const { return caches_.empty() ? nullptr : &caches_[static_cast<size_t>(region)]; }
+  const ColumnCache* cache(int32_t region) const {
+    return caches_.empty() ? nullptr : &caches_[static_cast<size_t>(region)];
+  }
   static uint64_t scratch_bytes(const Model& model, int32_t block_tokens);
 
  private:
@@ -122,15 +127,17 @@ class GluMlp {
   void admit(int32_t region, Ledger& ledger);
   void step_region(int32_t region, const float* values, float* const* y, Ledger& ledger);
   void multiply(const Region& region, float* const* y, Ledger& ledger);
-  void block_region(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced, float* const* y,
-                    int64_t y_stride, Ledger& ledger);
+  void block_region(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
+                    float* const* y, int64_t y_stride, Ledger& ledger);
   void mask_block(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced);
-  void multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride, Ledger& ledger);
+  void multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride,
+                      Ledger& ledger);
   void copy_streamed(int32_t region, const StreamChunk& chunk, const uint8_t* data);
   void make_spans(int32_t group, std::vector<Span>& spans) const;
   bool wait_ticket(int thread, uint64_t ticket, Ledger& ledger);
   uint8_t* slot(int32_t region, int32_t slot) const {
-    return slot_base_[static_cast<size_t>(region)] + static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;
+    return slot_base_[static_cast<size_t>(region)] +
+           static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;
   }
   void load_pinned();
   void add_region_columns(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket);

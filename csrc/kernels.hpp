@@ -1,7 +1,8 @@
-// Arithmetic over packed weights and the other per-token loops: one source (kernels.inl), several instruction sets, picked once.
+// Arithmetic over packed weights and the other per-token loops: one source (kernels.inl), several instruction sets,
+// picked once.
 //
-// Every kernel rounds alike on every ISA: sums run in fp32 in ascending column order with explicit fma, output rows are lanes,
-// reductions over a vector use 16 fixed lanes and one fixed tree. Layouts are those of docs/bundle-format.md.
+// Every kernel rounds alike on every ISA: sums run in fp32 in ascending column order with explicit fma, output rows are
+// lanes, reductions over a vector use 16 fixed lanes and one fixed tree. Layouts are those of docs/bundle-format.md.
 #pragma once
 
 #include <cstdint>
@@ -48,13 +49,14 @@ constexpr int32_t column_tile_bytes(Codes codes, bool half) {
   return plane_tile_bytes(codes, 0, half) + plane_tile_bytes(codes, 1, half);
 }
 
-// What a kernel sees of one matrix. Columns come either as pointers to records (regions) or from `tiled` (resident matrices).
+// What a kernel sees of one matrix. Columns come either as pointers to records (regions) or from `tiled` (resident
+// matrices).
 struct WeightView {
   Grid grid{};
-  int32_t n_rows = 0;      // padded to a multiple of 64
+  int32_t n_rows = 0;  // padded to a multiple of 64
   int32_t n_cols = 0;
-  int32_t n_blocks = 0;    // of `group` columns
-  const uint8_t* tiled = nullptr;  // codes by tile, then column; null for a region's matrix
+  int32_t n_blocks = 0;               // of `group` columns
+  const uint8_t* tiled = nullptr;     // codes by tile, then column; null for a region's matrix
   uint32_t plane_offset[2] = {0, 0};  // of this matrix's planes within a record (regions only)
   // Scale arrays. Regions: [block][n_rows]. Resident: [tile][block][rows of the tile].
   const uint16_t* d = nullptr;
@@ -100,19 +102,21 @@ struct Kernels {
   // y[rows of tiles [begin, end)] += W[:, columns of one block] x
   void (*gemv_block)(const WeightView& w, const BlockColumns& columns, int32_t tile_begin, int32_t tile_end, float* y);
   // y[...] += W x over all columns of a resident matrix; sum_x [n_blocks]
-  void (*gemv_tiled)(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end, float* y);
+  void (*gemv_tiled)(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end,
+                     float* y);
   // The same for n_tokens at once, y of token t at y + t * y_stride; bit-identical to n_tokens gemv calls.
-  void (*gemm_block)(const WeightView& w, const BlockTokens& columns, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride);
-  void (*gemm_tiled)(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride, int32_t n_tokens,
-                     int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride);
+  void (*gemm_block)(const WeightView& w, const BlockTokens& columns, int32_t tile_begin, int32_t tile_end, float* y,
+                     int64_t y_stride);
+  void (*gemm_tiled)(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride,
+                     int32_t n_tokens, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride);
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float* out);
   // out = act(gate) * up
   void (*silu_mul)(const float* gate, const float* up, int32_t n, float* out);
   void (*gelu_tanh_mul)(const float* gate, const float* up, int32_t n, float* out);
-  // Attention of one query head over positions [first, last). k is [position / 16][head_dim][16], so that 16 positions are 16
-  // lanes; v is [position][head_dim]; scores is scratch [last - first + 31].
-  void (*attend)(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last, float scale,
-                 float* scores, float* out);
+  // Attention of one query head over positions [first, last). k is [position / 16][head_dim][16], so that 16 positions
+  // are 16 lanes; v is [position][head_dim]; scores is scratch [last - first + 31].
+  void (*attend)(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last,
+                 float scale, float* scores, float* out);
   // log(sum(exp(x))) in fp32 lanes, combined in double.
   double (*log_sum_exp)(const float* x, int32_t n);
 };

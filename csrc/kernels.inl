@@ -1,8 +1,8 @@
 // The kernels, written once over the lanes of simd.hpp. A translation unit an ISA includes this and exports `table`.
 //
 // Numbers: within a block acc = fma(code, x, acc) over the columns in ascending order; then, once per block,
-// y = fma(s, acc - zero_point * sum_x, y) and, where the grid has offsets, y = fma(m, sum_x, y). Float codes have no block
-// step: y = fma(w, x, y).
+// y = fma(s, acc - zero_point * sum_x, y) and, where the grid has offsets, y = fma(m, sum_x, y). Float codes have no
+// block step: y = fma(w, x, y).
 #include "kernels.hpp"
 #include "simd.hpp"
 
@@ -54,7 +54,8 @@ inline ScaleAt scale_at(const WeightView& w, int32_t tile, int32_t tile_rows, in
   if (w.tiled == nullptr) {
     return {static_cast<int64_t>(block) * w.n_rows + row, static_cast<int64_t>(super) * w.n_rows + row};
   }
-  return {row * w.n_blocks + static_cast<int64_t>(block) * tile_rows, row * w.n_super() + static_cast<int64_t>(super) * tile_rows};
+  return {row * w.n_blocks + static_cast<int64_t>(block) * tile_rows,
+          row * w.n_super() + static_cast<int64_t>(super) * tile_rows};
 }
 
 template <Scale S>
@@ -104,7 +105,8 @@ DIPPER_INLINE void accumulate(const Columns<Strided>& columns, int32_t n, const 
 }
 
 template <Codes C, Scale S, int K0, int KN, bool Half>
-DIPPER_INLINE void tile_part(const WeightView& w, const Columns<true>& columns, int32_t n, const float* x, float sum_x, ScaleAt at, float* y) {
+DIPPER_INLINE void tile_part(const WeightView& w, const Columns<true>& columns, int32_t n, const float* x, float sum_x,
+                             ScaleAt at, float* y) {
   F acc[KN];
   for (int k = 0; k < KN; ++k) acc[k] = is_float(C) ? load(y + 16 * (K0 + k)) : set1(0.0f);
   accumulate<C, K0, KN, Half>(columns, n, x, acc);
@@ -143,8 +145,8 @@ struct Ahead {
   int64_t offset[2];  // from the tile at hand to theirs, planes 0 and 1 (0: the same tile of another record)
 };
 
-// acc[tiles] += columns * x for up to four columns at once: four sequential streams, which the hardware's prefetchers follow
-// and a line a column asked for by hand leads; dozens of records tile by tile they do not.
+// acc[tiles] += columns * x for up to four columns at once: four sequential streams, which the hardware's prefetchers
+// follow and a line a column asked for by hand leads; dozens of records tile by tile they do not.
 template <Codes C, int K0, int KN, bool Half, int N>
 DIPPER_INLINE void strip_part(const Columns<false>& columns, const float* x, bool fresh, float* acc) {
   F sum[KN];
@@ -154,14 +156,16 @@ DIPPER_INLINE void strip_part(const Columns<false>& columns, const float* x, boo
 }
 
 template <Codes C, int N>
-DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, const float* x, int32_t tile_begin, int32_t tile_end, bool fresh,
-                         const Ahead& ahead, float* acc) {
+DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, const float* x, int32_t tile_begin,
+                         int32_t tile_end, bool fresh, const Ahead& ahead, float* acc) {
   for (int32_t t = tile_begin; t < tile_end; ++t, acc += kTileRows) {
     const Columns<false> columns = record_columns<C>(w, record, t);
     for (const uint8_t* next : ahead.record) {
       __builtin_prefetch(next + columns.offset[0] + ahead.offset[0]);
-      if constexpr (plane_tile_bytes(C, 1, false) != 0) __builtin_prefetch(next + columns.offset[1] + ahead.offset[1]);
-      for (int32_t line = 64; line < plane_tile_bytes(C, 0, false); line += 64) __builtin_prefetch(next + columns.offset[0] + ahead.offset[0] + line);
+      if (plane_tile_bytes(C, 1, false) != 0 && t % 4 == 0)
+        __builtin_prefetch(next + columns.offset[1] + ahead.offset[1]);
+      for (int32_t line = 64; line < plane_tile_bytes(C, 0, false); line += 64)
+        __builtin_prefetch(next + columns.offset[0] + ahead.offset[0] + line);
     }
     if (tile_rows(w, t) == kHalfTileRows) {
       strip_part<C, 0, 4, true, N>(columns, x, fresh, acc);
@@ -188,7 +192,9 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t tile_begin, 
       const bool turns = next >= c.n;
       const bool is_next_block = turns && end >= tile_end;
       const int32_t to_tile = !turns ? 0 : is_next_block ? tile_begin - begin : kStripTiles;
-      Ahead ahead{{}, {static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 0, false), static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 1, false)}};
+      Ahead ahead{{},
+                  {static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 0, false),
+                   static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 1, false)}};
       const uint8_t* const* from = is_next_block && c.n_next > 0 ? c.next_record : c.record;
       const int32_t n_from = is_next_block && c.n_next > 0 ? c.n_next : c.n;
       for (int32_t j = 0; j < 4; ++j) {
@@ -226,7 +232,8 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t tile_begin, 
 }
 
 template <Codes C, Scale S>
-void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end, float* y) {
+void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end,
+                float* y) {
   for (int32_t t = tile_begin; t < tile_end; ++t) {
     const int32_t rows = tile_rows(w, t);
     const bool half = rows == kHalfTileRows;
@@ -248,11 +255,12 @@ void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t
   }
 }
 
-// Several tokens: the block's codes are decoded once into L1, then multiplied register-blocked (Rows x Tokens accumulators).
+// Several tokens: the block's codes are decoded once into L1, then multiplied register-blocked (Rows x Tokens
+// accumulators).
 template <Codes C, Scale S, int Rows, int Tokens>
 DIPPER_INLINE void multiply(const WeightView& w, const float* codes, int32_t n, const float* x, int64_t x_stride,
-                                                    const float* sum_x, int64_t sum_stride, ScaleAt at, int32_t row, float* y,
-                                                    int64_t y_stride) {
+                            const float* sum_x, int64_t sum_stride, ScaleAt at, int32_t row, float* y,
+                            int64_t y_stride) {
   F acc[Tokens][Rows];
   for (int t = 0; t < Tokens; ++t) {
     for (int r = 0; r < Rows; ++r) acc[t][r] = is_float(C) ? load(y + t * y_stride + row + 16 * r) : set1(0.0f);
@@ -279,7 +287,8 @@ DIPPER_INLINE void multiply(const WeightView& w, const float* codes, int32_t n, 
 }
 
 template <Codes C, Scale S, bool Strided>
-void gemm_tile(const WeightView& w, const Columns<Strided>& columns, const BlockTokens& c, ScaleAt at, bool half, float* y, int64_t y_stride) {
+void gemm_tile(const WeightView& w, const Columns<Strided>& columns, const BlockTokens& c, ScaleAt at, bool half,
+               float* y, int64_t y_stride) {
   alignas(64) float codes[kMaxGroup * kTileRows];
   for (int32_t i = 0; i < c.n; ++i) {
     const uint8_t* column = columns.at(i);
@@ -302,28 +311,29 @@ void gemm_tile(const WeightView& w, const Columns<Strided>& columns, const Block
   for (int32_t row = 0; row < rows; row += 16 * kRows) {
     int32_t t = 0;
     for (; t + kTokens <= c.n_tokens; t += kTokens) {
-      multiply<C, S, kRows, kTokens>(w, codes, c.n, c.x + t * c.x_stride, c.x_stride, c.sum_x + t * c.sum_stride, c.sum_stride, at, row,
-                                     y + t * y_stride, y_stride);
+      multiply<C, S, kRows, kTokens>(w, codes, c.n, c.x + t * c.x_stride, c.x_stride, c.sum_x + t * c.sum_stride,
+                                     c.sum_stride, at, row, y + t * y_stride, y_stride);
     }
     for (; t < c.n_tokens; ++t) {
-      multiply<C, S, kRows, 1>(w, codes, c.n, c.x + t * c.x_stride, c.x_stride, c.sum_x + t * c.sum_stride, c.sum_stride, at, row,
-                               y + t * y_stride, y_stride);
+      multiply<C, S, kRows, 1>(w, codes, c.n, c.x + t * c.x_stride, c.x_stride, c.sum_x + t * c.sum_stride,
+                               c.sum_stride, at, row, y + t * y_stride, y_stride);
     }
   }
 }
 
 template <Codes C, Scale S>
-void gemm_block(const WeightView& w, const BlockTokens& c, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride) {
+void gemm_block(const WeightView& w, const BlockTokens& c, int32_t tile_begin, int32_t tile_end, float* y,
+                int64_t y_stride) {
   for (int32_t t = tile_begin; t < tile_end; ++t) {
     const int32_t rows = tile_rows(w, t);
-    gemm_tile<C, S, false>(w, record_columns<C>(w, c.record, t), c, scale_at(w, t, rows, c.block), rows == kHalfTileRows,
-                           y + t * kTileRows, y_stride);
+    gemm_tile<C, S, false>(w, record_columns<C>(w, c.record, t), c, scale_at(w, t, rows, c.block),
+                           rows == kHalfTileRows, y + t * kTileRows, y_stride);
   }
 }
 
 template <Codes C, Scale S>
-void gemm_tiled(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride, int32_t n_tokens,
-                int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride) {
+void gemm_tiled(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride,
+                int32_t n_tokens, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride) {
   for (int32_t t = tile_begin; t < tile_end; ++t) {
     const int32_t rows = tile_rows(w, t);
     const bool half = rows == kHalfTileRows;
@@ -331,7 +341,8 @@ void gemm_tiled(const WeightView& w, const float* x, int64_t x_stride, const flo
       const int32_t first = b * w.grid.group;
       const int32_t n = w.n_cols - first < w.grid.group ? w.n_cols - first : w.grid.group;
       const BlockTokens c{b, n, nullptr, x + first, x_stride, sum_x + b, sum_stride, n_tokens};
-      gemm_tile<C, S, true>(w, tiled_columns<C>(w, t, b, half), c, scale_at(w, t, rows, b), half, y + t * kTileRows, y_stride);
+      gemm_tile<C, S, true>(w, tiled_columns<C>(w, t, b, half), c, scale_at(w, t, rows, b), half, y + t * kTileRows,
+                            y_stride);
     }
   }
 }
@@ -374,21 +385,23 @@ inline void with_grid(const Grid& grid, Fn&& fn) {
 void gemv_block_any(const WeightView& w, const BlockColumns& c, int32_t tile_begin, int32_t tile_end, float* y) {
   with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_block<C, S>(w, c, tile_begin, tile_end, y); });
 }
-void gemv_tiled_any(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end, float* y) {
+void gemv_tiled_any(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end,
+                    float* y) {
   with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_tiled<C, S>(w, x, sum_x, tile_begin, tile_end, y); });
 }
-void gemm_block_any(const WeightView& w, const BlockTokens& c, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride) {
+void gemm_block_any(const WeightView& w, const BlockTokens& c, int32_t tile_begin, int32_t tile_end, float* y,
+                    int64_t y_stride) {
   with_grid(w.grid, [&]<Codes C, Scale S>() { gemm_block<C, S>(w, c, tile_begin, tile_end, y, y_stride); });
 }
-void gemm_tiled_any(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride, int32_t n_tokens,
-                    int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride) {
+void gemm_tiled_any(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride,
+                    int32_t n_tokens, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride) {
   with_grid(w.grid, [&]<Codes C, Scale S>() {
     gemm_tiled<C, S>(w, x, x_stride, sum_x, sum_stride, n_tokens, tile_begin, tile_end, y, y_stride);
   });
 }
 
-// exp for x <= 88; results below 2^-126 are flushed to 2^-126 * p, far under what a softmax can see. Relative error < 2 ulp:
-// Cody-Waite reduction and a degree-6 polynomial (minimax coefficients after Cephes' expf).
+// exp for x <= 88; results below 2^-126 are flushed to 2^-126 * p, far under what a softmax can see. Relative error < 2
+// ulp: Cody-Waite reduction and a degree-6 polynomial (minimax coefficients after Cephes' expf).
 inline F exp(F x) {
   x = min(max(x, set1(-87.0f)), set1(88.0f));
   const F magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer on every ISA
@@ -412,7 +425,9 @@ void rms_norm(const float* x, const float* weight, int32_t n, float eps, float* 
   if (i < n) squares = fma(load_partial(x + i, n - i, 0.0f), load_partial(x + i, n - i, 0.0f), squares);
   const F inverse = set1(1.0f / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(n) + eps));
   for (i = 0; i + 16 <= n; i += 16) store(out + i, mul(mul(load(x + i), inverse), load(weight + i)));
-  if (i < n) store_partial(out + i, n - i, mul(mul(load_partial(x + i, n - i, 0.0f), inverse), load_partial(weight + i, n - i, 0.0f)));
+  if (i < n)
+    store_partial(out + i, n - i,
+                  mul(mul(load_partial(x + i, n - i, 0.0f), inverse), load_partial(weight + i, n - i, 0.0f)));
 }
 
 inline F silu(F g) { return div(g, add(set1(1.0f), exp(sub(set1(0.0f), g)))); }
@@ -428,7 +443,8 @@ template <typename Act>
 inline void act_mul(const float* gate, const float* up, int32_t n, float* out, Act act) {
   int32_t i = 0;
   for (; i + 16 <= n; i += 16) store(out + i, mul(act(load(gate + i)), load(up + i)));
-  if (i < n) store_partial(out + i, n - i, mul(act(load_partial(gate + i, n - i, 0.0f)), load_partial(up + i, n - i, 0.0f)));
+  if (i < n)
+    store_partial(out + i, n - i, mul(act(load_partial(gate + i, n - i, 0.0f)), load_partial(up + i, n - i, 0.0f)));
 }
 void silu_mul(const float* gate, const float* up, int32_t n, float* out) {
   act_mul(gate, up, n, out, [](F g) { return silu(g); });
@@ -465,13 +481,14 @@ DIPPER_INLINE void weighted_sum(const float* p, const float* v, int32_t n, int32
   for (int c = 0; c < Chunks; ++c) acc[c] = set1(0.0f);
   for (int32_t i = 0; i < n; ++i) {
     const F weight = set1(p[i]);
-    for (int c = 0; c < Chunks; ++c) acc[c] = fma(weight, load(v + static_cast<int64_t>(i) * head_dim + 16 * c), acc[c]);
+    for (int c = 0; c < Chunks; ++c)
+      acc[c] = fma(weight, load(v + static_cast<int64_t>(i) * head_dim + 16 * c), acc[c]);
   }
   for (int c = 0; c < Chunks; ++c) store(out + 16 * c, mul(acc[c], scale));
 }
 
-void attend(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last, float scale, float* scores,
-            float* out) {
+void attend(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last, float scale,
+            float* scores, float* out) {
   const int32_t first_block = first / 16;
   const F scale_lanes = set1(scale);
   for (int32_t b = first_block; b * 16 < last; ++b) {  // lanes outside [first, last) are computed and not used
@@ -517,7 +534,7 @@ double log_sum_exp(const float* x, int32_t n) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table{DIPPER_ISA_NAME, gemv_block_any, gemv_tiled_any, gemm_block_any, gemm_tiled_any, rms_norm,
-                    silu_mul,        gelu_tanh_mul,  attend,         log_sum_exp};
+const Kernels table{DIPPER_ISA_NAME, gemv_block_any, gemv_tiled_any, gemm_block_any, gemm_tiled_any,
+                    rms_norm,        silu_mul,       gelu_tanh_mul,  attend,         log_sum_exp};
 
 }  // namespace dipper::DIPPER_ISA

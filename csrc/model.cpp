@@ -81,8 +81,9 @@ void dequantise_row(const WeightView& w, int32_t row, float* out) {
     const uint8_t* p0 = base + static_cast<int64_t>(j) * column_tile_bytes(w.grid.codes, half);
     const float value = code_value(w.grid, p0, p0 + plane_tile_bytes(w.grid.codes, 0, half), half, in_tile);
     const int32_t block = j / w.grid.group;
-    out[j] = apply_grid(w.grid, arrays, first_row * w.n_blocks + static_cast<int64_t>(block) * tile_rows + in_tile,
-                        first_row * w.n_super() + static_cast<int64_t>(block / w.grid.super_blocks) * tile_rows + in_tile, value);
+    out[j] = apply_grid(
+        w.grid, arrays, first_row * w.n_blocks + static_cast<int64_t>(block) * tile_rows + in_tile,
+        first_row * w.n_super() + static_cast<int64_t>(block / w.grid.super_blocks) * tile_rows + in_tile, value);
   }
 }
 

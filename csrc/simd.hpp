@@ -1,5 +1,6 @@
-// Sixteen fp32 lanes on three instruction sets. Included by one translation unit an ISA, which defines DIPPER_ISA (the namespace)
-// and DIPPER_ISA_AVX512 / DIPPER_ISA_AVX2 / neither. No standard templates here: their code would be shared across ISAs.
+// Sixteen fp32 lanes on three instruction sets. Included by one translation unit an ISA, which defines DIPPER_ISA (the
+// namespace) and DIPPER_ISA_AVX512 / DIPPER_ISA_AVX2 / neither. No standard templates here: their code would be shared
+// across ISAs.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,8 @@ namespace dipper::DIPPER_ISA {
 
 #if defined(DIPPER_ISA_AVX512)
 
-using F = __m512;   // 16 floats
-using I = __m512i;  // 16 u32
+using F = __m512;                        // 16 floats
+using I = __m512i;                       // 16 u32
 inline constexpr int kFieldsAtOnce = 8;  // of a tile, whose accumulators fit in registers
 
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -29,8 +30,12 @@ inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
-inline F load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
-inline F load_i8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+inline F load_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline F load_i8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 inline F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline F load_bf16(const void* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -88,7 +93,8 @@ inline I lanes_u32(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
 inline I lanes_u16(const uint8_t* p) {
-  return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 16)))};
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 16)))};
 }
 inline I lanes_u8(const uint8_t* p) {
   const __m128i v = _mm_loadu_si128((const __m128i*)p);
@@ -129,12 +135,12 @@ struct I {
 };
 inline constexpr int kFieldsAtOnce = 4;
 
-#define DIPPER_LANES(expr)                 \
-  F r;                                     \
+#define DIPPER_LANES(expr)                      \
+  F r;                                          \
   for (int i = 0; i < 16; ++i) r.v[i] = (expr); \
   return r
-#define DIPPER_INT_LANES(expr)             \
-  I r;                                     \
+#define DIPPER_INT_LANES(expr)                  \
+  I r;                                          \
   for (int i = 0; i < 16; ++i) r.v[i] = (expr); \
   return r
 
@@ -196,7 +202,8 @@ inline F field5(I low, I high, int k) {
   return to_float(bits_or(bits_and(shift_right(low, 4 * k), 0xF), shift_left(bits_and(shift_right(high, k), 1), 4)));
 }
 inline F field6(I low, I high, int k) {
-  return to_float(bits_or(bits_and(shift_right(low, 4 * k), 0xF), shift_left(bits_and(shift_right(high, 2 * k), 3), 4)));
+  return to_float(
+      bits_or(bits_and(shift_right(low, 4 * k), 0xF), shift_left(bits_and(shift_right(high, 2 * k), 3), 4)));
 }
 #endif
 

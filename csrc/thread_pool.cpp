@@ -53,7 +53,8 @@ void ThreadPool::run(const std::function<void(int)>& task) {
 void ThreadPool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    if (!spin_until([&] { return round_.load(std::memory_order_acquire) != seen; })) round_.wait(seen, std::memory_order_acquire);
+    if (!spin_until([&] { return round_.load(std::memory_order_acquire) != seen; }))
+      round_.wait(seen, std::memory_order_acquire);
     const uint32_t round = round_.load(std::memory_order_acquire);
     if (round == seen) continue;
     seen = round;

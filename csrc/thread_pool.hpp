@@ -1,4 +1,5 @@
-// A fixed team of threads: run(task) calls task(0..n-1) once on each, the caller being 0. Waiting threads spin briefly, then sleep.
+// A fixed team of threads: run(task) calls task(0..n-1) once on each, the caller being 0. Waiting threads spin briefly,
+// then sleep.
 #pragma once
 
 #include <atomic>
@@ -26,7 +27,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
-  // The task must not throw on threads other than the caller's; if it throws on the caller's, the others are joined first.
+  // The task must not throw on threads other than the caller's; if it throws on the caller's, the others are joined
+  // first.
   void run(const std::function<void(int thread)>& task);
 
  private:

@@ -9,7 +9,8 @@
 
 namespace dipper {
 
-TraceWriter::TraceWriter(const std::string& path, const std::string& header_json) : path_(path), file_(std::fopen(path.c_str(), "wb")) {
+TraceWriter::TraceWriter(const std::string& path, const std::string& header_json)
+    : path_(path), file_(std::fopen(path.c_str(), "wb")) {
   if (file_ == nullptr) throw ConfigError("cannot write the trace " + path + ": " + std::strerror(errno));
   const uint32_t version = 1;
   const auto length = static_cast<uint32_t>(header_json.size());
@@ -23,7 +24,8 @@ TraceWriter::~TraceWriter() { std::fclose(file_); }
 
 void TraceWriter::put(const void* data, size_t bytes) {
   if (bytes != 0 && std::fwrite(data, 1, bytes, file_) != bytes) {
-    throw FlashError("the trace " + path_ + " could not be written: " + std::strerror(errno) + "; free space or write it elsewhere");
+    throw FlashError("the trace " + path_ + " could not be written: " + std::strerror(errno) +
+                     "; free space or write it elsewhere");
   }
 }
 

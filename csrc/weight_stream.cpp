@@ -12,14 +12,17 @@ std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32
     const Region& region = model.regions[static_cast<size_t>(r)];
     const int32_t n_blocks = (region.n_columns + kMaxGroup - 1) / kMaxGroup;
     const uint64_t block_bytes = static_cast<uint64_t>(kMaxGroup) * region.record_bytes;
-    const auto room = static_cast<int32_t>(std::max<uint64_t>(1, (max_bytes - 2 * kAlign) / block_bytes));  // blocks a read
+    const auto room =
+        static_cast<int32_t>(std::max<uint64_t>(1, (max_bytes - 2 * kAlign) / block_bytes));  // blocks a read
     const int32_t n_chunks = (n_blocks + room - 1) / room;
     for (int32_t c = 0; c < n_chunks; ++c) {
       const int32_t first = static_cast<int32_t>(static_cast<int64_t>(n_blocks) * c / n_chunks) * kMaxGroup;
-      const int32_t last = std::min(region.n_columns, static_cast<int32_t>(static_cast<int64_t>(n_blocks) * (c + 1) / n_chunks) * kMaxGroup);
+      const int32_t last = std::min(
+          region.n_columns, static_cast<int32_t>(static_cast<int64_t>(n_blocks) * (c + 1) / n_chunks) * kMaxGroup);
       const uint64_t begin = region.record_offset(first) / kAlign * kAlign;
       const uint64_t end = (region.record_offset(last) + kAlign - 1) / kAlign * kAlign;
-      chunks.push_back({r, first, last, begin, static_cast<uint32_t>(end - begin), static_cast<uint32_t>(region.record_offset(first) - begin)});
+      chunks.push_back({r, first, last, begin, static_cast<uint32_t>(end - begin),
+                        static_cast<uint32_t>(region.record_offset(first) - begin)});
     }
   }
   return chunks;
@@ -31,8 +34,14 @@ uint32_t ring_slot_bytes(const std::vector<StreamChunk>& chunks) {
   return most;
 }
 
-WeightStream::WeightStream(FlashReader& reader, std::vector<StreamChunk> chunks, uint8_t* ring, uint32_t slot_bytes, int32_t n_slots)
-    : reader_(reader), chunks_(std::move(chunks)), ring_(ring), slot_bytes_(slot_bytes), n_slots_(n_slots), tickets_(static_cast<size_t>(n_slots)) {}
+WeightStream::WeightStream(FlashReader& reader, std::vector<StreamChunk> chunks, uint8_t* ring, uint32_t slot_bytes,
+                           int32_t n_slots)
+    : reader_(reader),
+      chunks_(std::move(chunks)),
+      ring_(ring),
+      slot_bytes_(slot_bytes),
+      n_slots_(n_slots),
+      tickets_(static_cast<size_t>(n_slots)) {}
 
 void WeightStream::start(bool cyclic) {
   use_ = read_ = 0;

@@ -1,4 +1,5 @@
-// Dense weights in the order they are used, read ahead through a ring of buffers: the disk works while the CPU multiplies.
+// Dense weights in the order they are used, read ahead through a ring of buffers: the disk works while the CPU
+// multiplies.
 #pragma once
 
 #include <cstdint>
@@ -27,13 +28,17 @@ uint32_t ring_slot_bytes(const std::vector<StreamChunk>& chunks);
 class WeightStream {
  public:
   // ring: n_slots buffers of slot_bytes, aligned.
-  WeightStream(FlashReader& reader, std::vector<StreamChunk> chunks, uint8_t* ring, uint32_t slot_bytes, int32_t n_slots);
+  WeightStream(FlashReader& reader, std::vector<StreamChunk> chunks, uint8_t* ring, uint32_t slot_bytes,
+               int32_t n_slots);
 
   // Begins at the first chunk; cyclic streams run on into the next token. Earlier reads must have been stopped.
   void start(bool cyclic);
   bool running() const { return running_; }
-  // The next chunk in order. Its bytes are there once the reader has completed ticket(); release() gives its buffer back.
-  const StreamChunk& current() const { return chunks_[static_cast<size_t>(use_ % static_cast<int64_t>(chunks_.size()))]; }
+  // The next chunk in order. Its bytes are there once the reader has completed ticket(); release() gives its buffer
+  // back.
+  const StreamChunk& current() const {
+    return chunks_[static_cast<size_t>(use_ % static_cast<int64_t>(chunks_.size()))];
+  }
   const uint8_t* data() const { return slot(use_) + current().skip; }
   uint64_t ticket() const { return tickets_[static_cast<size_t>(use_ % n_slots_)] + 1; }
   void release();

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from dipper import _core
 from dipper.bundle import Bundle, header_bytes, pack
 from dipper.cache import ReferenceCache, n_selected, reference_top_k
@@ -102,14 +102,18 @@ def test_density_1_equals_dense_on_a_real_model(smollm2):
 def test_gamma_1_depends_on_masks_alone(bundles, request, path_of):
     path = bundles() if path_of == "tiny" else request.getfixturevalue("smollm2")
     base = decode(path, density=0.6)
-    variants = [
-        {"mlp_dram": tight(path, share, density=0.6)} for share in (0.0, 0.2, 0.7)
-    ] + [
-        {"cache": cache, "mlp_dram": tight(path, 0.3, density=0.6)} for cache in ("lru", "lfu-decay", "static")
-    ] + [
-        {"threads": 1}, {"threads": 3}, {"cold": True}, {"reader": "pread"},
-        {"cache": "static", "cold": True, "mlp_dram": tight(path, 0.4, density=0.6)},
-    ] + [{"isa": isa} for isa in _core.isas() if isa != "scalar" or path_of == "tiny"]
+    variants = (
+        [{"mlp_dram": tight(path, share, density=0.6)} for share in (0.0, 0.2, 0.7)]
+        + [{"cache": cache, "mlp_dram": tight(path, 0.3, density=0.6)} for cache in ("lru", "lfu-decay", "static")]
+        + [
+            {"threads": 1},
+            {"threads": 3},
+            {"cold": True},
+            {"reader": "pread"},
+            {"cache": "static", "cold": True, "mlp_dram": tight(path, 0.4, density=0.6)},
+        ]
+        + [{"isa": isa} for isa in _core.isas() if isa != "scalar" or path_of == "tiny"]
+    )
     for variant in variants:
         assert same_bits(decode(path, **{"density": 0.6, **variant}), base), variant
 
@@ -152,7 +156,11 @@ def test_block_forward_equals_decoding_512_tokens(smollm2, gamma):
         steps = engine.counters()
     assert (steps.hits, steps.misses, steps.selected) == (counted.hits, counted.misses, counted.selected)
     exact = block.astype(np.float64)
-    exact = np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1)) + exact.max(1) - exact[np.arange(512), np.roll(tokens, -1)]
+    exact = (
+        np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1))
+        + exact.max(1)
+        - exact[np.arange(512), np.roll(tokens, -1)]
+    )
     assert np.allclose(losses, exact[:-1], rtol=1e-5, atol=1e-6)
 
 
@@ -187,7 +195,10 @@ def test_forced_masks_of_a_run_give_its_logits(bundles, tmp_path):
         rows = np.stack([engine.step(t) for t in PROMPT])
     header, frames = read_trace(trace)
     n_layers = len(header["regions"]) // 2
-    masks = [tuple(np.zeros((len(PROMPT), header["regions"][2 * i + j]["n_columns"]), np.uint8) for j in range(2)) for i in range(n_layers)]
+    masks = [
+        tuple(np.zeros((len(PROMPT), header["regions"][2 * i + j]["n_columns"]), np.uint8) for j in range(2))
+        for i in range(n_layers)
+    ]
     for frame in frames:
         masks[frame.region // 2][frame.region % 2][frame.token, frame.mask] = 1
     with Engine.open(path, EngineConfig(method="dense-resident", context=64)) as engine:
@@ -199,7 +210,9 @@ def test_forced_masks_of_a_run_give_its_logits(bundles, tmp_path):
 
 def test_trace_agrees_with_counters_and_reference(smollm2, tmp_path):
     trace = tmp_path / "run.trace"
-    config = EngineConfig(method="dip-ca", gamma=0.4, density=0.55, mlp_dram="60%", context=64, trace=trace, cache="lru")
+    config = EngineConfig(
+        method="dip-ca", gamma=0.4, density=0.55, mlp_dram="60%", context=64, trace=trace, cache="lru"
+    )
     with Engine.open(smollm2, config) as engine:
         engine.reset_counters()
         for token in range(200, 212):
@@ -259,7 +272,9 @@ def test_prefill_warms_the_cache(smollm2):
 def test_dense_stream_reads_what_is_not_pinned(smollm2):
     with Engine.open(smollm2, EngineConfig(method="dense-stream", mlp_dram="60%", context=64)) as engine:
         streamed = sum(
-            r["bytes"] for r, p in zip(engine.bundle.header["regions"], engine.plan.options["pinned"], strict=True) if not p
+            r["bytes"]
+            for r, p in zip(engine.bundle.header["regions"], engine.plan.options["pinned"], strict=True)
+            if not p
         )
         engine.step(3)
         engine.reset_counters()
@@ -305,7 +320,9 @@ print(next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.star
 @pytest.mark.parametrize("method", METHODS)
 def test_peak_memory_keeps_to_the_budget(smollm2, method):
     dram = "170MB" if method == "dense-resident" else "130MB"
-    run = subprocess.run([sys.executable, "-c", _PEAK, smollm2, method, dram], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", _PEAK, smollm2, method, dram], capture_output=True, text=True, check=True
+    )
     planned, budget, peak = (int(word) for word in run.stdout.split())
     assert planned <= budget
     assert peak <= budget + 32 * 2**20
@@ -316,7 +333,9 @@ def test_smallest_budget_is_named_and_works(smollm2):
         with pytest.raises(BudgetError, match="needs at least .* raise --dram to ") as error:
             Engine.open(smollm2, EngineConfig(method=method, dram="1MB"))
         named = str(error.value).split("raise --dram to ")[1].split("MB")[0]
-        with Engine.open(smollm2, EngineConfig(method=method, dram=f"{float(named) + 4:.1f}MB")) as engine:  # the host may grow a little
+        with Engine.open(
+            smollm2, EngineConfig(method=method, dram=f"{float(named) + 4:.1f}MB")
+        ) as engine:  # the host may grow a little
             assert engine.plan.total_bytes <= engine.plan.budget_bytes
             engine.step(1)
 
@@ -435,8 +454,9 @@ def test_nan_scores_name_layer_and_region(bundles, tmp_path):
     (path / "resident.bin").write_bytes(data)
     header["files"]["resident.bin"]["sha256"] = hashlib.sha256(data).hexdigest()
     (path / "bundle.json").write_bytes(header_bytes(header))
-    with Engine.open(path, EngineConfig(mlp_dram=ALL, context=16)) as engine, pytest.raises(
-        ConfigError, match="layer 1, input columns: .*column 3.* NaN"
+    with (
+        Engine.open(path, EngineConfig(mlp_dram=ALL, context=16)) as engine,
+        pytest.raises(ConfigError, match="layer 1, input columns: .*column 3.* NaN"),
     ):
         engine.step(1)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tiny import CONFIGS, save_with_transformers
 
 torch = pytest.importorskip("torch")
@@ -13,7 +14,6 @@ transformers = pytest.importorskip("transformers")
 from dipper.bundle import Bundle, pack  # noqa: E402
 from dipper.cache import ReferenceCache  # noqa: E402
 from dipper.engine import Engine, EngineConfig  # noqa: E402
-
 from reference import dip, hf_model_from_bundle, reference_logits, reference_nll  # noqa: E402
 
 pytestmark = pytest.mark.torch

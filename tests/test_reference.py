@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from tiny import CONFIGS, save_with_transformers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from dipper.bundle import Bundle, pack  # noqa: E402
-
 from reference import (  # noqa: E402
     closed_loop_mask,
     dip,

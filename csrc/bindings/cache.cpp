@@ -105,9 +105,7 @@ void bind_cache(nb::module_& m) {
       .def("step", &step, nb::arg("mask").noconvert(), nb::arg("counted") = true)
       .def(
           "pin",
-          [](ColumnCache& cache, const Input<int32_t, 1>& columns) {
-            cache.pin({columns.data(), columns.size()});
-          },
+          [](ColumnCache& cache, const Input<int32_t, 1>& columns) { cache.pin({columns.data(), columns.size()}); },
           nb::arg("columns").noconvert())
       .def("clear", &ColumnCache::clear)
       .def("reset_counters", &ColumnCache::reset_counters)

@@ -1,4 +1,6 @@
 // The decoder in Python: a bundle's header (already validated by bundle.py) becomes a Model, options a DecoderOptions.
+#include "decoder.hpp"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
@@ -12,7 +14,6 @@
 #include <vector>
 
 #include "arrays.hpp"
-#include "decoder.hpp"
 #include "errors.hpp"
 
 namespace nb = nanobind;
@@ -25,13 +26,15 @@ using Mask = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::c
 
 template <typename T>
 T get(const nb::dict& d, const char* key) {
-  if (!d.contains(key)) throw BundleError(std::string("the header lacks '") + key + "': the bundle is damaged, pack it again");
+  if (!d.contains(key))
+    throw BundleError(std::string("the header lacks '") + key + "': the bundle is damaged, pack it again");
   return nb::cast<T>(d[key]);
 }
 
 Codes codes_of(const std::string& name) {
-  static const std::map<std::string, Codes> known{{"q4", Codes::kQ4},   {"q5", Codes::kQ5},     {"q6", Codes::kQ6}, {"q8", Codes::kQ8},
-                                                  {"f16", Codes::kF16}, {"bf16", Codes::kBF16}, {"f32", Codes::kF32}};
+  static const std::map<std::string, Codes> known{{"q4", Codes::kQ4},  {"q5", Codes::kQ5},   {"q6", Codes::kQ6},
+                                                  {"q8", Codes::kQ8},  {"f16", Codes::kF16}, {"bf16", Codes::kBF16},
+                                                  {"f32", Codes::kF32}};
   const auto at = known.find(name);
   if (at == known.end()) throw BundleError("codes '" + name + "' are unknown to this dipper: upgrade it");
   return at->second;
@@ -66,11 +69,13 @@ class Reader {
     model_->final_norm = vector("final_norm");
     model_->head = matrix("head");
     const auto layers = get<nb::list>(get<nb::dict>(header_, "model"), "layers");
-    for (int32_t i = 0; i < model_->n_layers; ++i) model_->layers.push_back(layer(i, nb::cast<nb::dict>(layers[static_cast<size_t>(i)])));
+    for (int32_t i = 0; i < model_->n_layers; ++i)
+      model_->layers.push_back(layer(i, nb::cast<nb::dict>(layers[static_cast<size_t>(i)])));
     for (nb::handle r : get<nb::list>(header_, "regions")) model_->regions.push_back(region(nb::cast<nb::dict>(r)));
     if (!model_->tied) {
       const auto e = get<nb::dict>(header_, "embedding");
-      model_->embedding = {get<int32_t>(e, "rows"), get<uint64_t>(e, "offset"), get<uint32_t>(e, "row_bytes"), grid_of(e)};
+      model_->embedding = {get<int32_t>(e, "rows"), get<uint64_t>(e, "offset"), get<uint32_t>(e, "row_bytes"),
+                           grid_of(e)};
     }
     return std::move(model_);
   }
@@ -91,7 +96,8 @@ class Reader {
     out.attention_scale = get<float>(m, "attention_scale");
     out.tied = get<bool>(m, "tied");
     const auto activation = get<std::string>(m, "activation");
-    if (activation != "silu" && activation != "gelu_tanh") throw BundleError("activation '" + activation + "' is unknown to this dipper: upgrade it");
+    if (activation != "silu" && activation != "gelu_tanh")
+      throw BundleError("activation '" + activation + "' is unknown to this dipper: upgrade it");
     out.activation = activation == "silu" ? Activation::kSilu : Activation::kGeluTanh;
   }
 
@@ -114,7 +120,9 @@ class Reader {
   const float* vector(const std::string& name) const {
     return reinterpret_cast<const float*>(resident_at(get<nb::dict>(tensors_, name.c_str())));
   }
-  const float* optional_vector(const std::string& name) const { return tensors_.contains(name.c_str()) ? vector(name) : nullptr; }
+  const float* optional_vector(const std::string& name) const {
+    return tensors_.contains(name.c_str()) ? vector(name) : nullptr;
+  }
 
   WeightView matrix(const std::string& name) const {
     const auto d = get<nb::dict>(tensors_, name.c_str());
@@ -179,7 +187,8 @@ class Reader {
       for (nb::handle plane : get<nb::list>(m, "planes")) {
         if (p == 2) throw BundleError("a matrix has more than two planes, which this dipper cannot run: upgrade it");
         const auto pd = nb::cast<nb::dict>(plane);
-        if (get<std::string>(pd, "tier") != "flash") throw BundleError("a plane of codes is not on flash, which this dipper cannot run: upgrade it");
+        if (get<std::string>(pd, "tier") != "flash")
+          throw BundleError("a plane of codes is not on flash, which this dipper cannot run: upgrade it");
         w.plane_offset[p++] = static_cast<uint32_t>(get<uint64_t>(pd, "offset"));
       }
       r.matrices.push_back(w);
@@ -195,7 +204,9 @@ class Reader {
 DecoderOptions options_of(const nb::dict& d) {
   DecoderOptions o;
   const auto residency = get<std::string>(d, "residency");
-  o.mlp.residency = residency == "resident" ? Residency::kResident : residency == "stream" ? Residency::kStream : Residency::kCached;
+  o.mlp.residency = residency == "resident" ? Residency::kResident
+                    : residency == "stream" ? Residency::kStream
+                                            : Residency::kCached;
   o.mlp.prune = get<bool>(d, "prune");
   o.mlp.k_in = get<int32_t>(d, "k_in");
   o.mlp.k_glu = get<int32_t>(d, "k_glu");
@@ -211,7 +222,9 @@ DecoderOptions options_of(const nb::dict& d) {
   o.n_threads = get<int32_t>(d, "n_threads");
   o.isa = get<std::string>(d, "isa");
   const auto backend = get<std::string>(d, "reader");
-  o.reader.backend = backend == "io_uring" ? ReadBackend::kIoUring : backend == "pread" ? ReadBackend::kPread : ReadBackend::kAuto;
+  o.reader.backend = backend == "io_uring" ? ReadBackend::kIoUring
+                     : backend == "pread"  ? ReadBackend::kPread
+                                           : ReadBackend::kAuto;
   o.reader.depth = get<int32_t>(d, "depth");
   return o;
 }
@@ -253,15 +266,17 @@ nb::dict counters_dict(const Decoder& decoder) {
   return d;
 }
 
-std::vector<const uint8_t*> mask_pointers(const std::vector<Mask>& masks, int32_t n_layers, size_t n_tokens, int32_t n) {
+std::vector<const uint8_t*> mask_pointers(const std::vector<Mask>& masks, int32_t n_layers, size_t n_tokens,
+                                          int32_t n) {
   if (masks.size() != static_cast<size_t>(n_layers)) {
-    throw ConfigError("forced masks for " + std::to_string(masks.size()) + " layers, the model has " + std::to_string(n_layers));
+    throw ConfigError("forced masks for " + std::to_string(masks.size()) + " layers, the model has " +
+                      std::to_string(n_layers));
   }
   std::vector<const uint8_t*> pointers;
   for (const Mask& m : masks) {
     if (m.shape(0) != n_tokens || m.shape(1) != static_cast<size_t>(n)) {
-      throw ConfigError("a forced mask has shape [" + std::to_string(m.shape(0)) + ", " + std::to_string(m.shape(1)) + "], expected [" +
-                        std::to_string(n_tokens) + ", " + std::to_string(n) + "]");
+      throw ConfigError("a forced mask has shape [" + std::to_string(m.shape(0)) + ", " + std::to_string(m.shape(1)) +
+                        "], expected [" + std::to_string(n_tokens) + ", " + std::to_string(n) + "]");
     }
     pointers.push_back(m.data());
   }
@@ -269,7 +284,7 @@ std::vector<const uint8_t*> mask_pointers(const std::vector<Mask>& masks, int32_
 }
 
 Output<float> logits_of(Decoder& decoder, const Tokens& tokens, const std::string& kind, const std::vector<Mask>& input,
-                       const std::vector<Mask>& glu) {
+                        const std::vector<Mask>& glu) {
   const Model& m = decoder.model();
   ForwardRequest request;
   if (kind == "forced") {
@@ -356,12 +371,17 @@ void bind_decoder(nb::module_& m) {
       .def("stop_trace", [](Decoder& self) { self.set_trace(nullptr); })
       .def("resident_bytes",  // a view of resident.bin as loaded, for its checksum
            [](Decoder& self) {
-             return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(self.model().resident.data(), {self.model().resident.bytes()}, nb::find(self));
+             return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(self.model().resident.data(),
+                                                                       {self.model().resident.bytes()}, nb::find(self));
            })
       .def_prop_ro("n_past", &Decoder::n_past)
       .def_prop_ro("isa", [](const Decoder& self) { return self.kernels().name; })
-      .def_prop_ro("reader_backend", [](const Decoder& self) { return self.reader().backend() == ReadBackend::kIoUring ? "io_uring" : "pread"; })
+      .def_prop_ro(
+          "reader_backend",
+          [](const Decoder& self) { return self.reader().backend() == ReadBackend::kIoUring ? "io_uring" : "pread"; })
       .def_prop_ro("reader_notes",
-                   [](const Decoder& self) { return std::vector<std::string>{self.reader().backend_note(), self.reader().direct_note()}; })
+                   [](const Decoder& self) {
+                     return std::vector<std::string>{self.reader().backend_note(), self.reader().direct_note()};
+                   })
       .def_prop_ro("direct", [](const Decoder& self) { return self.reader().direct(); });
 }

@@ -1,9 +1,9 @@
 // What tests and `doctor` need of the kernels: the instruction sets at hand, and single products against a reference.
+#include "kernels.hpp"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
-
-#include "kernels.hpp"
 
 namespace nb = nanobind;
 

@@ -13,9 +13,9 @@
 #include <string>
 #include <vector>
 
+#include "arena.hpp"
 #include "dram_probe.hpp"
 #include "errors.hpp"
-#include "arena.hpp"
 #include "flash_reader.hpp"
 
 namespace nb = nanobind;

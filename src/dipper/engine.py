@@ -116,7 +116,9 @@ class EngineConfig:
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"{name} is {value}, outside (0, 1]: give a share such as 0.7")
         if self.gamma is not None and not 0 < self.gamma <= 1:
-            raise ConfigError(f"gamma is {self.gamma}, outside (0, 1]: 1 ignores the cache, smaller favours cached columns")
+            raise ConfigError(
+                f"gamma is {self.gamma}, outside (0, 1]: 1 ignores the cache, smaller favours cached columns"
+            )
         if self.method != "dip-ca" and self.gamma not in (None, 1.0):
             raise ConfigError(f"gamma {self.gamma} goes with --method dip-ca, not {self.method}")
         if self.context < 1:
@@ -272,7 +274,9 @@ class _Planner:
         mlp_dram = config.mlp_dram
         if config.method == "dense-resident":
             if mlp_dram is not None:
-                raise ConfigError("--mlp-dram does not go with dense-resident, which holds the whole MLP: drop it or choose dense-stream")
+                raise ConfigError(
+                    "--mlp-dram does not go with dense-resident, which holds the whole MLP: drop it or choose dense-stream"
+                )
             return budget, None
         if mlp_dram is None:
             if budget is not None:
@@ -297,7 +301,11 @@ class _Planner:
         budget, mlp_budget = self.limits()
         minimum = mlp_minimum = 0
         for block_tokens, stream_slots in _BLOCKS_AND_SLOTS:
-            options = {**self.base, "block_tokens": min(block_tokens, self.config.context), "stream_slots": stream_slots}
+            options = {
+                **self.base,
+                "block_tokens": min(block_tokens, self.config.context),
+                "stream_slots": stream_slots,
+            }
             parts = self.parts(options)
             minimum, mlp_minimum = sum(parts.values()), self.mlp_bytes(parts)
             room = min(
@@ -326,7 +334,11 @@ class _Planner:
 
     def smallest(self) -> int:
         block_tokens, stream_slots = _BLOCKS_AND_SLOTS[-1]
-        return sum(self.parts({**self.base, "block_tokens": min(block_tokens, self.config.context), "stream_slots": stream_slots}).values())
+        return sum(
+            self.parts(
+                {**self.base, "block_tokens": min(block_tokens, self.config.context), "stream_slots": stream_slots}
+            ).values()
+        )
 
     def refuse(self, budget: int | None, minimum: int, mlp_budget: int | None, mlp_minimum: int) -> None:
         if budget is not None and budget < minimum:
@@ -412,7 +424,9 @@ class Engine:
         decoder = _core.Decoder(bundle.header, str(bundle.path), plan.options)
         digest = hashlib.sha256(decoder.resident_bytes()).hexdigest()
         if digest != bundle.header["files"]["resident.bin"]["sha256"]:
-            raise BundleError(f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again")
+            raise BundleError(
+                f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again"
+            )
         engine = cls(bundle, config, plan, decoder)
         if config.prunes and config.cache == "static" and config.cold:
             decoder.pin_static()
@@ -430,7 +444,14 @@ class Engine:
             "densities": self.config.densities,
             "cache": self.config.cache,
             "regions": [
-                {"layer": r["layer"], "kind": r["kind"], "n_columns": r["n_columns"], "record_bytes": r["record_bytes"], "offset": r["offset"], "capacity": c}
+                {
+                    "layer": r["layer"],
+                    "kind": r["kind"],
+                    "n_columns": r["n_columns"],
+                    "record_bytes": r["record_bytes"],
+                    "offset": r["offset"],
+                    "capacity": c,
+                }
                 for r, c in zip(self.bundle.header["regions"], self.plan.options["capacity"], strict=True)
             ],
         }
@@ -440,7 +461,9 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -499,7 +522,9 @@ class Engine:
             ConfigError: no tokens, an id outside the vocabulary, or the context is full.
             FlashError: a read failed.
         """
-        logits: npt.NDArray[np.float32] = self._decoder.prefill(np.asarray(tokens, np.int32), self.config.prunes and not self.config.cold)
+        logits: npt.NDArray[np.float32] = self._decoder.prefill(
+            np.asarray(tokens, np.int32), self.config.prunes and not self.config.cold
+        )
         return logits
 
     def step(self, token: int) -> npt.NDArray[np.float32]:
@@ -521,7 +546,9 @@ class Engine:
         """
         ids = np.asarray(tokens, np.int32)
         if masks is None:
-            logits: npt.NDArray[np.float32] = self._decoder.logits(ids, "own" if self.config.prunes else "dense", [], [])
+            logits: npt.NDArray[np.float32] = self._decoder.logits(
+                ids, "own" if self.config.prunes else "dense", [], []
+            )
         else:
             inputs, glus = ([np.ascontiguousarray(layer[i], np.uint8) for layer in masks] for i in range(2))
             logits = self._decoder.logits(ids, "forced", inputs, glus)
@@ -554,5 +581,3 @@ class Engine:
     def counters(self) -> Counters:
         """Counters since the last reset."""
         return Counters(**self._decoder.counters())
-
-

@@ -61,7 +61,9 @@ def read_trace(path: str | Path) -> tuple[dict[str, Any], Iterator[Frame]]:
     start = file.read(16)
     if start[:8] != _MAGIC or len(start) < 16:
         file.close()
-        raise ConfigError(f"{path} starts with {start[:8]!r}, not {_MAGIC!r}: it is no trace; write one with dipper run --trace")
+        raise ConfigError(
+            f"{path} starts with {start[:8]!r}, not {_MAGIC!r}: it is no trace; write one with dipper run --trace"
+        )
     version, length = struct.unpack("<2I", start[8:])
     if version != _VERSION:
         file.close()
@@ -85,4 +87,6 @@ def _frames(file: BinaryIO, path: str | Path) -> Iterator[Frame]:
 
             mask = take("<i4", n_selected)
             hit = take("u1", n_selected).astype(bool)
-            yield Frame(token, region, mask, hit, take(_READ, n_reads), take("<f4", n_scores), flash_bytes, useful_bytes)
+            yield Frame(
+                token, region, mask, hit, take(_READ, n_reads), take("<f4", n_scores), flash_bytes, useful_bytes
+            )

@@ -1,8 +1,7 @@
 // Arenas: alignment, zeroes, moves.
-#include "arena.hpp"
-
 #include <algorithm>
 
+#include "arena.hpp"
 #include "check.hpp"
 
 using dipper::Arena;

@@ -1,15 +1,14 @@
 // Every instruction set against the scalar reference, bit for bit, and the scalar reference against plain double sums.
-#include "kernels.hpp"
-
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
 #include <vector>
 
-#include <algorithm>
 #include "check.hpp"
 #include "errors.hpp"
 #include "half.hpp"
+#include "kernels.hpp"
 #include "model.hpp"
 
 using namespace dipper;
@@ -73,7 +72,8 @@ Packed random_matrix(const Grid& grid, int32_t rows, int32_t cols, uint32_t seed
 }
 
 // The same matrix as a resident one: tile by tile, scales [tile][block][row].
-WeightView as_tiled(Packed& p, std::vector<uint16_t>& d, std::vector<uint16_t>& dm, std::vector<uint8_t>& sub, std::vector<uint8_t>& subm) {
+WeightView as_tiled(Packed& p, std::vector<uint16_t>& d, std::vector<uint16_t>& dm, std::vector<uint8_t>& sub,
+                    std::vector<uint8_t>& subm) {
   WeightView w = p.view;
   const Codes codes = w.grid.codes;
   p.tiled.clear();
@@ -82,13 +82,15 @@ WeightView as_tiled(Packed& p, std::vector<uint16_t>& d, std::vector<uint16_t>& 
     const bool half = rows == kHalfTileRows;
     for (const uint8_t* column : p.columns) {
       for (int plane = 0; plane < 2; ++plane) {
-        const uint8_t* from = column + (plane ? w.plane_offset[1] : 0) + static_cast<size_t>(t) * static_cast<size_t>(plane_tile_bytes(codes, plane, false));
+        const uint8_t* from = column + (plane ? w.plane_offset[1] : 0) +
+                              static_cast<size_t>(t) * static_cast<size_t>(plane_tile_bytes(codes, plane, false));
         p.tiled.insert(p.tiled.end(), from, from + plane_tile_bytes(codes, plane, half));
       }
     }
     const auto reorder = [&](const auto& from, auto& to, int32_t n_entries) {
       for (int32_t b = 0; b < n_entries; ++b) {
-        const auto* at = from.data() + static_cast<size_t>(b) * static_cast<size_t>(w.n_rows) + static_cast<size_t>(t) * kTileRows;
+        const auto* at =
+            from.data() + static_cast<size_t>(b) * static_cast<size_t>(w.n_rows) + static_cast<size_t>(t) * kTileRows;
         to.insert(to.end(), at, at + rows);
       }
     };
@@ -115,7 +117,8 @@ std::vector<float> random_vector(size_t n, uint32_t seed) {
 }
 
 // y = W[:, used] x[used] by blocks; used empty: all columns.
-std::vector<float> sparse_gemv(const Kernels& k, const Packed& p, const std::vector<float>& x, const std::vector<uint8_t>& used) {
+std::vector<float> sparse_gemv(const Kernels& k, const Packed& p, const std::vector<float>& x,
+                               const std::vector<uint8_t>& used) {
   const WeightView& w = p.view;
   std::vector<float> y(static_cast<size_t>(w.n_rows));
   for (int32_t b = 0; b < w.n_blocks; ++b) {
@@ -130,7 +133,8 @@ std::vector<float> sparse_gemv(const Kernels& k, const Packed& p, const std::vec
       sum += x[i];
     }
     if (records.empty()) continue;
-    k.gemv_block(w, {b, static_cast<int32_t>(values.size()), records.data(), values.data(), sum}, 0, w.n_tiles(), y.data());
+    k.gemv_block(w, {b, static_cast<int32_t>(values.size()), records.data(), values.data(), sum}, 0, w.n_tiles(),
+                 y.data());
   }
   return y;
 }
@@ -139,11 +143,12 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-const std::vector<Grid> kGrids{
-    {Codes::kQ4, Scale::kF16, 32, 8, 1},  {Codes::kQ4, Scale::kF16M, 32, 0, 1}, {Codes::kQ4, Scale::kU8M, 32, 0, 8},
-    {Codes::kQ5, Scale::kF16, 32, 16, 1}, {Codes::kQ5, Scale::kF16M, 32, 0, 1}, {Codes::kQ5, Scale::kU8M, 32, 0, 8},
-    {Codes::kQ6, Scale::kI8, 16, 32, 16}, {Codes::kQ8, Scale::kF16, 32, 0, 1},  {Codes::kQ8, Scale::kU8, 32, 0, 2},
-    {Codes::kF16, Scale::kNone, 32, 0, 1}, {Codes::kBF16, Scale::kNone, 32, 0, 1}, {Codes::kF32, Scale::kNone, 32, 0, 1}};
+const std::vector<Grid> kGrids{{Codes::kQ4, Scale::kF16, 32, 8, 1},    {Codes::kQ4, Scale::kF16M, 32, 0, 1},
+                               {Codes::kQ4, Scale::kU8M, 32, 0, 8},    {Codes::kQ5, Scale::kF16, 32, 16, 1},
+                               {Codes::kQ5, Scale::kF16M, 32, 0, 1},   {Codes::kQ5, Scale::kU8M, 32, 0, 8},
+                               {Codes::kQ6, Scale::kI8, 16, 32, 16},   {Codes::kQ8, Scale::kF16, 32, 0, 1},
+                               {Codes::kQ8, Scale::kU8, 32, 0, 2},     {Codes::kF16, Scale::kNone, 32, 0, 1},
+                               {Codes::kBF16, Scale::kNone, 32, 0, 1}, {Codes::kF32, Scale::kNone, 32, 0, 1}};
 
 void test_products(const Grid& grid, int32_t rows, int32_t cols) {
   Packed p = random_matrix(grid, rows, cols, 7);
@@ -193,17 +198,25 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
       many.insert(many.end(), source.begin(), source.end());
       for (int32_t b = 0; b < tiled.n_blocks; ++b) {
         float sum = 0.0f;
-        for (int32_t c = b * grid.group; c < std::min(cols, (b + 1) * grid.group); ++c) sum += source[static_cast<size_t>(c)];
+        for (int32_t c = b * grid.group; c < std::min(cols, (b + 1) * grid.group); ++c)
+          sum += source[static_cast<size_t>(c)];
         many_sums.push_back(sum);
       }
     }
     std::vector<float> out(static_cast<size_t>(kTokens) * static_cast<size_t>(tiled.n_rows));
-    k.gemm_tiled(tiled, many.data(), cols, many_sums.data(), tiled.n_blocks, kTokens, 0, tiled.n_tiles(), out.data(), tiled.n_rows);
+    k.gemm_tiled(tiled, many.data(), cols, many_sums.data(), tiled.n_blocks, kTokens, 0, tiled.n_tiles(), out.data(),
+                 tiled.n_rows);
     std::vector<float> out_block(out.size());
     for (int32_t b = 0; b < tiled.n_blocks; ++b) {
       const int32_t first = b * grid.group;
-      const BlockTokens tokens{b, std::min(cols, first + grid.group) - first, p.columns.data() + first, many.data() + first, cols,
-                               many_sums.data() + b, tiled.n_blocks, kTokens};
+      const BlockTokens tokens{b,
+                               std::min(cols, first + grid.group) - first,
+                               p.columns.data() + first,
+                               many.data() + first,
+                               cols,
+                               many_sums.data() + b,
+                               tiled.n_blocks,
+                               kTokens};
       k.gemm_block(p.view, tokens, 0, p.view.n_tiles(), out_block.data(), p.view.n_rows);
     }
     CHECK(same_bits(out, out_block));
@@ -236,7 +249,8 @@ void test_vectors() {
       CHECK(std::fabs(silu[i] - g / (1.0 + std::exp(-g)) * u) <= 2e-6 * std::fabs(g * u) + 1e-9);
       CHECK(std::fabs(gelu[i] - 0.5 * g * (1.0 + tanh_part) * u) <= 2e-6 * std::fabs(g * u) + 1e-9);
     }
-    CHECK(std::fabs(reference.log_sum_exp(a.data(), n) - std::log(exponentials)) <= 1e-6 * (1.0 + std::fabs(std::log(exponentials))));
+    CHECK(std::fabs(reference.log_sum_exp(a.data(), n) - std::log(exponentials)) <=
+          1e-6 * (1.0 + std::fabs(std::log(exponentials))));
     for (const std::string& isa : available_isas()) {
       const Kernels& k = select_kernels(isa);
       std::vector<float> out(size);
@@ -271,17 +285,20 @@ void test_attention() {
   for (const int32_t dim : {8, 64, 80}) {
     constexpr int32_t kPositions = 37;
     const std::vector<float> q = random_vector(static_cast<size_t>(dim), 4);
-    const std::vector<float> k = random_vector(static_cast<size_t>(dim * kPositions), 5), v = random_vector(static_cast<size_t>(dim * kPositions), 6);
+    const std::vector<float> k = random_vector(static_cast<size_t>(dim * kPositions), 5),
+                             v = random_vector(static_cast<size_t>(dim * kPositions), 6);
     std::vector<float> scores(kPositions + 32), out(static_cast<size_t>(dim)), lanes(static_cast<size_t>(48 * dim));
     for (int32_t p = 0; p < kPositions; ++p) {  // positions in blocks of 16 lanes
-      for (int32_t i = 0; i < dim; ++i) lanes[static_cast<size_t>(p / 16 * 16 * dim + 16 * i + p % 16)] = k[static_cast<size_t>(p * dim + i)];
+      for (int32_t i = 0; i < dim; ++i)
+        lanes[static_cast<size_t>(p / 16 * 16 * dim + 16 * i + p % 16)] = k[static_cast<size_t>(p * dim + i)];
     }
     reference.attend(q.data(), lanes.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), out.data());
     std::vector<double> expected(static_cast<size_t>(dim));
     double total = 0.0;
     for (int32_t p = 5; p < kPositions; ++p) {
       double s = 0.0;
-      for (int32_t i = 0; i < dim; ++i) s += static_cast<double>(q[static_cast<size_t>(i)]) * k[static_cast<size_t>(p * dim + i)];
+      for (int32_t i = 0; i < dim; ++i)
+        s += static_cast<double>(q[static_cast<size_t>(i)]) * k[static_cast<size_t>(p * dim + i)];
       const double e = std::exp(s * 0.125);
       total += e;
       for (int32_t i = 0; i < dim; ++i) expected[static_cast<size_t>(i)] += e * v[static_cast<size_t>(p * dim + i)];
@@ -289,23 +306,25 @@ void test_attention() {
     for (size_t i = 0; i < expected.size(); ++i) CHECK(std::fabs(out[i] - expected[i] / total) < 3e-6);
     for (const std::string& isa : available_isas()) {
       std::vector<float> again(static_cast<size_t>(dim));
-      select_kernels(isa).attend(q.data(), lanes.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), again.data());
+      select_kernels(isa).attend(q.data(), lanes.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(),
+                                 again.data());
       CHECK(same_bits(again, out));
     }
   }
 }
 
 void test_unknown_isa() {
-  CHECK_THROWS(select_kernels("sse9"), ConfigError, "instruction set 'sse9' is not available on this CPU: choose auto or one of ");
+  CHECK_THROWS(select_kernels("sse9"), ConfigError,
+               "instruction set 'sse9' is not available on this CPU: choose auto or one of ");
 }
 
 }  // namespace
 
 int main() {
   for (const Grid& grid : kGrids) {
-    test_products(grid, 192, 96);   // a half tile at the end, whole blocks
-    test_products(grid, 128, 80);   // a partial block (or not, for groups of 16)
-    test_products(grid, 40, 33);    // padded rows, a lone column in the last block
+    test_products(grid, 192, 96);  // a half tile at the end, whole blocks
+    test_products(grid, 128, 80);  // a partial block (or not, for groups of 16)
+    test_products(grid, 40, 33);   // padded rows, a lone column in the last block
   }
   test_vectors();
   test_activation_extremes();
