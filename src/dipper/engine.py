@@ -1,12 +1,15 @@
 """The engine: a bundle, a DRAM budget and a method become a plan, then a native decoder that keeps to it.
 
-`Engine.open` does, in this order: read the header, measure the host (what the process holds before any weight), plan every
-byte, hand the plan to the caller, allocate and load. A budget that is too small is refused before anything is loaded.
+`Engine.open` does, in this order: read the header, measure the host (what the process holds before any weight), plan
+every byte, hand the plan to the caller, allocate and load. A budget that is too small is refused before anything is
+loaded.
 
 Methods:
     dense-resident   every weight in DRAM
-    dense-stream     as many regions of the MLP pinned as the budget allows, the rest streamed by large reads, double-buffered
-    dip              Dynamic Input Pruning: top-k columns by |x|, column caches, misses read one by one (arXiv 2412.01380)
+    dense-stream     as many regions of the MLP pinned as the budget allows, the rest streamed by large reads,
+                     double-buffered
+    dip              Dynamic Input Pruning: top-k columns by |x|, column caches, misses read one by one
+                     (arXiv 2412.01380)
     dip-ca           the same with Cache-Aware Masking: scores of uncached columns times gamma
 
 Example:
@@ -75,11 +78,12 @@ class EngineConfig:
 
     Attributes:
         method: one of `METHODS`.
-        density: share of MLP columns used by dip and dip-ca, in (0, 1]; `d_in` and `d_glu` override it for the input and the
-            GLU columns (give both).
+        density: share of MLP columns used by dip and dip-ca, in (0, 1]; `d_in` and `d_glu` override it for the input
+            and the GLU columns (give both).
         gamma: factor on the scores of uncached columns, in (0, 1]; None: 1 for dip, 0.5 for dip-ca.
         cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
-        dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the process.
+        dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the
+            process.
         mlp_dram: the MLP's share: "2.7b" bits per MLP weight, or "60%" of its bytes, scales and staging included.
             None: what `dram` leaves, or 50 % where that is not given either.
         context: positions of the KV cache.
@@ -192,7 +196,8 @@ class Plan:
         mlp_budget = "" if self.mlp_budget_bytes is None else f" of {self.mlp_budget_bytes / 2**20:.1f}"
         return [
             f"DRAM plan, MiB: total {self.total_bytes / 2**20:.1f} ({budget}) = {' + '.join(mib.values())}",
-            f"MLP share, MiB: {self.mlp_bytes / 2**20:.1f}{mlp_budget} = {self.mlp_bits_per_weight:.2f} bits per MLP weight; "
+            f"MLP share, MiB: {self.mlp_bytes / 2**20:.1f}{mlp_budget} = "
+            f"{self.mlp_bits_per_weight:.2f} bits per MLP weight; "
             f"{100 * self.cached_fraction:.1f} % of the columns held",
         ]
 
@@ -275,7 +280,8 @@ class _Planner:
         if config.method == "dense-resident":
             if mlp_dram is not None:
                 raise ConfigError(
-                    "--mlp-dram does not go with dense-resident, which holds the whole MLP: drop it or choose dense-stream"
+                    "--mlp-dram does not go with dense-resident, which holds the whole MLP: drop it or choose "
+                    "dense-stream"
                 )
             return budget, None
         if mlp_dram is None:
@@ -343,14 +349,15 @@ class _Planner:
     def refuse(self, budget: int | None, minimum: int, mlp_budget: int | None, mlp_minimum: int) -> None:
         if budget is not None and budget < minimum:
             raise BudgetError(
-                f"--dram gives {budget / 1e6:.1f} MB, but {self.config.method} with a context of {self.config.context} needs at least "
-                f"{_ceil_mb(minimum)} MB here ({self.host_bytes / 1e6:.1f} MB of it is the host process): raise --dram to {_ceil_mb(minimum)}MB"
+                f"--dram gives {budget / 1e6:.1f} MB, but {self.config.method} with a context of {self.config.context} "
+                f"needs at least {_ceil_mb(minimum)} MB here ({self.host_bytes / 1e6:.1f} MB of it is the host "
+                f"process): raise --dram to {_ceil_mb(minimum)}MB"
                 + ("" if self.config.method != "dense-resident" else " or choose --method dense-stream or dip")
             )
         bits = 8 * mlp_minimum / self.mlp_weights
         raise BudgetError(
-            f"--mlp-dram gives {(mlp_budget or 0) / 1e6:.1f} MB to the MLP, but its scales and staging alone need {mlp_minimum / 1e6:.1f} MB: "
-            f"raise --mlp-dram to {bits + 0.005:.2f}b or more"
+            f"--mlp-dram gives {(mlp_budget or 0) / 1e6:.1f} MB to the MLP, but its scales and staging alone need "
+            f"{mlp_minimum / 1e6:.1f} MB: raise --mlp-dram to {bits + 0.005:.2f}b or more"
         )
 
 
@@ -359,7 +366,10 @@ def _ceil_mb(n_bytes: int) -> str:
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[int]:
-    """Which regions to pin within `room` bytes, evenly over the depth: streaming then overlaps with every layer's compute."""
+    """Which regions to pin within `room` bytes.
+
+    Evenly over the depth: streaming then overlaps with every layer's compute.
+    """
     total = sum(sizes)
     pinned = [0] * len(sizes)
     passed = held = 0
@@ -422,7 +432,7 @@ class Engine:
         if on_plan is not None:
             on_plan(plan)
         decoder = _core.Decoder(bundle.header, str(bundle.path), plan.options)
-        digest = hashlib.sha256(decoder.resident_bytes()).hexdigest()
+        digest = hashlib.sha256(decoder.resident_bytes().data).hexdigest()
         if digest != bundle.header["files"]["resident.bin"]["sha256"]:
             raise BundleError(
                 f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again"
@@ -528,18 +538,26 @@ class Engine:
         return logits
 
     def step(self, token: int) -> npt.NDArray[np.float32]:
-        """One decoded token through its own masks and the caches; logits [vocab]. Raises as `prefill`, and ConfigError for a NaN score."""
+        """One decoded token through its own masks and the caches; logits [vocab].
+
+        Raises:
+            ConfigError: as `prefill`, and for a NaN score.
+            FlashError: a read failed.
+        """
         logits: npt.NDArray[np.float32] = self._decoder.step(int(token))
         return logits
 
     def logits(
         self, tokens: Sequence[int], masks: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] | None = None
     ) -> npt.NDArray[np.float32]:
-        """Logits of every token, each through its own mask and cache step, worked layer by layer; equals `step` bit for bit.
+        """Logits of every token, each through its own mask and cache step; equals `step` bit for bit.
+
+        Worked layer by layer.
 
         Args:
             tokens: continue after `n_past`.
-            masks: forced instead: by layer (uint8 [T, hidden], uint8 [T, intermediate]), nonzero = used. Cache untouched.
+            masks: forced instead: by layer (uint8 [T, hidden], uint8 [T, intermediate]), nonzero = used. Cache
+                untouched.
 
         Returns:
             [T, vocab] fp32.
