@@ -1,4 +1,7 @@
-"""The engine's invariants (design: density 1 is dense, gamma 1 depends on nothing but the masks, budgets hold), and its errors."""
+"""The engine's invariants and its errors.
+
+Invariants: density 1 is dense, gamma 1 depends on nothing but the masks, budgets hold.
+"""
 
 from __future__ import annotations
 
@@ -330,7 +333,7 @@ def test_peak_memory_keeps_to_the_budget(smollm2, method):
 
 def test_smallest_budget_is_named_and_works(smollm2):
     for method in METHODS:
-        with pytest.raises(BudgetError, match="needs at least .* raise --dram to ") as error:
+        with pytest.raises(BudgetError, match=r"needs at least .* raise --dram to ") as error:
             Engine.open(smollm2, EngineConfig(method=method, dram="1MB"))
         named = str(error.value).split("raise --dram to ")[1].split("MB")[0]
         with Engine.open(
@@ -425,6 +428,11 @@ def test_bad_calls(bundles):
         Engine.open(path, EngineConfig(method="dense-resident", mlp_dram="50%", context=16))
 
 
+def _steps(engine, n_tokens):
+    for token in range(n_tokens):
+        engine.step(token)
+
+
 def test_flash_cut_while_running(bundles, tmp_path):
     path = tmp_path / "cut.dipper"
     shutil.copytree(bundles(), path)
@@ -435,8 +443,7 @@ def test_flash_cut_while_running(bundles, tmp_path):
             os.truncate(flash, 0)
             try:
                 with pytest.raises(FlashError, match=r"flash\.bin"):
-                    for token in range(4):
-                        engine.step(token)
+                    _steps(engine, 4)
                 with pytest.raises(FlashError):  # and it stays stopped
                     engine.step(1)
             finally:
@@ -456,7 +463,7 @@ def test_nan_scores_name_layer_and_region(bundles, tmp_path):
     (path / "bundle.json").write_bytes(header_bytes(header))
     with (
         Engine.open(path, EngineConfig(mlp_dram=ALL, context=16)) as engine,
-        pytest.raises(ConfigError, match="layer 1, input columns: .*column 3.* NaN"),
+        pytest.raises(ConfigError, match=r"layer 1, input columns: .*column 3.* NaN"),
     ):
         engine.step(1)
 
