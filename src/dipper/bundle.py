@@ -130,7 +130,9 @@ def _read_header(path: Path) -> dict[str, Any]:
     """bundle.json, after a check of format, version and hash."""
     file = path / "bundle.json"
     if not path.is_dir() or not file.is_file():
-        raise BundleError(f"{path}: is not a bundle (no bundle.json); make one with `dipper pack SOURCE {path.name}`")
+        raise BundleError(
+            f"{path}: is not a bundle (no bundle.json); make one with `dipper pack SOURCE -o {path.name}`"
+        )
     if file.stat().st_size > _MAX_HEADER_BYTES:
         raise BundleError(
             f"{file}: has {file.stat().st_size} bytes, a header has at most {_MAX_HEADER_BYTES}; pack again"
