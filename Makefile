@@ -9,8 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# For the tests that compare with transformers. Where PyPI's torch brings a GPU runtime along, a CPU index saves gigabytes:
-#   make test TORCH_OPTIONS="--index-url https://download.pytorch.org/whl/cpu"
+# For the tests that compare with transformers. TORCH_OPTIONS goes to pip and can name a CPU index, which saves gigabytes.
 # An empty TORCH_SPEC leaves torch out; those tests are then skipped, and pytest says so.
 TORCH_SPEC ?= torch==2.13.0
 TORCH_OPTIONS ?=
