@@ -366,6 +366,7 @@ void Decoder::run_head(const float* x, int32_t n_tokens, float* logits) {
 }
 
 std::span<const float> Decoder::step(int32_t token) {
+  const ThreadPool::PinnedCaller pinned(pool_);
   check_tokens({&token, 1});
   const double start = seconds();
   const auto accounted = [this] {
@@ -383,6 +384,7 @@ std::span<const float> Decoder::step(int32_t token) {
 }
 
 std::span<const float> Decoder::prefill(std::span<const int32_t> tokens, bool warm) {
+  const ThreadPool::PinnedCaller pinned(pool_);
   check_tokens(tokens);
   for (size_t first = 0; first < tokens.size(); first += static_cast<size_t>(options_.block_tokens)) {
     const size_t n = std::min<size_t>(static_cast<size_t>(options_.block_tokens), tokens.size() - first);
@@ -396,6 +398,7 @@ std::span<const float> Decoder::prefill(std::span<const int32_t> tokens, bool wa
 }
 
 void Decoder::forward(std::span<const int32_t> tokens, const ForwardRequest& request) {
+  const ThreadPool::PinnedCaller pinned(pool_);
   check_tokens(tokens);
   const Model& m = *model_;
   for (size_t first = 0; first < tokens.size(); first += static_cast<size_t>(options_.block_tokens)) {

@@ -1,5 +1,9 @@
 #include "thread_pool.hpp"
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include <exception>
 
 namespace dipper {
@@ -18,9 +22,47 @@ bool spin_until(Condition&& done) {
   return false;
 }
 
+// CPUs that the calling thread may run on; empty where that cannot be told.
+std::vector<int> allowed_cpus() {
+  std::vector<int> cpus;
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+  }
+#endif
+  return cpus;
+}
+
+// Best effort: where pinning is refused the threads run unpinned.
+void pin_to(const std::vector<int>& cpus) {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : cpus) CPU_SET(cpu, &set);
+  sched_setaffinity(0, sizeof set, &set);
+#else
+  (void)cpus;
+#endif
+}
+
 }  // namespace
 
+ThreadPool::PinnedCaller::PinnedCaller(const ThreadPool& pool) {
+  if (pool.cpus_.empty()) return;
+  before_ = allowed_cpus();
+  pin_to({pool.cpus_.front()});
+}
+
+ThreadPool::PinnedCaller::~PinnedCaller() {
+  if (!before_.empty()) pin_to(before_);
+}
+
 ThreadPool::ThreadPool(int n_threads) {
+  if (const std::vector<int> cpus = allowed_cpus(); n_threads > 1 && static_cast<size_t>(n_threads) <= cpus.size()) {
+    cpus_.assign(cpus.begin(), cpus.begin() + n_threads);
+  }
   for (int t = 1; t < n_threads; ++t) workers_.emplace_back([this, t] { work(t); });
 }
 
@@ -51,6 +93,7 @@ void ThreadPool::run(const std::function<void(int)>& task) {
 }
 
 void ThreadPool::work(int thread) {
+  if (!cpus_.empty()) pin_to({cpus_[static_cast<size_t>(thread)]});
   uint32_t seen = 0;
   for (;;) {
     if (!spin_until([&] { return round_.load(std::memory_order_acquire) != seen; }))
