@@ -37,6 +37,11 @@ class ColumnCache {
   ColumnCache(int32_t n_columns, int32_t capacity, CachePolicy policy, float decay = 0.99f,
               uint32_t history_limit = kHistoryLimit);
 
+  // Memory that a cache allocates: per column history, flags, slot, keys and scratch; per slot column and admission.
+  static uint64_t bytes(int32_t n_columns, int32_t capacity) {
+    return 25ull * static_cast<uint64_t>(n_columns) + 20ull * static_cast<uint64_t>(capacity) + (8u << 10);
+  }
+
   struct Admission {
     int32_t column;
     int32_t slot;     // where it goes

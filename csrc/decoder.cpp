@@ -1,11 +1,11 @@
 #include "decoder.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
 #include "errors.hpp"
+#include "stopwatch.hpp"
 
 namespace dipper {
 
@@ -14,10 +14,6 @@ namespace {
 constexpr int32_t kHeadTokens = 12;      // logits rows kept at once
 constexpr int32_t kEmbeddingReads = 16;  // rows of an untied embedding in flight
 constexpr uint64_t kAlign = FlashReader::alignment();
-
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-int64_t padded(int64_t rows) { return (rows + kHalfTileRows - 1) / kHalfTileRows * kHalfTileRows; }
 
 // Positions are kept in blocks of 16 (Kernels::attend).
 int64_t padded_positions(int32_t context) { return (static_cast<int64_t>(context) + 15) / 16 * 16; }
@@ -33,8 +29,8 @@ struct ScratchLayout {
 
   ScratchLayout(const Model& m, const DecoderOptions& o) {
     const int64_t t = o.block_tokens;
-    const int64_t heads = static_cast<int64_t>(m.n_heads) * m.head_dim;
-    const int64_t kv = static_cast<int64_t>(m.n_kv_heads) * m.head_dim;
+    const int32_t heads = m.n_heads * m.head_dim;
+    const int32_t kv = m.n_kv_heads * m.head_dim;
     int64_t at = 0;
     const auto take = [&at](int64_t floats) {
       const int64_t here = at;
@@ -43,14 +39,14 @@ struct ScratchLayout {
     };
     x = take(t * m.hidden);
     normed = take(t * m.hidden);
-    branch = take(t * padded(m.hidden));
-    q = take(t * padded(heads));
-    k = take(t * padded(kv));
-    v = take(t * padded(kv));
+    branch = take(t * padded_rows(m.hidden));
+    q = take(t * padded_rows(heads));
+    k = take(t * padded_rows(kv));
+    v = take(t * padded_rows(kv));
     attended = take(t * heads);
     scores = take(static_cast<int64_t>(o.n_threads) * score_floats(o.context));
-    logits = take(std::min<int64_t>(t, kHeadTokens) * padded(m.vocab));
-    sums = take(2 * t * (std::max<int64_t>(heads, m.hidden) / 16 + 1));
+    logits = take(std::min<int64_t>(t, kHeadTokens) * padded_rows(m.vocab));
+    sums = take(2 * t * (std::max(heads, m.hidden) / 16 + 1));
     angles = take(static_cast<int64_t>(m.ropes.size()) * t * m.head_dim);
     total = at;
   }
@@ -85,10 +81,10 @@ Decoder::Decoder(std::unique_ptr<Model> model, const DecoderOptions& options)
     embedding_reader_ = std::make_unique<FlashReader>(m.flash_path, rows);
     embedding_buffer_ = Arena(kEmbeddingReads * embedding_slot_bytes(m));
   }
-  hidden_p_ = padded(m.hidden);
-  q_p_ = padded(static_cast<int64_t>(m.n_heads) * m.head_dim);
-  kv_p_ = padded(static_cast<int64_t>(m.n_kv_heads) * m.head_dim);
-  vocab_p_ = padded(m.vocab);
+  hidden_p_ = padded_rows(m.hidden);
+  q_p_ = padded_rows(m.n_heads * m.head_dim);
+  kv_p_ = padded_rows(m.n_kv_heads * m.head_dim);
+  vocab_p_ = padded_rows(m.vocab);
 
   kv_ = Arena(kv_bytes(m, options.context));
   keys_ = kv_.floats();
@@ -325,16 +321,25 @@ void Decoder::normalise(const float* weight, int32_t n_tokens) {
 
 // The residual stream of n_tokens through all layers; block == nullptr: one token through its own masks and the caches.
 void Decoder::run_layers(int32_t n_tokens, const Block* block) {
+  try {
+    run_each_layer(n_tokens, block);
+  } catch (...) {
+    mlp_->abandon();
+    throw;
+  }
+}
+
+void Decoder::run_each_layer(int32_t n_tokens, const Block* block) {
   const Model& m = *model_;
   fill_angles(n_past_, n_tokens);
   if (block != nullptr) mlp_->begin_block();
   for (int32_t i = 0; i < m.n_layers; ++i) {
     const LayerWeights& l = m.layers[static_cast<size_t>(i)];
-    const double start = seconds();
+    const double start = now_s();
     normalise(l.attn_norm, n_tokens);
     attention(i, normed_, n_tokens, branch_);
     add_branch(branch_, l.post_attn_norm, n_tokens);
-    ledger_.attention += seconds() - start;
+    ledger_.attention += now_s() - start;
     normalise(l.mlp_norm, n_tokens);
     if (block == nullptr) {
       mlp_->step(i, normed_, branch_, ledger_);
@@ -355,20 +360,20 @@ void Decoder::run_layers(int32_t n_tokens, const Block* block) {
 // logits [n_tokens, vocab padded] of rows of the residual stream.
 void Decoder::run_head(const float* x, int32_t n_tokens, float* logits) {
   const Model& m = *model_;
-  const double start = seconds();
+  const double start = now_s();
   for (int32_t t = 0; t < n_tokens; ++t) {
     kernels_->rms_norm(x + static_cast<int64_t>(t) * m.hidden, m.final_norm, m.hidden, m.norm_eps,
                        normed_ + static_cast<int64_t>(t) * m.hidden);
   }
   const Projection head{m.head, nullptr, m.vocab, logits, vocab_p_};
   project({&head, 1}, normed_, m.hidden, n_tokens);
-  ledger_.head += seconds() - start;
+  ledger_.head += now_s() - start;
 }
 
 std::span<const float> Decoder::step(int32_t token) {
   const ThreadPool::PinnedCaller pinned(pool_);
   check_tokens({&token, 1});
-  const double start = seconds();
+  const double start = now_s();
   const auto accounted = [this] {
     return ledger_.select + ledger_.submit + ledger_.wait + ledger_.gemv + ledger_.attention + ledger_.head;
   };
@@ -379,7 +384,7 @@ std::span<const float> Decoder::step(int32_t token) {
   run_head(x_, 1, logits_);
   ++n_past_;
   ++n_steps_;
-  ledger_.rest += seconds() - start - (accounted() - before);
+  ledger_.rest += now_s() - start - (accounted() - before);
   return {logits_, static_cast<size_t>(model_->vocab)};
 }
 

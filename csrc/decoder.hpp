@@ -58,7 +58,8 @@ class Decoder {
   void reset_cache();  // empty the column caches
   void pin_static();   // static caches: the first columns of each region
   void reset_counters();
-  void set_trace(std::unique_ptr<TraceWriter> trace) { mlp_->set_trace(std::move(trace)); }
+  void start_trace(std::unique_ptr<TraceWriter> trace) { mlp_->start_trace(std::move(trace)); }
+  void finish_trace() { mlp_->finish_trace(); }
 
   int32_t n_past() const { return n_past_; }
   const Model& model() const { return *model_; }
@@ -96,6 +97,7 @@ class Decoder {
   void add_branch(float* branch, const float* norm, int32_t n_tokens);
   void normalise(const float* weight, int32_t n_tokens);
   void run_layers(int32_t n_tokens, const Block* block);
+  void run_each_layer(int32_t n_tokens, const Block* block);
   void run_head(const float* x, int32_t n_tokens, float* logits);
   ReaderCounters flash_total() const;
 
@@ -104,8 +106,8 @@ class Decoder {
   const Kernels* kernels_;
   ThreadPool pool_;
   std::unique_ptr<FlashReader> flash_;
-  std::unique_ptr<FlashReader> embedding_reader_;  // untied: its rows must not queue behind the weights
-  Arena embedding_buffer_;
+  Arena embedding_buffer_;                         // before its reader: freed after its reads are drained
+  std::unique_ptr<FlashReader> embedding_reader_;  // untied: rows must not queue behind the weights
   std::unique_ptr<GluMlp> mlp_;
 
   int32_t n_past_ = 0;

@@ -33,8 +33,9 @@ namespace dipper {
 namespace {
 
 constexpr int kMaxDepth = 4096;
-constexpr int kMaxPreadThreads = 64;  // a thread is a whole stack for one read in flight
-constexpr int kMaxStalls = 64;        // answers without progress that one read may get before it counts as failed
+constexpr int kMaxPreadThreads = 64;     // a thread is a whole stack for one read in flight
+constexpr int kMaxStalls = 64;           // answers without progress that one read may get before it counts as failed
+constexpr uint32_t kMaxRetries = 10000;  // of one read that the kernel puts off
 
 std::string errno_text(int error) { return std::generic_category().message(error); }
 
@@ -480,7 +481,8 @@ struct FlashReader::Impl {
   void settle(const ReadDone& d) {
     Request& r = at(d.ticket);
     if (d.result < 0) {
-      if (d.result == -EINTR || d.result == -EAGAIN) return retries.push_back(d.ticket);
+      if ((d.result == -EINTR || d.result == -EAGAIN) && ++r.n_stalls <= kMaxRetries)
+        return retries.push_back(d.ticket);
       return fail(r, errno_text(-d.result) + " (errno " + std::to_string(-d.result) + "). " + remedy(-d.result));
     }
     const auto got = static_cast<uint32_t>(d.result);
@@ -518,6 +520,18 @@ struct FlashReader::Impl {
 
   void drain() {
     while (in_flight > 0) collect(1);
+  }
+
+  // Whatever the queue itself throws is a failure that the threads which follow completed() must see.
+  template <typename Work>
+  void guarded(Work&& work) {
+    try {
+      work();
+    } catch (const FlashError& e) {
+      if (error.empty()) error = e.what();
+      failed.store(true, std::memory_order_release);
+      throw;
+    }
   }
 
   void stop_if_failed() {
@@ -571,15 +585,19 @@ uint64_t FlashReader::submit(std::span<const ReadRange> ranges) {
   impl_->make_room(ranges.size());
   const uint64_t first = impl_->next_ticket;
   for (const ReadRange& r : ranges) impl_->at(impl_->next_ticket++) = {r.offset, r.dst, r.bytes, 0, 0, false};
-  impl_->refill();
-  impl_->queue->flush();
+  impl_->guarded([this] {
+    impl_->refill();
+    impl_->queue->flush();
+  });
   return first;
 }
 
 void FlashReader::poll() {
-  if (impl_->in_flight > 0) impl_->collect(0);
-  impl_->refill();
-  impl_->queue->flush();
+  impl_->guarded([this] {
+    if (impl_->in_flight > 0) impl_->collect(0);
+    impl_->refill();
+    impl_->queue->flush();
+  });
 }
 
 void FlashReader::wait(uint64_t n_tickets) {
@@ -587,14 +605,19 @@ void FlashReader::wait(uint64_t n_tickets) {
     throw ConfigError("wait(" + std::to_string(n_tickets) + ") would never end: only " +
                       std::to_string(impl_->next_ticket) + " reads were submitted.");
   }
-  while (!failed() && completed() < n_tickets) {
-    impl_->refill();
-    // Wakes up for a quarter of what is out, at most 16: few wake-ups, yet the queue stays filled and the prefix grows.
-    const uint64_t needed = std::min<uint64_t>(impl_->in_flight, n_tickets - completed());
-    impl_->collect(static_cast<size_t>(std::clamp<uint64_t>(needed / 4, 1, 16)));
-  }
+  impl_->guarded([this, n_tickets] {
+    while (!failed() && completed() < n_tickets) {
+      impl_->refill();
+      // Wakes up for a quarter of what is out, at most 16: few wake-ups, yet the queue stays filled and the prefix
+      // grows.
+      const uint64_t needed = std::min<uint64_t>(impl_->in_flight, n_tickets - completed());
+      impl_->collect(static_cast<size_t>(std::clamp<uint64_t>(needed / 4, 1, 16)));
+    }
+  });
   impl_->stop_if_failed();
 }
+
+void FlashReader::wait_all() { wait(impl_->next_ticket); }
 
 void plan_reads(std::span<const uint64_t> offsets, uint32_t record_bytes, uint32_t alignment, uint32_t max_bytes,
                 uint8_t* staging, ReadPlan& plan) {

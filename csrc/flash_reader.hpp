@@ -62,6 +62,8 @@ class FlashReader {
   // Owner: blocks until completed() >= n_tickets. Throws FlashError (path, offset, bytes, errno or short read) if any
   // read failed; the reader then refuses further work, and in-flight reads have been drained.
   void wait(uint64_t n_tickets);
+  // Owner: the same for everything submitted so far.
+  void wait_all();
   // True once a read has failed; completed() no longer grows. For threads that spin on completed().
   bool failed() const noexcept;
 

@@ -1,10 +1,10 @@
 #include "glu_mlp.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include "errors.hpp"
+#include "stopwatch.hpp"
 
 namespace dipper {
 
@@ -13,24 +13,7 @@ namespace {
 constexpr uint32_t kAlign = FlashReader::alignment();
 constexpr uint32_t kMaxReadBytes = 256u << 10;  // coalesced reads are cut here, so that products can follow them
 
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-// Adds the seconds of its scope to a ledger line.
-class Timed {
- public:
-  explicit Timed(double& line) : line_(line), start_(seconds()) {}
-  ~Timed() { line_ += seconds() - start_; }
-  Timed(const Timed&) = delete;
-  Timed& operator=(const Timed&) = delete;
-
- private:
-  double& line_;
-  double start_;
-};
-
 uint64_t aligned(uint64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
-int32_t padded(int32_t rows) { return (rows + kHalfTileRows - 1) / kHalfTileRows * kHalfTileRows; }
 
 std::vector<int32_t> all_regions(const Model& model) {
   std::vector<int32_t> regions(model.regions.size());
@@ -71,7 +54,7 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
       memory.staging = std::max(memory.staging,
                                 max_staging_bytes(static_cast<uint64_t>(columns_kept(options, static_cast<int32_t>(r))),
                                                   region.record_bytes, region.bytes(), kAlign));
-      memory.bookkeeping += static_cast<uint64_t>(region.n_columns) * 16;  // counts, slots, flags
+      memory.bookkeeping += ColumnCache::bytes(region.n_columns, options.capacity[r]);
     }
   }
   if (!streamed.empty()) {
@@ -83,10 +66,13 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
 }
 
 uint64_t GluMlp::scratch_bytes(const Model& model, int32_t block_tokens) {
-  const auto wide = static_cast<uint64_t>(padded(model.intermediate));
+  const auto wide = static_cast<uint64_t>(padded_rows(model.intermediate));
   const auto columns = static_cast<uint64_t>(std::max(model.intermediate, model.hidden));
+  // A column at hand: its index, record, ticket, input, read plan and admission.
+  constexpr uint64_t kBatchBytes = 100;
   // gate, up, hidden; masks; block sums of the inputs for two groups of 16 at worst
-  return static_cast<uint64_t>(block_tokens) * (3 * wide + columns + columns / 8 + 2) * sizeof(float);
+  return kBatchBytes * columns +
+         static_cast<uint64_t>(block_tokens) * (3 * wide + columns + columns / 8 + 2) * sizeof(float);
 }
 
 GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool,
@@ -96,7 +82,7 @@ GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& ker
   pinned_memory_ = Arena(memory.pinned);
   slot_memory_ = Arena(memory.slots);
   staging_ = Arena(memory.staging);
-  wide_ = padded(model.intermediate);
+  wide_ = padded_rows(model.intermediate);
   scratch_ = Arena(3 * static_cast<uint64_t>(block_tokens) * static_cast<uint64_t>(wide_) * sizeof(float));
   gate_ = scratch_.floats();
   up_ = gate_ + block_tokens * wide_;
@@ -124,6 +110,24 @@ GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& ker
     stream_ = std::make_unique<WeightStream>(reader, std::move(chunks), staging_.data(), slot, options.stream_slots);
   }
   load_pinned();
+}
+
+GluMlp::~GluMlp() {
+  try {
+    reader_.wait_all();  // nothing may still be written into memory that goes now
+  } catch (const FlashError&) {
+    // A failed reader has drained what it had in flight.
+  }
+}
+
+void GluMlp::abandon() {
+  try {
+    reader_.wait_all();
+  } catch (const FlashError&) {
+    // The error under way tells what happened; a failed reader refuses further work by itself.
+  }
+  if (stream_) stream_->abandon();
+  for (ColumnCache& cache : caches_) cache.clear();
 }
 
 void GluMlp::load_pinned() {
@@ -184,7 +188,7 @@ void GluMlp::make_spans(int32_t group, std::vector<Span>& spans) const {
 }
 
 void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
-  const double start = seconds();
+  const double start = now_s();
   const double waited = ledger.wait;
   const size_t n_matrices = region.matrices.size();
   size_t spans_of[2] = {0, 0};
@@ -212,7 +216,7 @@ void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
       }
     }
   });
-  ledger.gemv += seconds() - start - (ledger.wait - waited);
+  ledger.gemv += now_s() - start - (ledger.wait - waited);
 }
 
 void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
@@ -322,7 +326,7 @@ void GluMlp::step(int32_t layer, const float* x, float* y, Ledger& ledger) {
     const Timed timed(ledger.gemv);
     const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
     act(gate_, up_, model_.intermediate, hidden_);
-    std::memset(y, 0, static_cast<size_t>(padded(model_.hidden)) * sizeof(float));
+    std::memset(y, 0, static_cast<size_t>(padded_rows(model_.hidden)) * sizeof(float));
   }
   float* down[1] = {y};
   step_region(2 * layer + 1, hidden_, down, ledger);
@@ -351,7 +355,9 @@ void GluMlp::mask_block(int32_t r, float* x, int32_t n_tokens, const BlockMasks&
   block_masks_.resize(static_cast<size_t>(n_tokens) * static_cast<size_t>(k));
   std::vector<int32_t> hits(static_cast<size_t>(n_tokens));
   try {
+    const uint64_t evictions = cache != nullptr ? cache->evictions() : 0;
     scan(x, n_tokens, n, k, own ? options_.gamma : 1.0f, cache, own, block_masks_.data(), hits.data());
+    if (cache != nullptr) counters_.evictions += cache->evictions() - evictions;
   } catch (const ConfigError& e) {
     throw ConfigError(region_name(r) + ": " + e.what());
   }
@@ -391,7 +397,7 @@ void GluMlp::copy_streamed(int32_t r, const StreamChunk& chunk, const uint8_t* d
 
 void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride,
                             Ledger& ledger) {
-  const double start = seconds();
+  const double start = now_s();
   const double waited = ledger.wait;
   batch_.x.clear();
   for (size_t m = 0; m < region.matrices.size(); ++m) make_spans(region.matrices[m].grid.group, spans_[m]);
@@ -419,7 +425,7 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
       if (thread == 0 && !spans_[m].empty()) wait_ticket(0, spans_[m].back().ticket, ledger);
     }
   });
-  ledger.gemv += seconds() - start - (ledger.wait - waited);
+  ledger.gemv += now_s() - start - (ledger.wait - waited);
 }
 
 void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
@@ -448,13 +454,15 @@ void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMask
     multiply_block(region, x, n_tokens, y, y_stride, ledger);
     return;
   }
-  const bool cached = options_.residency == Residency::kCached;
+  // The caches of a block whose masks moved them take their new contents from the stream.
+  const bool fills_slots =
+      options_.residency == Residency::kCached && (masks.kind == BlockMasks::Kind::kOwn || masks.touch_cache);
   for (bool more = true; more;) {
     const StreamChunk chunk = stream_->current();
     batch_.clear();
     add_region_columns(r, stream_->data(), chunk.first, chunk.last, stream_->ticket());
     multiply_block(region, x, n_tokens, y, y_stride, ledger);
-    if (cached) copy_streamed(r, chunk, stream_->data());
+    if (fills_slots) copy_streamed(r, chunk, stream_->data());
     stream_->release();
     more = chunk.last < region.n_columns;
   }

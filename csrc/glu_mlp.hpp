@@ -80,6 +80,10 @@ class GluMlp {
   GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, FlashReader& reader,
          int32_t block_tokens);
 
+  ~GluMlp();
+  GluMlp(const GluMlp&) = delete;
+  GluMlp& operator=(const GluMlp&) = delete;
+
   // y [hidden padded] = MLP(x) of one token through its own masks and the caches.
   void step(int32_t layer, const float* x, float* y, Ledger& ledger);
 
@@ -90,15 +94,19 @@ class GluMlp {
                Ledger& ledger);
 
   void clear_caches();
+  // After an error in the middle of a token or block: reads are let finish, the stream ends, caches whose slots may lag
+  // behind their books are emptied.
+  void abandon();
   // Static caches: fills slots with these columns of a region, read from flash.
   void pin(int32_t region, const std::vector<int32_t>& columns);
   const MlpCounters& counters() const { return counters_; }
   void reset_counters();
-  void set_trace(std::unique_ptr<TraceWriter> trace) { trace_ = std::move(trace); }
-  void set_token(uint32_t token) { token_ = token; }
-  const ColumnCache* cache(int32_t region) const {
-    return caches_.empty() ? nullptr : &caches_[static_cast<size_t>(region)];
+  void start_trace(std::unique_ptr<TraceWriter> trace) { trace_ = std::move(trace); }
+  // FlashError if it could not all be written.
+  void finish_trace() {
+    if (const std::unique_ptr<TraceWriter> trace = std::move(trace_)) trace->finish();
   }
+  void set_token(uint32_t token) { token_ = token; }
   static uint64_t scratch_bytes(const Model& model, int32_t block_tokens);
 
  private:

@@ -16,6 +16,9 @@ enum class Scale : uint8_t { kNone, kF16, kF16M, kU8, kI8, kU8M };
 
 inline constexpr int32_t kTileRows = 128;
 inline constexpr int32_t kHalfTileRows = 64;
+// Rows as stored: a multiple of a half tile.
+constexpr int32_t padded_rows(int32_t rows) { return (rows + kHalfTileRows - 1) / kHalfTileRows * kHalfTileRows; }
+
 inline constexpr int32_t kMaxGroup = 32;  // columns that share a scale; also the block of float grids
 
 struct Grid {

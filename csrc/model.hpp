@@ -82,9 +82,6 @@ struct Model {
   Arena resident;  // the bytes of resident.bin; every pointer above points into it
   std::string flash_path;
   std::string resident_path;
-
-  const Region& input_region(int32_t layer) const { return regions[2 * static_cast<size_t>(layer)]; }
-  const Region& glu_region(int32_t layer) const { return regions[2 * static_cast<size_t>(layer) + 1]; }
 };
 
 // Row `row` of a resident matrix as fp32 [n_cols]: w = s * (code - zero_point) + m.

@@ -5,6 +5,10 @@
 #endif
 
 #include <exception>
+#include <string>
+#include <system_error>
+
+#include "errors.hpp"
 
 namespace dipper {
 
@@ -60,13 +64,22 @@ ThreadPool::PinnedCaller::~PinnedCaller() {
 }
 
 ThreadPool::ThreadPool(int n_threads) {
-  if (const std::vector<int> cpus = allowed_cpus(); n_threads > 1 && static_cast<size_t>(n_threads) <= cpus.size()) {
-    cpus_.assign(cpus.begin(), cpus.begin() + n_threads);
+  if (const std::vector<int> cpus = allowed_cpus(); n_threads > 1 && static_cast<size_t>(n_threads) == cpus.size()) {
+    cpus_ = cpus;  // with CPUs to spare, which of them to take is the scheduler's to know
   }
-  for (int t = 1; t < n_threads; ++t) workers_.emplace_back([this, t] { work(t); });
+  try {
+    for (int t = 1; t < n_threads; ++t) workers_.emplace_back([this, t] { work(t); });
+  } catch (const std::system_error& e) {
+    const size_t n = workers_.size() + 1;
+    stop();
+    throw ConfigError("the system gives no more than " + std::to_string(n) + " threads of " +
+                      std::to_string(n_threads) + " (" + e.what() + "): lower --threads");
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stop_.store(true);
   round_.fetch_add(1);
   round_.notify_all();

@@ -19,8 +19,9 @@ inline void cpu_relax() {
 #endif
 }
 
-// A fixed team of threads, each on a CPU of its own: left alone, the scheduler wakes a sleeping worker on its waker's CPU, where
-// both then share one core for milliseconds while another idles (measured: a third of the speed with two threads on two cores).
+// A fixed team of threads, each on a CPU of its own: left alone, the scheduler wakes a sleeping worker on its waker's
+// CPU, where both then share one core for milliseconds while another idles (measured: a third of the speed with two
+// threads on two cores).
 class ThreadPool {
  public:
   explicit ThreadPool(int n_threads);
@@ -47,6 +48,7 @@ class ThreadPool {
 
  private:
   void work(int thread);
+  void stop();
 
   std::vector<int> cpus_;  // by thread; empty where the system cannot pin
   std::vector<std::thread> workers_;

@@ -1,8 +1,11 @@
 #include "trace_writer.hpp"
 
+#include <unistd.h>
+
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "errors.hpp"
@@ -20,7 +23,19 @@ TraceWriter::TraceWriter(const std::string& path, const std::string& header_json
   put(header_json.data(), header_json.size());
 }
 
-TraceWriter::~TraceWriter() { std::fclose(file_); }
+TraceWriter::~TraceWriter() {
+  if (file_ != nullptr) std::fclose(file_);
+}
+
+void TraceWriter::finish() {
+  const bool flushed = std::fflush(file_) == 0 && fsync(fileno(file_)) == 0;
+  const int error = errno;
+  const bool closed = std::fclose(std::exchange(file_, nullptr)) == 0;
+  if (!flushed || !closed) {
+    throw FlashError("the trace " + path_ + " could not be written: " + std::strerror(flushed ? errno : error) +
+                     "; free space or write it elsewhere");
+  }
+}
 
 void TraceWriter::put(const void* data, size_t bytes) {
   if (bytes != 0 && std::fwrite(data, 1, bytes, file_) != bytes) {

@@ -28,6 +28,8 @@ class TraceWriter {
     std::span<const float> scores;  // of every column; magnitudes are written
   };
   void write(const Frame& frame);
+  // Everything is in the file, or FlashError. Nothing may be written afterwards.
+  void finish();
 
  private:
   void put(const void* data, size_t bytes);

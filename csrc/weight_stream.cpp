@@ -54,8 +54,7 @@ void WeightStream::read_ahead() {
   while (read_ < end_ && read_ - use_ < n_slots_) {
     const StreamChunk& c = chunks_[static_cast<size_t>(read_ % static_cast<int64_t>(chunks_.size()))];
     const ReadRange range{c.file_offset, c.bytes, slot(read_)};
-    last_ticket_ = reader_.submit({&range, 1});
-    tickets_[static_cast<size_t>(read_ % n_slots_)] = last_ticket_;
+    tickets_[static_cast<size_t>(read_ % n_slots_)] = reader_.submit({&range, 1});
     ++read_;
   }
 }
@@ -64,11 +63,6 @@ void WeightStream::release() {
   ++use_;
   if (use_ == end_) running_ = false;
   read_ahead();
-}
-
-void WeightStream::stop() {
-  if (read_ > 0) reader_.wait(last_ticket_ + 1);
-  running_ = false;
 }
 
 }  // namespace dipper

@@ -42,8 +42,8 @@ class WeightStream {
   const uint8_t* data() const { return slot(use_) + current().skip; }
   uint64_t ticket() const { return tickets_[static_cast<size_t>(use_ % n_slots_)] + 1; }
   void release();
-  // Waits for what is in flight; the ring is free afterwards.
-  void stop();
+  // Ends the stream; the reader must have finished what was submitted.
+  void abandon() { running_ = false; }
 
  private:
   uint8_t* slot(int64_t i) const { return ring_ + static_cast<uint64_t>(i % n_slots_) * slot_bytes_; }
@@ -58,7 +58,6 @@ class WeightStream {
   int64_t use_ = 0;   // chunks consumed since start
   int64_t read_ = 0;  // chunks submitted since start
   int64_t end_ = 0;   // where a stream that is not cyclic ends
-  uint64_t last_ticket_ = 0;
   bool running_ = false;
 };
 

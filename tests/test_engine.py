@@ -395,6 +395,7 @@ def test_parse_bytes():
         ({"cache": "fifo"}, "cache 'fifo' is unknown: choose lru, lfu, lfu-decay, static"),
         ({"context": 0}, "context is 0: at least 1"),
         ({"threads": 0}, "threads is 0: at least 1"),
+        ({"threads": 10**6}, r"threads is 1000000 on \d+ CPUs: give about as many"),
         ({"method": "dense-stream", "trace": Path("x")}, "a trace records masks, which dense-stream does not have"),
     ],
 )
@@ -414,6 +415,8 @@ def test_bad_calls(bundles):
             engine.prefill([])
         with pytest.raises(ConfigError, match="1 tokens cannot be scored"):
             engine.score([1])
+        with pytest.raises(ConfigError, match=f"token id 1000000 is outside the vocabulary of {engine.vocab_size}"):
+            engine.score([1, 10**6])
         with pytest.raises(ConfigError, match="forced masks for 0 layers"):
             engine.logits([1], masks=[])
         engine.prefill([1] * 16)
@@ -471,3 +474,40 @@ def test_nan_scores_name_layer_and_region(bundles, tmp_path):
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         EngineConfig().density = 0.5
+
+
+def test_an_error_in_a_block_leaves_no_stale_columns(bundles, tmp_path):
+    """A NaN amid a prompt: the caches had moved, their columns were never read. Nothing may be left of that."""
+    path = tmp_path / "nan.dipper"
+    shutil.copytree(bundles(), path)
+    header = json.loads((path / "bundle.json").read_text())
+    header.pop("header_sha256", None)
+    flash = bytearray((path / "flash.bin").read_bytes())
+    embedding = header["embedding"]
+    bad = 77  # a token whose embedding is NaN
+    at = embedding["offset"] + bad * embedding["row_bytes"]
+    flash[at : at + 4] = np.float32(np.nan).tobytes()
+    (path / "flash.bin").write_bytes(flash)
+    (path / "bundle.json").write_bytes(header_bytes(header))
+    config = EngineConfig(density=0.6, mlp_dram=tight(path, 0.4, density=0.6), context=64)
+    with Engine.open(path, config) as engine:
+        clean = np.stack([engine.prefill(PROMPT), *(engine.step(t) for t in (5, 6, 7))])
+        engine.reset()
+        with pytest.raises(ConfigError, match="is NaN"):
+            engine.prefill([*PROMPT, bad, 3])
+        engine.reset()
+        assert same_bits(np.stack([engine.prefill(PROMPT), *(engine.step(t) for t in (5, 6, 7))]), clean)
+        engine.reset()
+        with pytest.raises(ConfigError, match="is NaN"):
+            engine.step(bad)
+        engine.reset()
+        engine.reset_cache()
+        assert same_bits(engine.prefill(PROMPT), clean[0])
+
+
+def test_a_run_that_fails_leaves_no_trace(bundles, tmp_path):
+    trace = tmp_path / "run.trace"
+    engine = Engine.open(bundles(), EngineConfig(mlp_dram=ALL, context=4, trace=trace))
+    with pytest.raises(ConfigError, match="the context is full"), engine:
+        _steps(engine, 5)
+    assert list(tmp_path.iterdir()) == []

@@ -49,8 +49,14 @@ Scale scale_of(const std::string& name) {
 }
 
 Grid grid_of(const nb::dict& d) {
-  return {codes_of(get<std::string>(d, "codes")), scale_of(get<std::string>(d, "scale")), get<int32_t>(d, "group"),
-          get<int32_t>(d, "zero_point"), get<int32_t>(d, "super_blocks")};
+  const Grid grid{codes_of(get<std::string>(d, "codes")), scale_of(get<std::string>(d, "scale")),
+                  get<int32_t>(d, "group"), get<int32_t>(d, "zero_point"), get<int32_t>(d, "super_blocks")};
+  // The kernels' buffers are made for these; bundle.py has said so in better words already.
+  if ((grid.group != 16 && grid.group != kMaxGroup) || grid.super_blocks < 1) {
+    throw BundleError("a grid has group " + std::to_string(grid.group) + " and super_blocks " +
+                      std::to_string(grid.super_blocks) + ", which this dipper cannot run: pack the bundle again");
+  }
+  return grid;
 }
 
 class Reader {
@@ -305,6 +311,12 @@ Output<float> logits_of(Decoder& decoder, const Tokens& tokens, const std::strin
 
 Output<double> losses_of(Decoder& decoder, const Tokens& tokens, const Tokens& next) {
   if (next.size() != tokens.size()) throw ConfigError("next tokens and tokens differ in number");
+  for (size_t t = 0; t < next.size(); ++t) {
+    if (next.data()[t] >= decoder.model().vocab) {
+      throw ConfigError("token id " + std::to_string(next.data()[t]) + " is outside the vocabulary of " +
+                        std::to_string(decoder.model().vocab));
+    }
+  }
   ForwardRequest request;
   request.kind = BlockMasks::Kind::kOwn;
   request.next = next.data();
@@ -366,9 +378,9 @@ void bind_decoder(nb::module_& m) {
       .def("counters", &counters_dict)
       .def("start_trace",
            [](Decoder& self, const std::string& path, const std::string& header) {
-             self.set_trace(std::make_unique<TraceWriter>(path, header));
+             self.start_trace(std::make_unique<TraceWriter>(path, header));
            })
-      .def("stop_trace", [](Decoder& self) { self.set_trace(nullptr); })
+      .def("finish_trace", &Decoder::finish_trace)
       .def("resident_bytes",  // a view of resident.bin as loaded, for its checksum
            [](Decoder& self) {
              return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(self.model().resident.data(),

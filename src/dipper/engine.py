@@ -53,6 +53,11 @@ _CHUNK_BYTES = 1 << 20
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parse_bytes(text: str | int, whole: int) -> int:
     """Bytes of "600MB", "1.5GiB", "60%" (of `whole`) or a number.
 
@@ -129,6 +134,10 @@ class EngineConfig:
             raise ConfigError(f"context is {self.context}: at least 1 position is needed")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}: at least 1 is needed")
+        if self.threads is not None and self.threads > 16 * available_cpus():
+            raise ConfigError(
+                f"threads is {self.threads} on {available_cpus()} CPUs: give about as many as there are CPUs"
+            )
         if self.trace is not None and not self.prunes:
             raise ConfigError(f"a trace records masks, which {self.method} does not have: use --method dip or dip-ca")
 
@@ -244,7 +253,7 @@ class _Planner:
             "pinned": [0] * len(self.regions),
             "stream_chunk_bytes": _CHUNK_BYTES,
             "context": config.context,
-            "n_threads": config.threads or os.cpu_count() or 1,
+            "n_threads": config.threads or available_cpus(),
             "isa": config.isa,
             "reader": config.reader,
             "depth": 64,
@@ -297,31 +306,42 @@ class _Planner:
         """Spends `room` bytes on pinned regions (dense-stream) or slots (dip)."""
         options = dict(options)
         if self.base["residency"] == "cached":
-            share = min(1.0, room / self.region_bytes)
-            options["capacity"] = [int(share * region["n_columns"]) for region in self.regions]
+            columns = [region["n_columns"] for region in self.regions]
+            empty, full = self.parts(options), self.parts({**options, "capacity": columns})
+            cost = sum(full[name] - empty[name] for name in ("slots", "bookkeeping"))
+            options["capacity"] = [int(min(1.0, room / cost) * n) for n in columns]
         elif self.base["residency"] == "stream":
             options["pinned"] = _spread([-(-region["bytes"] // 4096) * 4096 for region in self.regions], room)
         return options
 
+    def settings(self) -> list[dict[str, Any]]:
+        """Options to choose from, most comfortable first: tokens a prefill block, buffers of the weight ring."""
+        return [
+            {**self.base, "block_tokens": min(block_tokens, self.config.context), "stream_slots": stream_slots}
+            for block_tokens, stream_slots in _BLOCKS_AND_SLOTS
+        ]
+
     def plan(self) -> Plan:
         budget, mlp_budget = self.limits()
-        minimum = mlp_minimum = 0
-        for block_tokens, stream_slots in _BLOCKS_AND_SLOTS:
-            options = {
-                **self.base,
-                "block_tokens": min(block_tokens, self.config.context),
-                "stream_slots": stream_slots,
-            }
+        rooms = []  # what each setting leaves for slots or pinned regions
+        for options in self.settings():
             parts = self.parts(options)
             minimum, mlp_minimum = sum(parts.values()), self.mlp_bytes(parts)
-            room = min(
-                self.region_bytes if budget is None else budget - minimum,
-                self.region_bytes if mlp_budget is None else mlp_budget - mlp_minimum,
-            )
-            if room >= 0:
-                break
-        else:
+            limits = [2 * self.region_bytes]
+            if budget is not None:
+                limits.append(budget - minimum)
+            if mlp_budget is not None:
+                limits.append(mlp_budget - mlp_minimum)
+            rooms.append(min(limits))
+        if max(rooms) < 0:
             self.refuse(budget, minimum, mlp_budget, mlp_minimum)
+        # Comfort is worth a tenth of the MLP, not more: columns held are what decides the speed.
+        enough = max(rooms) - 0.1 * self.region_bytes
+        options, room = next(
+            (o, r)
+            for o, r in zip(self.settings(), rooms, strict=True)
+            if r >= 0 and r >= min(enough, self.region_bytes)
+        )
         options = self.fill(options, room)
         parts = self.parts(options)
         held = sum(r["bytes"] for r, p in zip(self.regions, options["pinned"], strict=True) if p) + parts["slots"]
@@ -339,12 +359,7 @@ class _Planner:
         )
 
     def smallest(self) -> int:
-        block_tokens, stream_slots = _BLOCKS_AND_SLOTS[-1]
-        return sum(
-            self.parts(
-                {**self.base, "block_tokens": min(block_tokens, self.config.context), "stream_slots": stream_slots}
-            ).values()
-        )
+        return sum(self.parts(self.settings()[-1]).values())
 
     def refuse(self, budget: int | None, minimum: int, mlp_budget: int | None, mlp_minimum: int) -> None:
         if budget is not None and budget < minimum:
@@ -474,18 +489,27 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None and self._trace_partial is not None:  # what was recorded ends where the error came
+            self._trace_partial.unlink(missing_ok=True)
+            self._trace_partial = None
         self.close()
 
     def close(self) -> None:
-        """Frees weights and caches; a trace gets its final name."""
+        """Frees weights and caches; a trace gets its final name.
+
+        Raises:
+            FlashError: the trace could not all be written; nothing has its name.
+        """
         if self._decoder is None:
             return
-        self._decoder.stop_trace()
-        self._decoder = None
-        if self._trace_partial is not None and self.config.trace is not None:
-            with open(self._trace_partial, "rb") as f:
-                os.fsync(f.fileno())
+        decoder, self._decoder = self._decoder, None
+        if self._trace_partial is None or self.config.trace is None:
+            return
+        try:
+            decoder.finish_trace()
             os.replace(self._trace_partial, self.config.trace)
+        finally:
+            self._trace_partial.unlink(missing_ok=True)
 
     @property
     def n_past(self) -> int:
