@@ -316,6 +316,9 @@ def test_not_a_bundle(tmp_path):
     (tmp_path / "bundle.json").write_text('{"format": "dipper-bundle", "format": "dipper-bundle"}')
     with pytest.raises(BundleError, match="a key appears twice"):
         Bundle.open(tmp_path)
+    (tmp_path / "bundle.json").write_text('{"format": "dipper-bundle", "version": 1, "alignment": 1e999}')
+    with pytest.raises(BundleError, match="is not valid JSON"):
+        Bundle.open(tmp_path)
 
 
 def test_newer_version(bundle):
@@ -372,7 +375,11 @@ HOSTILE = [
     ("regions/0/matrices/0/scales/d/bytes", 2, "bytes is 2, not"),
     ("regions/0/matrices/0/scales/d", KeyError, "scale arrays are"),
     ("regions/0/matrices/0/scales/tier", "flash", "scales are in 'flash'"),
-    ("regions/0/matrices/0/group", 1 << 40, "not"),
+    ("regions/0/matrices/0/group", 1 << 40, "group is 1099511627776, with codes"),
+    ("regions/0/matrices/0/group", 8, "group is 8, with codes"),
+    ("regions/0/matrices/0/super_blocks", 3, "layers.0.gate: super_blocks is 3, a row has 2 blocks"),
+    ("tensors/head/super_blocks", 1 << 40, "head: super_blocks is 1099511627776, a row has 2 blocks"),
+    ("embedding/super_blocks", 3, "embedding: super_blocks is 3, a row has 2 blocks"),
     ("regions/0/matrices/0/super_blocks", True, "super_blocks is True"),
     ("regions", list, None),
     ("regions", lambda r: r[:-1], "regions are not"),
@@ -386,8 +393,22 @@ HOSTILE = [
     ("tensors/extra", {"kind": "vector", "shape": [64], "offset": 0}, "extra: shape is [64], not [None]"),
     ("model/hidden_size", 128, "not"),
     ("model/n_layers", 10**9, "3 layers are described and n_layers is 1000000000"),
-    ("model/vocab_size", 10**15, "head: shape is"),
-    ("model/intermediate_size", 10**15, "rows is 100, not 1000000000000000"),
+    ("model/vocab_size", 10**9, "head: shape is"),
+    ("model/vocab_size", 10**15, "vocab_size is 1000000000000000, it must be a whole number in 0..2147483647"),
+    ("model/intermediate_size", 10**9, "rows is 100, not 1000000000"),
+    ("model/intermediate_size", 1 << 31, "intermediate_size is 2147483648, it must be"),
+    ("model/max_context", 1 << 31, "max_context is 2147483648, it must be"),
+    ("model/max_context", 0, "max_context is 0, it must be at least 1"),
+    ("model/n_heads", 1 << 30, "n_heads * head_dim is 25769803776, it must be"),
+    ("model/layers/0/window", 1 << 32, "window is 4294967296, it must be"),
+    ("model/layers/0/window", -1, "and window -1"),
+    ("model/rope/0/original_context", 1 << 31, "original_context is 2147483648, it must be"),
+    ("model/rope/0/original_context", -1, "original_context is -1, it must be"),
+    ("model/rope/0/scale_short", 1e300, "scale_short is 1e+300, beyond 32-bit floats"),
+    ("model/norm_eps", 10**400, "beyond 32-bit floats"),
+    ("model/bos_id", -1, "a token id is -1, it must be"),
+    ("model/eos_ids", [1 << 31], "a token id is 2147483648, it must be"),
+    ("model/eos_ids", ["a"], "a token id is 'a', it must be"),
     ("model/hidden_size", "64", "hidden_size is '64', not int"),
     ("model/n_heads", 0, "n_heads is 0"),
     ("model/activation", "relu", "activation is 'relu'"),
@@ -446,6 +467,12 @@ def test_column_order_is_followed(bundle):
     path.write_bytes(content)
     (bundle.path / "bundle.json").write_bytes(header_bytes(header))
     np.testing.assert_array_equal(Bundle.open(bundle.path).dequantise("layers.1.down"), before)
+
+
+def test_a_negative_token_id_is_none(tmp_path):
+    """Some configurations write -1 for "none"; a header has no negative ids."""
+    model = pack_hf(tmp_path, "llama", bos_token_id=-1, eos_token_id=[-1, 2]).model
+    assert (model.bos_id, model.eos_ids) == (None, (2,))
 
 
 # --- refusing to pack
@@ -638,6 +665,12 @@ def test_full_disk_midway(tmp_path):
 
 # --- memory
 
+# VmHWM: ru_maxrss survives exec, so a child's can be that of the process which started it.
+PEAK = """
+status = open("/proc/self/status").read()
+print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+
 
 def write_large(folder: Path, dtype: str, n_bytes: int) -> tuple[Path, int]:
     """A one-layer model whose tensors are holes in a sparse file; returns it and its largest tensor's bytes."""
@@ -666,15 +699,20 @@ def write_large(folder: Path, dtype: str, n_bytes: int) -> tuple[Path, int]:
     return source, inner * 1024 * item
 
 
+def test_peak_memory_is_not_the_parents():
+    """A child starts with its parent's ru_maxrss; what `test_peak_memory` reads is its own."""
+    held = bytearray(b"x") * (300 << 20)
+    output, errors = start(PEAK, "-", "-").communicate(timeout=60)
+    assert output, errors
+    assert int(output) < len(held)
+
+
 @pytest.mark.parametrize(
     ("dtype", "bits"), [("f32", "source"), ("bf16", "source"), ("bf16", "16"), ("bf16", "8"), ("f32", "4")]
 )
 def test_peak_memory(tmp_path, dtype, bits):
     source, largest = write_large(tmp_path, dtype, 48 << 20)
-    code = f"""
-    pack(source, out, {bits!r}, tokenizer=False)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    """
+    code = f"pack(source, out, {bits!r}, tokenizer=False)\n" + PEAK
     output, errors = start(code, source, tmp_path / "x.dipper").communicate(timeout=300)
     assert output, errors
     assert int(output) <= 2 * largest + 200_000_000

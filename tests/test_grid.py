@@ -220,7 +220,10 @@ def test_taking_rows_is_exact():
         ({"codes": "q4", "scale": "f8"}, "scale is 'f8'"),
         ({"codes": "q4"}, "do not go with scale 'none'"),
         ({"codes": "f16", "scale": "f16"}, "do not go with scale 'f16'"),
-        ({"codes": "q4", "scale": "f16", "group": 0}, "group is 0"),
+        ({"codes": "q4", "scale": "f16", "group": 0}, "group is 0, with codes 'q4' it is 16 or 32"),
+        ({"codes": "q4", "scale": "f16", "group": 64}, "group is 64"),
+        ({"codes": "f16", "group": 16}, "group is 16, with codes 'f16' it is 32"),
+        ({"codes": "q4", "scale": "u8m", "super_blocks": 0}, "super_blocks is 0"),
         ({"codes": "q4", "scale": "f16", "zero_point": 300}, "zero_point is 300"),
     ],
 )

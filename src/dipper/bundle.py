@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dipper.errors import BundleError
-from dipper.glu import ModelConfig, matrix_shapes, vector_shapes
+from dipper.glu import MAX_INT, ModelConfig, matrix_shapes, vector_shapes
 from dipper.grid import (
     F32,
     U8,
@@ -36,7 +36,16 @@ from dipper.grid import (
     unpack_tiles,
 )
 
-__all__ = ["ALIGNMENT", "RESIDENT_ALIGNMENT", "VERSION", "Bundle", "header_bytes", "pack"]
+__all__ = [
+    "ALIGNMENT",
+    "REGION_MATRICES",
+    "RESIDENT_ALIGNMENT",
+    "VERSION",
+    "Bundle",
+    "embedding_fields",
+    "header_bytes",
+    "pack",
+]
 
 VERSION = 1
 ALIGNMENT = 4096
@@ -139,6 +148,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         )
     try:
         header = json.loads(file.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        # In here: 1e999 reads as infinity, which has no canonical form to hash.
+        sha256 = _header_sha256(header) if isinstance(header, dict) else None
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file}: is not valid JSON ({error}); the bundle is damaged: pack again") from error
     except OSError as error:
@@ -152,7 +163,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         )
     if version > VERSION:
         raise BundleError(f"{path}: format version {version} is newer than this dipper reads ({VERSION}): upgrade")
-    if header.get("header_sha256") != _header_sha256(header):
+    if header.get("header_sha256") != sha256:
         raise BundleError(f"{file}: does not match its own checksum; the bundle is damaged: pack again")
     return header
 
@@ -189,6 +200,14 @@ def _require(condition: bool, problem: str) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _checked_grid(name: str, entry: dict[str, Any], n_inputs: int) -> Grid:
+    """The grid of a matrix with ``n_inputs``; a super-block is never longer than a row."""
+    grid = _grid_of(entry)
+    n_blocks = grid.n_blocks(n_inputs)
+    _require(grid.super_blocks <= n_blocks, f"{name}: super_blocks is {grid.super_blocks}, a row has {n_blocks} blocks")
+    return grid
 
 
 def _grid_of(entry: dict[str, Any]) -> Grid:
@@ -262,7 +281,7 @@ def _validate_tensors(tensors: dict[str, Any], model: ModelConfig, resident: _Sp
         shape = matrices.get(name)
         _require(shape is not None and entry["shape"] == list(shape), f"{name}: shape is {entry['shape']}, not {shape}")
         assert shape is not None
-        grid = _grid_of(entry)
+        grid = _checked_grid(name, entry, shape[1])
         n_bytes = shape[1] * sum(plane_bytes(shape[0], bits) for bits, _ in grid.planes)
         _require(entry["bytes"] == n_bytes, f"{name}: bytes is {entry['bytes']!r}, not {n_bytes}")
         resident.add(name, entry["offset"], n_bytes, RESIDENT_ALIGNMENT)
@@ -301,6 +320,7 @@ def _validate_regions(regions: list[dict[str, Any]], model: ModelConfig, residen
             full = f"layers.{region['layer']}.{matrix['name']}"
             offset = _validate_matrix(full, matrix, region, shapes[full], offset, resident)
         _require(region["record_bytes"] == offset, f"{name}: record_bytes is {region['record_bytes']!r}, not {offset}")
+        _require(offset <= MAX_INT, f"{name}: record_bytes is {offset}, more than {MAX_INT}")
         _require(
             region["bytes"] == n_columns * offset, f"{name}: bytes is {region['bytes']!r}, not {n_columns * offset}"
         )
@@ -319,7 +339,7 @@ def _validate_matrix(
     name: str, matrix: dict[str, Any], region: dict[str, Any], shape: tuple[int, int], offset: int, resident: _Spans
 ) -> int:
     """Check one matrix of a region whose planes start at ``offset`` of the record; returns where they end."""
-    grid = _grid_of(matrix)
+    grid = _checked_grid(name, matrix, shape[1])
     _require(matrix["rows"] == shape[0], f"{name}: rows is {matrix['rows']!r}, not {shape[0]}")
     _require(len(matrix["planes"]) == len(grid.planes), f"{name}: {grid.codes} has {len(grid.planes)} planes")
     for plane, (bits, shift) in zip(matrix["planes"], grid.planes, strict=True):
@@ -340,17 +360,13 @@ def _validate_embedding(entry: dict[str, Any] | None, model: ModelConfig, flash:
     )
     if entry is None:
         return
-    grid = _grid_of(entry)
-    row_bytes = _embedding_row_bytes(grid, model.hidden_size)
+    grid = _checked_grid("embedding", entry, model.hidden_size)
+    row_bytes = sum(embedding_fields(grid, model.hidden_size))
+    _require(row_bytes <= MAX_INT, f"embedding: row_bytes is {row_bytes}, more than {MAX_INT}")
     expected = {"rows": model.vocab_size, "row_bytes": row_bytes, "bytes": model.vocab_size * row_bytes}
     for key, value in expected.items():
         _require(entry[key] == value, f"embedding: {key} is {entry[key]!r}, not {value}")
     flash.add("embedding", entry["offset"], _padded(entry["bytes"]), ALIGNMENT)
-
-
-def _embedding_row_bytes(grid: Grid, hidden: int) -> int:
-    codes = sum(plane_bytes(hidden, bits) for bits, _ in grid.planes)
-    return codes + sum(n_entries * dtype.itemsize for _, dtype, n_entries in grid.scale_arrays(hidden))
 
 
 def _padded(n_bytes: int) -> int:
@@ -523,7 +539,7 @@ class Bundle:
             raw = self._read("flash.bin", entry["offset"], entry["bytes"]).reshape(-1, row_bytes)[tokens]
         else:
             raw = np.stack([self._read("flash.bin", entry["offset"] + int(t) * row_bytes, row_bytes) for t in tokens])
-        fields = list(_fields(raw, _embedding_fields(grid, hidden)))
+        fields = list(_fields(raw, embedding_fields(grid, hidden)))
         n_planes = len(grid.planes)
         codes = np.ascontiguousarray(join_planes(grid, fields[:n_planes], hidden).T)
         arrays = zip(grid.scale_arrays(hidden), fields[n_planes:], strict=True)
@@ -599,7 +615,8 @@ class Bundle:
             yield "embedding", self.header["embedding"]
 
 
-def _embedding_fields(grid: Grid, hidden: int) -> list[int]:
+def embedding_fields(grid: Grid, hidden: int) -> list[int]:
+    """Bytes of each field of an embedding row: its planes, then its scale arrays."""
     sizes = [plane_bytes(hidden, bits) for bits, _ in grid.planes]
     return sizes + [n_entries * dtype.itemsize for _, dtype, n_entries in grid.scale_arrays(hidden)]
 

@@ -82,6 +82,10 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, it must be at least 1")
+            _check_int32(name, getattr(self, name))
+        _check_int32("n_heads * head_dim", self.n_heads * self.head_dim)
+        for token in filter(lambda token: token is not None, (self.bos_id, *self.eos_ids)):
+            _check_int32("a token id", token)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.activation not in ACTIVATIONS:
@@ -91,11 +95,13 @@ class ModelConfig:
         for index, layer in enumerate(self.layers):
             if not 0 <= layer.rope < len(self.rope) or layer.window < 0:
                 raise ValueError(f"layer {index} has rope {layer.rope} of {len(self.rope)} and window {layer.window}")
+            _check_int32("window", layer.window)
         for table in self.rope:
             if table.dim < 2 or table.dim % 2 or table.dim > self.head_dim:
                 raise ValueError(
                     f"a rope table has dim {table.dim}, it must be even and at most head_dim {self.head_dim}"
                 )
+            _check_int32("original_context", table.original_context)
 
     def to_json(self) -> dict[str, Any]:
         """The header's `model` object."""
@@ -115,10 +121,18 @@ class ModelConfig:
         return cls(**values)
 
 
+MAX_INT = (1 << 31) - 1
+_LARGEST_F32 = float(np.finfo(np.float32).max)
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "int | None": (int, type(None)),
     "str | None": (str, type(None)),
 }  # fmt: skip
+
+
+def _check_int32(name: str, value: Any) -> None:
+    """The native decoder holds these as 32 bits."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INT:
+        raise ValueError(f"{name} is {value!r}, it must be a whole number in 0..{MAX_INT}")
 
 
 def _typed(cls: type[Any], content: Any) -> dict[str, Any]:
@@ -134,6 +148,8 @@ def _typed(cls: type[Any], content: Any) -> dict[str, Any]:
         value = content[name]
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
             raise ValueError(f"{name} is {value!r}, not {kind}")
+        if kind == "float" and not abs(value) <= _LARGEST_F32:
+            raise ValueError(f"{name} is {value!r}, beyond 32-bit floats")
     return dict(content)
 
 
@@ -437,7 +453,6 @@ def _read_hf(checkpoint: Checkpoint, architecture: Architecture) -> tuple[ModelC
     windows = _hf_windows(config, architecture)
     ropes, rope_of = _hf_ropes(config, architecture, head_dim, max_context)
     tables, vectors = name_tables(ropes)
-    eos = config.get("eos_token_id")
     embedding = checkpoint.tensors.get(_TOP_NAMES["hf"]["embedding"])
     result = ModelConfig(
         architecture=architecture.name,
@@ -457,11 +472,16 @@ def _read_hf(checkpoint: Checkpoint, architecture: Architecture) -> tuple[ModelC
         tied=_hf_tied(checkpoint),
         rope=tables,
         layers=tuple(LayerConfig(rope=rope_of(w), window=w) for w in windows),
-        bos_id=config.get("bos_token_id"),
-        eos_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        bos_id=next(iter(_token_ids(config.get("bos_token_id"))), None),
+        eos_ids=_token_ids(config.get("eos_token_id")),
         add_bos=False,
     )
     return result, vectors
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """The ids of a configuration's entry: one, a list, or none; -1 is another way to say none."""
+    return tuple(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int) and v >= 0)
 
 
 def _hf_tied(checkpoint: Checkpoint) -> bool:

@@ -45,6 +45,7 @@ Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
+GROUPS = (16, 32)
 TILE = 128
 HALF_TILE = 64
 LANES = 16
@@ -80,7 +81,7 @@ class Grid:
 
     Attributes:
         codes: one of q4, q5, q6, q8, f16, bf16, f32.
-        group: consecutive inputs that share a scale.
+        group: consecutive inputs that share a scale: 16 or 32, and 32 for float codes.
         zero_point: the code of weight 0 where there is no offset.
         scale: one of f16, f16m, u8, i8, u8m, none.
         super_blocks: blocks that share a super-block's ``d`` and ``dm``; 1 where there are none.
@@ -99,8 +100,11 @@ class Grid:
             raise ValueError(f"scale is {self.scale!r}, known are {', '.join(_SCALES)}")
         if self.is_float != (self.scale == "none"):
             raise ValueError(f"codes {self.codes!r} do not go with scale {self.scale!r}")
-        if self.group < 1 or self.super_blocks < 1:
-            raise ValueError(f"group is {self.group} and super_blocks {self.super_blocks}, both must be at least 1")
+        groups = (32,) if self.is_float else GROUPS
+        if self.group not in groups:
+            raise ValueError(f"group is {self.group}, with codes {self.codes!r} it is {' or '.join(map(str, groups))}")
+        if self.super_blocks < 1:
+            raise ValueError(f"super_blocks is {self.super_blocks}, it must be at least 1")
         if not -128 <= self.zero_point <= 127:
             raise ValueError(f"zero_point is {self.zero_point}, it must lie in -128..127")
 

@@ -21,7 +21,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dipper import __version__
-from dipper.bundle import ALIGNMENT, RESIDENT_ALIGNMENT, VERSION, header_bytes
+from dipper.bundle import (
+    ALIGNMENT,
+    REGION_MATRICES,
+    RESIDENT_ALIGNMENT,
+    VERSION,
+    embedding_fields,
+    header_bytes,
+)
 from dipper.checkpoint import Checkpoint, open_checkpoint
 from dipper.errors import BundleError, CheckpointError, ConfigError
 from dipper.glu import Model, Part, read_model
@@ -47,7 +54,6 @@ Progress = Callable[[int, int], None]
 BITS = ("source", "4", "8", "16")
 # Weights held at a time while rows pass through: about 30 MB of codes, fp32 values and planes.
 _SLICE_WEIGHTS = 1 << 20
-_REGIONS = {"input": ("gate", "up"), "glu": ("down",)}
 
 
 def write_bundle(
@@ -164,7 +170,7 @@ def _layout(model: Model, targets: dict[str, Grid]) -> dict[str, Any]:
         prefix = f"layers.{layer}."
         for name in (n for n in model.parts if n.startswith(prefix) and not _is_mlp(n)):
             tensors[name] = _place_tensor(model.parts[name], targets.get(name), resident)
-        for kind in _REGIONS:
+        for kind in REGION_MATRICES:
             regions.append(_place_region(model, targets, layer, kind, resident, flash))
     embedding = None if model.config.tied else _place_embedding(model.parts["embedding"], targets["embedding"], flash)
     files = {
@@ -209,7 +215,7 @@ def _place_region(
 ) -> dict[str, Any]:
     matrices = []
     record_bytes = 0
-    for name in _REGIONS[kind]:
+    for name in REGION_MATRICES[kind]:
         full = f"layers.{layer}.{name}"
         grid, (n_rows, n_columns) = targets[full], model.parts[full].shape
         planes = []
@@ -230,8 +236,7 @@ def _place_region(
 
 def _place_embedding(part: Part, grid: Grid, flash: _Allocator) -> dict[str, Any]:
     n_rows, n_inputs = part.shape
-    row_bytes = sum(plane_bytes(n_inputs, bits) for bits, _ in grid.planes)
-    row_bytes += sum(n_entries * dtype.itemsize for _, dtype, n_entries in grid.scale_arrays(n_inputs))
+    row_bytes = sum(embedding_fields(grid, n_inputs))
     n_bytes = n_rows * row_bytes
     return {
         "rows": n_rows,
