@@ -59,7 +59,7 @@ FIT_DEPTH = 32
 
 
 def _native() -> Any:
-    # By name: the extension has no type stubs, and importing this module must not need it.
+    # On use: importing this module must not need the extension.
     return importlib.import_module("dipper._core")
 
 
