@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import subprocess
@@ -82,10 +83,17 @@ def make(tmp_path: Path) -> Callable[..., Tokenizer]:
         out = tmp_path / "bundle"
         out.mkdir(exist_ok=True)
         facts = write_tokenizer(write_gguf(tmp_path / "m.gguf", keys, architecture), out)
-        (out / "bundle.json").write_text(json.dumps({"model": facts}))
+        write_header(out, facts)
         return Tokenizer.open(out)
 
     return build
+
+
+def write_header(out: Path, facts: dict[str, Any]) -> None:
+    """What `Tokenizer.open` reads of a bundle's header."""
+    paths = [path for name in ("tokenizer.json", "chat_template.jinja") if (path := out / name).is_file()]
+    files = {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in paths}
+    (out / "bundle.json").write_text(json.dumps({"model": facts, "files": files}))
 
 
 # --- byte-level BPE ---------------------------------------------------------------------------------------------------
@@ -337,6 +345,24 @@ def test_open_overrides_the_header(make: Callable[..., Tokenizer], tmp_path: Pat
         Tokenizer.open(tmp_path / "bundle")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_damaged_file_is_found_on_opening(make: Callable[..., Tokenizer], tmp_path: Path, name: str) -> None:
+    make(bpe_keys())
+    file = tmp_path / "bundle" / name
+    whole = file.read_text(encoding="utf-8")
+    message = rf"{name} does not match its checksum: the bundle is damaged, pack it again"
+    file.write_text(whole + " ", encoding="utf-8")  # still a valid file
+    with pytest.raises(BundleError, match=message):
+        Tokenizer.open(tmp_path / "bundle")
+    file.write_text(whole, encoding="utf-8")
+    Tokenizer.open(tmp_path / "bundle")
+    header = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    del header["files"][name]  # a file that the header does not know
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(header))
+    with pytest.raises(BundleError, match=message):
+        Tokenizer.open(tmp_path / "bundle")
+
+
 def test_import_is_light() -> None:
     code = (
         "import sys, dipper.tokenizer; "
@@ -508,7 +534,7 @@ def test_bad_messages(messages: Any, message: str) -> None:
 
 
 def open_model(source: Path, out: Path) -> Tokenizer:
-    (out / "bundle.json").write_text(json.dumps({"model": write_tokenizer(source, out)}))
+    write_header(out, write_tokenizer(source, out))
     return Tokenizer.open(out)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import ctypes
+import hashlib
 import json
 import re
 import shutil
@@ -120,7 +121,7 @@ def _folder_template(source: Path, settings: dict[str, Any]) -> str | None:
 
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]  # -1: none
 
 
 def _named_id(tokenizer: tokenizers.Tokenizer, token: Any) -> int | None:
@@ -181,13 +182,16 @@ class Tokenizer:
             add_bos: whether `encode` puts BOS first by default.
 
         Raises:
-            BundleError: there is no tokenizer, or it or the header is malformed.
+            BundleError: there is no tokenizer, it or the header is malformed, or a file does not match its checksum.
         """
         path = Path(path)
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             raise BundleError(f"{file} does not exist: give a bundle, or pack the model again")
-        header = _header(file.parent / "bundle.json")
+        header, files = _header(file.parent / "bundle.json")
+        if files is not None:
+            _check_sha256(file, files)
+            _check_sha256(file.parent / TEMPLATE_FILE, files)
         tokenizer = _load(file, BundleError)
         return cls(
             tokenizer,
@@ -389,14 +393,31 @@ def _unused_character(text: str) -> str:
     raise ConfigError("the messages use all 6400 private-use characters of Unicode: remove some")
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """`model` and `files` of a header; nothing and None where there is no bundle."""
     if not path.is_file():
-        return {}
+        return {}, None
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        header = json.loads(path.read_text(encoding="utf-8"))
+        return dict(header["model"]), dict(header["files"])
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is not a bundle header ({_one_line(error)}): pack the model again") from error
-    return model if isinstance(model, dict) else {}
+
+
+def _check_sha256(path: Path, files: dict[str, Any]) -> None:
+    """A bundle's file against the header; one that the header does not list does not match either."""
+    if not path.is_file() and path.name not in files:
+        return
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({_one_line(error)}): pack the model again") from error
+    entry = files.get(path.name)
+    if not isinstance(entry, dict) or entry.get("sha256") != digest.hexdigest():
+        raise BundleError(f"{path} does not match its checksum: the bundle is damaged, pack it again")
 
 
 def _template_beside(file: Path) -> str | None:
