@@ -148,7 +148,7 @@ def _typed(cls: type[Any], content: Any) -> dict[str, Any]:
         value = content[name]
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind != "bool"):
             raise ValueError(f"{name} is {value!r}, not {kind}")
-        if kind == "float" and not abs(value) <= _LARGEST_F32:
+        if kind == "float" and isinstance(value, (int, float)) and not abs(value) <= _LARGEST_F32:
             raise ValueError(f"{name} is {value!r}, beyond 32-bit floats")
     return dict(content)
 
