@@ -1,5 +1,6 @@
 import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,7 +193,22 @@ def test_a_bundle_is_scored_with_its_bos(opened, tmp_path):
     assert (record.bos_id, record.n_tokens, record.n_windows) == (BOS, 9, 3)
     assert record.nll_per_token == pytest.approx(np.mean(np.arange(3, 12)) / 10)
     assert record.hit_rate == pytest.approx(0.7)
+    assert (record.flash_bytes_per_token, record.useful_bytes_per_token, record.reads_per_token) == (None, None, None)
     assert record.against is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "static"}, r"windows have no prompt, .* use --cache lru, lfu or lfu-decay"),
+        ({"trace": Path("t.trace")}, r"t\.trace.* leave it out, or use `dipper run --trace`"),
+    ],
+)
+def test_what_would_measure_nothing_is_refused(opened, tmp_path, options, message):
+    (tmp_path / "t.txt").write_text("abcdefghi")
+    with pytest.raises(ConfigError, match=message):
+        evaluate_bundle("m.dipper", tmp_path / "t.txt", [EngineConfig(context=4, **options)], window=4)
+    assert opened == []
 
 
 def test_two_engines_are_compared_one_after_the_other(opened, tmp_path):

@@ -327,7 +327,7 @@ def eval_record(engine: Engine, source: TextSource, result: PerplexityResult) ->
         rows_joined=source.rows_joined,
         seconds=result.seconds,
         window_nll=result.window_nll,
-        **result.traffic.fields(),
+        hit_rate=result.traffic.hit_rate,
         **engine_fields(engine),
     )
 
@@ -340,6 +340,20 @@ def _return_free_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _check_config(config: EngineConfig) -> None:
+    """Refuses what would have no effect here, or measure something else than it says."""
+    if config.prunes and config.cache == "static":
+        raise ConfigError(
+            "A static cache holds the columns that a prompt used most, and windows have no prompt, so it would stay "
+            "empty: use --cache lru, lfu or lfu-decay."
+        )
+    if config.trace is not None:
+        raise ConfigError(
+            f"A trace ({config.trace}) tells what decoding reads, and an evaluation streams whole layers: leave it "
+            "out, or use `dipper run --trace`."
+        )
 
 
 def evaluate_bundle(
@@ -371,8 +385,10 @@ def evaluate_bundle(
         The record of the first configuration; `against` holds the second's.
 
     Raises:
-        ConfigError: the text or the window cannot be used.
+        ConfigError: the text, the window or a configuration cannot be used.
     """
+    for config in configs:
+        _check_config(config)
     from dipper.engine import Engine
     from dipper.tokenizer import Tokenizer
 

@@ -326,9 +326,10 @@ class EvalRecord:
     gamma: float | None
     cache: str | None
     hit_rate: float | None
-    flash_bytes_per_token: float
-    useful_bytes_per_token: float
-    reads_per_token: float
+    # Not measured: evaluation works layer by layer and streams whole layers, so its reads are not those of decoding.
+    flash_bytes_per_token: float | None = None
+    useful_bytes_per_token: float | None = None
+    reads_per_token: float | None = None
     seconds: float
     dram_bytes: dict[str, int]
     dram_budget_bytes: int | None
@@ -397,10 +398,15 @@ class Traffic:
         self.reads += counters.reads
         return self
 
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over looked-up columns; None where nothing was looked up."""
+        return ratio(self.hits, self.hits + self.misses)
+
     def fields(self) -> dict[str, Any]:
         """The keys of a record that come from counters."""
         return {
-            "hit_rate": ratio(self.hits, self.hits + self.misses),
+            "hit_rate": self.hit_rate,
             "flash_bytes_per_token": per_token(self.flash_bytes, self.n_tokens),
             "useful_bytes_per_token": per_token(self.useful_bytes, self.n_tokens),
             "reads_per_token": per_token(self.reads, self.n_tokens),
