@@ -2,6 +2,7 @@ import errno
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,10 +16,25 @@ from dipper.records import RunRecord
 from fakes import EOS, FakeEngine, FakeTokenizer
 
 TOKENIZER = FakeTokenizer()
+MAX_CONTEXT = 2048
 
 
 @pytest.fixture
-def opened(monkeypatch):
+def header(monkeypatch):
+    """Bundles whose model has MAX_CONTEXT positions; the list holds what was verified."""
+    verified = []
+
+    def open_bundle(path):
+        return SimpleNamespace(
+            model=SimpleNamespace(max_context=MAX_CONTEXT), verify=lambda: verified.append(str(path))
+        )
+
+    monkeypatch.setattr(bundle_module.Bundle, "open", open_bundle)
+    return verified
+
+
+@pytest.fixture
+def opened(monkeypatch, header):
     """Engines that verbs open, in order; each says "ok" and ends. The disk probe gives 2 GB/s."""
     engines = []
 
@@ -82,6 +98,20 @@ def lines(capsys):
         (["bench", "b", "--modes", "dip,dense"], "there is no mode 'dense'; the modes are dense-resident,"),
         (["bench", "b", "--modes", "dpi-ca"], "there is no mode 'dpi-ca'; did you mean dip-ca?"),
         (["bench", "b", "--reps", "0"], "0 repetitions were asked for; at least 1 is needed."),
+        (
+            ["eval", "b", "--text", "no.txt", "--window", "2049"],
+            "--window 2049 needs a context of 2049, the model has 2048: use a smaller one.",
+        ),
+        (
+            ["bench", "b", "-p", "2000", "-n", "64"],
+            "-p 2000 -n 64 needs a context of 2064, the model has 2048: use less of either.",
+        ),
+        (
+            ["eval", "b", "--text", __file__, "--cache", "static"],
+            "A static cache holds the columns that a prompt used most",
+        ),
+        (["eval", "b", "--text", "no.txt", "--trace", "t"], "`dipper eval` has no option --trace;"),
+        (["run", "b", "a" * 3000, "--raw"], "The prompt has 3000 tokens, but the model's context is 2048: shorten it."),
         (["eval", "b", "--text", "no.txt"], "There is no file no.txt; give a text to score with --text FILE."),
     ],
 )
@@ -209,6 +239,21 @@ def test_run_raw_takes_the_prompt_as_it_is(opened):
     assert opened[0].context == 50
 
 
+@pytest.mark.parametrize(("n_prompt", "room"), [(2000, 48), (2047, 1), (2048, 1)])
+def test_run_cuts_new_tokens_to_the_models_context(opened, capsys, n_prompt, room):
+    assert main(["run", "b", "a" * n_prompt, "--raw"]) == 0
+    _, err = lines(capsys)
+    assert err[0] == f"-n 128 is cut to {room}: the model's context is 2048, the prompt has {n_prompt} tokens."
+    assert opened[0].context == MAX_CONTEXT
+
+
+def test_run_verifies_when_asked(opened, header):
+    assert main(["run", "b", "hi"]) == 0
+    assert header == []
+    assert main(["run", "b", "hi", "--verify"]) == 0
+    assert header == ["b"]
+
+
 def test_run_gives_options_to_the_engine(opened):
     args = "run b hi --method dip-ca --d-in .75 --d-glu .6 --gamma .2 --cache lru --dram 600MB --mlp-dram 2.7b --cold"
     assert main([*args.split(), "--threads", "1", "--reader", "pread", "--isa", "scalar", "--no-probe"]) == 0
@@ -288,6 +333,23 @@ def test_chat_stops_an_answer_at_ctrl_c(opened, monkeypatch, capsys):
     assert "stopped" in " ".join(err)
 
 
+def test_chat_stops_a_turn_at_ctrl_c_before_its_first_step(opened, monkeypatch, capsys):
+    said = iter(["hi", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda: next(said))
+    encode_chat = FakeTokenizer.encode_chat
+    interrupts = iter([True])
+
+    def interrupted(tokenizer, messages):
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        return encode_chat(tokenizer, messages)
+
+    monkeypatch.setattr(FakeTokenizer, "encode_chat", interrupted)
+    assert main(["chat", "b"]) == 0
+    _, err = lines(capsys)
+    assert "> stopped" in err
+
+
 # ------------------------------------------------------------------------------------------------ eval, bench, inspect
 
 
@@ -314,7 +376,7 @@ def test_eval_json_is_one_object(opened, tmp_path, capsys):
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def measured(monkeypatch, header):
     from test_records import record
 
     cases = []
@@ -358,7 +420,7 @@ def test_bench_gives_each_mode_the_options_that_act(measured, capsys):
     assert len(out) == 1 + 4 * 4
 
 
-def test_bench_names_the_mode_that_failed(monkeypatch, capsys):
+def test_bench_names_the_mode_that_failed(monkeypatch, header, capsys):
     def fail(case):
         raise ConfigError(f"{case.mode}: no")
 

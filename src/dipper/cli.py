@@ -244,6 +244,7 @@ def run(
     stop: Stop = None,
     raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt as it is, without chat template.")] = False,
     system: System = None,
+    verify: Annotated[bool, typer.Option("--verify", help="First read every byte for the checksums.")] = False,
     no_probe: NoProbe = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -256,20 +257,37 @@ def run(
       dipper run smollm2.dipper "Why is the sky blue?" --dram 200MB --method dip-ca --density 0.6
       dipper run smollm2.dipper "Once upon a time" --raw -n 200 --temperature 0.8 --top-p 0.95 --seed 7
     """
+    from dipper.bundle import Bundle as BundleFile
     from dipper.generate import stream_generate
 
     sampling = _sampling(temperature, top_k, top_p, min_p, seed)
     tokenizer = _open_tokenizer(bundle)
     tokens = _prompt_tokens(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw, system=system)
+    opened = BundleFile.open(bundle)
+    if verify:
+        opened.verify()
+    if ctx is None:
+        n_tokens = _fitting(len(tokens), n_tokens, opened.model.max_context)
     config = _config(
         method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, dram=dram, mlp_dram=mlp_dram,
         threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
-        context=ctx if ctx is not None else len(tokens) + max(n_tokens, 1),
+        context=ctx if ctx is not None else min(len(tokens) + max(n_tokens, 1), opened.model.max_context),
     )  # fmt: skip
     with _open_engine(bundle, config) as engine:
         steps = stream_generate(engine, tokenizer, tokens, max_new_tokens=n_tokens, sampling=sampling, stop=stop or ())
         record = _print_steps(steps)
     _report_run(bundle, record, probe=not no_probe, as_json=as_json)
+
+
+def _fitting(n_prompt: int, n_tokens: int, limit: int) -> int:
+    """The new tokens asked for, or as many as the model has room for after the prompt."""
+    if n_prompt > limit:
+        raise ConfigError(f"The prompt has {n_prompt} tokens, but the model's context is {limit}: shorten it.")
+    room = max(limit - n_prompt, 1)  # the last new token is never held
+    if n_tokens <= room:
+        return n_tokens
+    _say(f"-n {n_tokens} is cut to {room}: the model's context is {limit}, the prompt has {n_prompt} tokens.")
+    return room
 
 
 def _prompt_tokens(tokenizer: Tokenizer, prompt: str, *, raw: bool, system: str | None) -> list[int]:
@@ -379,6 +397,7 @@ def _turn(conversation: Any, line: str, **options: Any) -> None:
     """One question and its answer. What ends a turn does not end the chat, except a broken disk or bundle."""
     from dipper.tables import turn_line
 
+    steps = None
     try:
         steps = conversation.send(line, **options)
         if conversation.was_reset and len(conversation.messages) > 1:
@@ -388,7 +407,8 @@ def _turn(conversation: Any, line: str, **options: Any) -> None:
         _say(f"dipper: {_one_line(error)} /reset starts a new conversation.")
         return
     except KeyboardInterrupt:
-        steps.close()
+        if steps is not None:
+            steps.close()
         print(flush=True)
         _say("stopped")
         return
@@ -428,7 +448,6 @@ def evaluate(
     threads: Threads = None,
     reader: Reader = None,
     isa: Isa = None,
-    trace: Trace = None,
     seed: Annotated[int, typer.Option(help="Of the error bar's resampling.", metavar="N")] = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -448,7 +467,8 @@ def evaluate(
         "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
         "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa,
     }  # fmt: skip
-    configs = [_config(method=method, **options, trace=trace, context=window)]
+    _check_context(bundle, f"--window {window}", window, "a smaller one")
+    configs = [_config(method=method, **options, context=window)]
     if against is not None:
         other = "dense-stream" if against == "dense" else against
         configs.append(_config(**_for_method(other, options), context=window))
@@ -506,6 +526,7 @@ def bench(
         "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa, "cold": cold or None,
     }  # fmt: skip
     cases = [_bench_case(bundle, mode.strip(), options, n_prompt, n_tokens, text) for mode in modes.split(",")]
+    _check_context(bundle, f"-p {n_prompt} -n {n_tokens}", n_prompt + n_tokens, "less of either")
     rows = run_bench(cases, reps, progress=lambda done, total, mode: _say(f"{done + 1}/{total} {mode}"))
     if as_json:
         print(json_line({"schema": "dipper-bench/1", "results": [row.as_dict() for row in rows]}))
@@ -593,6 +614,15 @@ def _sampling(temperature: float, top_k: int | None, top_p: float | None, min_p:
     from dipper.generate import Sampling
 
     return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+
+
+def _check_context(bundle: Path, given: str, wanted: int, instead: str) -> None:
+    """Refuses more positions than the model has, in terms of the option that asked for them."""
+    from dipper.bundle import Bundle as BundleFile
+
+    limit = BundleFile.open(bundle).model.max_context
+    if wanted > limit:
+        raise ConfigError(f"{given} needs a context of {wanted}, the model has {limit}: use {instead}.")
 
 
 def _open_tokenizer(bundle: Path) -> Tokenizer:
