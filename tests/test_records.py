@@ -58,7 +58,7 @@ def test_run_record_spreads_counters_over_decoded_tokens():
     assert (run.flash_bytes_per_token, run.useful_bytes_per_token, run.reads_per_token) == (12288, 3000, 3)
     assert run.read_gbps == pytest.approx(4 * 12288 / 2.0 / 1e9)
     assert run.ledger_s == pytest.approx(
-        {"select": 0.04, "wait": 0.2, "gemv": 0, "attention": 0, "head": 0, "rest": 1.76}
+        {"select": 0.04, "submit": 0, "wait": 0.2, "gemv": 0, "attention": 0, "head": 0, "rest": 1.76}
     )
 
 

@@ -379,16 +379,28 @@ def _inverse(scale: F32) -> F32:
     return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
 
 
+def _codes_8(x: F32, d: Array) -> F32:
+    """Codes of groups ``[32, n]`` under f16 scales ``[n]``."""
+    codes: F32 = np.clip(np.rint(x * _inverse(d.astype(np.float32))), -127, 127)
+    return codes
+
+
 def _quantise_8(groups: F32, n_rows: int) -> tuple[Array, dict[str, Array]]:
     codes = np.empty(groups.shape, np.int8)
     d = np.empty(groups.shape[1], np.float16)
     for run in _runs(groups.shape[1]):
         x = groups[:, run]
         scale = np.abs(x).max(axis=0) / np.float32(127)
-        # Codes fitted to the largest weight, then the scale fitted to the codes.
+        # Codes fitted to the largest weight, then the scale fitted to the codes: taken where that is nearer once codes
+        # are rounded anew, and clips no weight by more than a step.
         rough = np.rint(x * _inverse(scale))
-        d[run] = (rough * x).sum(axis=0) * _inverse((rough * rough).sum(axis=0))
-        codes[:, run] = np.clip(np.rint(x * _inverse(d[run].astype(np.float32))), -127, 127)
+        fitted = (rough * x).sum(axis=0) * _inverse((rough * rough).sum(axis=0))
+        plain_d, fitted_d = scale.astype(np.float16), fitted.astype(np.float16)
+        plain, fine = _codes_8(x, plain_d), _codes_8(x, fitted_d)
+        plain_error, error = (np.abs(c * e.astype(np.float32) - x) for c, e in ((plain, plain_d), (fine, fitted_d)))
+        better = ((error * error).sum(axis=0) < (plain_error * plain_error).sum(axis=0)) & (error.max(axis=0) <= scale)
+        d[run] = np.where(better, fitted_d, plain_d)
+        codes[:, run] = np.where(better, fine, plain)
     return codes, {"d": d.reshape(n_rows, -1)}
 
 

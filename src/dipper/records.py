@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # The parts of a decoded token's time. `rest` is what the others leave of the wall time: norms, sampling, detokenising.
-LEDGER = ("select", "wait", "gemv", "attention", "head", "rest")
+LEDGER = ("select", "submit", "wait", "gemv", "attention", "head", "rest")
 
 
 # ------------------------------------------------------------------------------------------------ metrics
