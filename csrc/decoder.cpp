@@ -225,23 +225,34 @@ void Decoder::project(std::span<const Projection> projections, const float* x, i
     if (!have[s]) block_sums(x, n_cols, n_tokens, p.weight.grid.group, sums[s]);
     have[s] = true;
   }
+  int32_t n_halves = 0;
+  for (const Projection& p : projections) n_halves += p.weight.n_halves();
   pool_.run([&](int thread) {
+    // One share of all projections' rows together: k and v of a small model have a tile each.
+    const Share all = share(n_halves, thread, pool_.size());
+    int32_t before = 0;
     for (const Projection& p : projections) {
       const WeightView& w = p.weight;
-      const Share tiles = share(w.n_tiles(), thread, pool_.size());
-      const int64_t first = static_cast<int64_t>(tiles.first) * kTileRows;
-      const int64_t last = std::min<int64_t>(w.n_rows, static_cast<int64_t>(tiles.last) * kTileRows);
+      int32_t first = std::clamp(all.first - before, 0, w.n_halves());
+      int32_t last = std::clamp(all.last - before, 0, w.n_halves());
+      before += w.n_halves();
+      if (n_tokens > 1) {  // products of many tokens go by whole tiles
+        first = (first + 1) / 2 * 2;
+        last = std::min(w.n_halves(), (last + 1) / 2 * 2);
+      }
       if (first >= last) continue;
+      const int32_t row = first * kHalfTileRows;
+      const int32_t end = last * kHalfTileRows;
       for (int32_t t = 0; t < n_tokens; ++t) {
         float* y = p.out + t * p.stride;
-        std::fill(y + first, y + last, 0.0f);
-        if (p.bias != nullptr) std::copy(p.bias + first, p.bias + std::min<int64_t>(last, p.n_rows), y + first);
+        std::fill(y + row, y + end, 0.0f);
+        if (p.bias != nullptr) std::copy(p.bias + row, p.bias + std::min(end, p.n_rows), y + row);
       }
       const float* s = sums[slot_of(w)];
       if (n_tokens == 1) {
-        kernels_->gemv_tiled(w, x, s, tiles.first, tiles.last, p.out);
+        kernels_->gemv_tiled(w, x, s, first, last, p.out);
       } else {
-        kernels_->gemm_tiled(w, x, n_cols, s, w.n_blocks, n_tokens, tiles.first, tiles.last, p.out, p.stride);
+        kernels_->gemm_tiled(w, x, n_cols, s, w.n_blocks, n_tokens, first / 2, (last + 1) / 2, p.out, p.stride);
       }
     }
   });

@@ -34,8 +34,8 @@ namespace dipper {
 namespace {
 
 constexpr int kMaxDepth = 4096;
-constexpr int kMaxPreadThreads = 64;     // a thread is a whole stack for one read in flight
-constexpr int kMaxStalls = 64;           // answers without progress that one read may get before it counts as failed
+constexpr int kMaxPreadThreads = 64;  // a thread is a whole stack for one read in flight
+constexpr int kMaxStalls = 64;        // answers without progress that one read may get before it counts as failed
 // A wait this long is looked for awake: waking a sleeping thread costs 50-100 us, dozens of times a token.
 constexpr std::chrono::microseconds kSpinBeforeSleep{300};
 constexpr uint32_t kMaxRetries = 10000;  // of one read that the kernel puts off
@@ -618,7 +618,8 @@ void FlashReader::wait(uint64_t n_tickets) {
         impl_->collect(0);
         continue;
       }
-      // Wakes up for a quarter of what is out, at most 16: few wake-ups, yet the queue stays filled and the prefix grows.
+      // Wakes up for a quarter of what is out, at most 16: few wake-ups, yet the queue stays filled and the prefix
+      // grows.
       const uint64_t needed = std::min<uint64_t>(impl_->in_flight, n_tickets - completed());
       impl_->collect(static_cast<size_t>(std::clamp<uint64_t>(needed / 4, 1, 16)));
     }

@@ -205,13 +205,13 @@ void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
         for (size_t m = 0; m < n_matrices; ++m) {
           if (spans_of[m] != list) continue;
           const WeightView& w = region.matrices[m];
-          const Share tiles = share(w.n_tiles(), thread, pool_.size());
+          const Share halves = share(w.n_halves(), thread, pool_.size());
           BlockColumns columns{s.block, s.n, batch_.record.data() + s.first, batch_.x.data() + s.first, s.sum_x};
           if (i + 1 < spans_[list].size()) {
             columns.next_record = batch_.record.data() + spans_[list][i + 1].first;
             columns.n_next = spans_[list][i + 1].n;
           }
-          kernels_.gemv_block(w, columns, tiles.first, tiles.last, y[m]);
+          kernels_.gemv_block(w, columns, halves.first, halves.last, y[m]);
         }
       }
     }

@@ -67,6 +67,7 @@ struct WeightView {
   const uint8_t* sub = nullptr;
   const uint8_t* subm = nullptr;
 
+  int32_t n_halves() const { return n_rows / kHalfTileRows; }
   int32_t n_tiles() const { return (n_rows + kTileRows - 1) / kTileRows; }
   int32_t n_super() const { return (n_blocks + grid.super_blocks - 1) / grid.super_blocks; }
   uint32_t column_bytes(int p) const {  // of plane p in a record
@@ -102,10 +103,10 @@ struct BlockTokens {
 
 struct Kernels {
   const char* name;
-  // y[rows of tiles [begin, end)] += W[:, columns of one block] x
-  void (*gemv_block)(const WeightView& w, const BlockColumns& columns, int32_t tile_begin, int32_t tile_end, float* y);
+  // y[rows of half tiles [begin, end)] += W[:, columns of one block] x
+  void (*gemv_block)(const WeightView& w, const BlockColumns& columns, int32_t half_begin, int32_t half_end, float* y);
   // y[...] += W x over all columns of a resident matrix; sum_x [n_blocks]
-  void (*gemv_tiled)(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end,
+  void (*gemv_tiled)(const WeightView& w, const float* x, const float* sum_x, int32_t half_begin, int32_t half_end,
                      float* y);
   // The same for n_tokens at once, y of token t at y + t * y_stride; bit-identical to n_tokens gemv calls.
   void (*gemm_block)(const WeightView& w, const BlockTokens& columns, int32_t tile_begin, int32_t tile_end, float* y,

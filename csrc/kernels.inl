@@ -155,10 +155,20 @@ DIPPER_INLINE void strip_part(const Columns<false>& columns, const float* x, boo
   for (int k = 0; k < KN; ++k) store(acc + 16 * (K0 + k), sum[k]);
 }
 
+// Which half tiles of a tile lie in [begin, end): threads share rows by half tiles, since small matrices have few
+// tiles.
+struct Halves {
+  bool lower, upper;
+};
+inline Halves halves_of(int32_t tile, int32_t begin, int32_t end) {
+  return {2 * tile >= begin && 2 * tile < end, 2 * tile + 1 >= begin && 2 * tile + 1 < end};
+}
+
 template <Codes C, int N>
-DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, const float* x, int32_t tile_begin,
-                         int32_t tile_end, bool fresh, const Ahead& ahead, float* acc) {
-  for (int32_t t = tile_begin; t < tile_end; ++t, acc += kTileRows) {
+DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, const float* x, int32_t begin, int32_t end,
+                         bool fresh, const Ahead& ahead, float* acc) {
+  for (int32_t t = begin / 2; 2 * t < end; ++t, acc += kTileRows) {
+    const Halves halves = halves_of(t, begin, end);
     const Columns<false> columns = record_columns<C>(w, record, t);
     for (const uint8_t* next : ahead.record) {
       __builtin_prefetch(next + columns.offset[0] + ahead.offset[0]);
@@ -169,29 +179,29 @@ DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, cons
     }
     if (tile_rows(w, t) == kHalfTileRows) {
       strip_part<C, 0, 4, true, N>(columns, x, fresh, acc);
-    } else if constexpr (kFieldsAtOnce == 8) {
+    } else if (kFieldsAtOnce == 8 && halves.lower && halves.upper) {
       strip_part<C, 0, 8, false, N>(columns, x, fresh, acc);
     } else {
-      strip_part<C, 0, 4, false, N>(columns, x, fresh, acc);
-      strip_part<C, 4, 4, false, N>(columns, x, fresh, acc);
+      if (halves.lower) strip_part<C, 0, 4, false, N>(columns, x, fresh, acc);
+      if (halves.upper) strip_part<C, 4, 4, false, N>(columns, x, fresh, acc);
     }
   }
 }
 
 template <Codes C, Scale S>
-void gemv_block(const WeightView& w, const BlockColumns& c, int32_t tile_begin, int32_t tile_end, float* y) {
-  constexpr int32_t kStripTiles = 16;  // their sums stay in L1: 8 KiB
-  alignas(64) float sums[kStripTiles * kTileRows];
-  for (int32_t begin = tile_begin; begin < tile_end; begin += kStripTiles) {
-    const int32_t end = begin + kStripTiles < tile_end ? begin + kStripTiles : tile_end;
-    float* acc = is_float(C) ? y + begin * kTileRows : sums;
+void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, int32_t half_end, float* y) {
+  constexpr int32_t kStripHalves = 32;  // 16 tiles, whose sums stay in L1: 8 KiB
+  alignas(64) float sums[(kStripHalves / 2 + 1) * kTileRows];
+  for (int32_t begin = half_begin; begin < half_end; begin += kStripHalves) {
+    const int32_t end = begin + kStripHalves < half_end ? begin + kStripHalves : half_end;
+    float* acc = is_float(C) ? y + begin / 2 * kTileRows : sums;
     for (int32_t i = 0; i < c.n;) {
       const int32_t n = c.n - i < 4 ? c.n - i : 4;
       // After these columns come the next ones; after the last the first again, a strip on, or those of the next block.
       const int32_t next = i + n + 4;  // the four after the next four: time for a DRAM access
       const bool turns = next >= c.n;
-      const bool is_next_block = turns && end >= tile_end;
-      const int32_t to_tile = !turns ? 0 : is_next_block ? tile_begin - begin : kStripTiles;
+      const bool is_next_block = turns && end >= half_end;
+      const int32_t to_tile = !turns ? 0 : is_next_block ? (half_begin - begin) / 2 : kStripHalves / 2;
       Ahead ahead{{},
                   {static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 0, false),
                    static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 1, false)}};
@@ -219,11 +229,13 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t tile_begin, 
     }
     if constexpr (!is_float(C)) {
       const F zero_point = set1(static_cast<float>(-w.grid.zero_point));
-      for (int32_t t = begin; t < end; ++t, acc += kTileRows) {
+      for (int32_t t = begin / 2; 2 * t < end; ++t, acc += kTileRows) {
+        const Halves halves = halves_of(t, begin, end);
         const int32_t rows = tile_rows(w, t);
         const ScaleAt at = scale_at(w, t, rows, c.block);
         float* out = y + t * kTileRows;
-        for (int32_t row = 0; row < rows; row += 16) {
+        const int32_t last = halves.upper ? rows : kHalfTileRows;
+        for (int32_t row = halves.lower ? 0 : kHalfTileRows; row < last; row += 16) {
           store(out + row, apply_scale<S>(w, at, row, load(acc + row), set1(c.sum_x), zero_point, load(out + row)));
         }
       }
@@ -232,9 +244,10 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t tile_begin, 
 }
 
 template <Codes C, Scale S>
-void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end,
+void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t half_begin, int32_t half_end,
                 float* y) {
-  for (int32_t t = tile_begin; t < tile_end; ++t) {
+  for (int32_t t = half_begin / 2; 2 * t < half_end; ++t) {
+    const Halves halves = halves_of(t, half_begin, half_end);
     const int32_t rows = tile_rows(w, t);
     const bool half = rows == kHalfTileRows;
     for (int32_t b = 0; b < w.n_blocks; ++b) {
@@ -245,11 +258,11 @@ void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t
       float* out = y + t * kTileRows;
       if (half) {
         tile_part<C, S, 0, 4, true>(w, columns, n, x + first, sum_x[b], at, out);
-      } else if constexpr (kFieldsAtOnce == 8) {
+      } else if (kFieldsAtOnce == 8 && halves.lower && halves.upper) {
         tile_part<C, S, 0, 8, false>(w, columns, n, x + first, sum_x[b], at, out);
       } else {
-        tile_part<C, S, 0, 4, false>(w, columns, n, x + first, sum_x[b], at, out);
-        tile_part<C, S, 4, 4, false>(w, columns, n, x + first, sum_x[b], at, out);
+        if (halves.lower) tile_part<C, S, 0, 4, false>(w, columns, n, x + first, sum_x[b], at, out);
+        if (halves.upper) tile_part<C, S, 4, 4, false>(w, columns, n, x + first, sum_x[b], at, out);
       }
     }
   }
@@ -382,12 +395,12 @@ inline void with_grid(const Grid& grid, Fn&& fn) {
   }
 }
 
-void gemv_block_any(const WeightView& w, const BlockColumns& c, int32_t tile_begin, int32_t tile_end, float* y) {
-  with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_block<C, S>(w, c, tile_begin, tile_end, y); });
+void gemv_block_any(const WeightView& w, const BlockColumns& c, int32_t half_begin, int32_t half_end, float* y) {
+  with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_block<C, S>(w, c, half_begin, half_end, y); });
 }
-void gemv_tiled_any(const WeightView& w, const float* x, const float* sum_x, int32_t tile_begin, int32_t tile_end,
+void gemv_tiled_any(const WeightView& w, const float* x, const float* sum_x, int32_t half_begin, int32_t half_end,
                     float* y) {
-  with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_tiled<C, S>(w, x, sum_x, tile_begin, tile_end, y); });
+  with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_tiled<C, S>(w, x, sum_x, half_begin, half_end, y); });
 }
 void gemm_block_any(const WeightView& w, const BlockTokens& c, int32_t tile_begin, int32_t tile_end, float* y,
                     int64_t y_stride) {

@@ -133,7 +133,10 @@ std::vector<float> sparse_gemv(const Kernels& k, const Packed& p, const std::vec
       sum += x[i];
     }
     if (records.empty()) continue;
-    k.gemv_block(w, {b, static_cast<int32_t>(values.size()), records.data(), values.data(), sum}, 0, w.n_tiles(),
+    // In two shares, as two threads take them: also inside a tile.
+    const int32_t split = w.n_halves() / 2;
+    k.gemv_block(w, {b, static_cast<int32_t>(values.size()), records.data(), values.data(), sum}, 0, split, y.data());
+    k.gemv_block(w, {b, static_cast<int32_t>(values.size()), records.data(), values.data(), sum}, split, w.n_halves(),
                  y.data());
   }
   return y;
@@ -188,7 +191,9 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
     CHECK(same_bits(sparse_gemv(k, p, x, used), sparse));
     CHECK(same_bits(sparse_gemv(k, p, masked, {}), sparse));  // skipping a column is multiplying it by zero
     std::vector<float> y(static_cast<size_t>(tiled.n_rows));
-    k.gemv_tiled(tiled, x.data(), sums.data(), 0, tiled.n_tiles(), y.data());
+    const int32_t split = tiled.n_halves() / 2;
+    k.gemv_tiled(tiled, x.data(), sums.data(), 0, split, y.data());
+    k.gemv_tiled(tiled, x.data(), sums.data(), split, tiled.n_halves(), y.data());
     CHECK(same_bits(y, dense));
 
     constexpr int32_t kTokens = 8;  // one register block and a remainder
