@@ -144,15 +144,14 @@ void GluMlp::load_pinned() {
   if (!ranges.empty()) reader_.wait(reader_.submit(ranges) + ranges.size());
 }
 
-void GluMlp::Batch::clear() {
-  index.clear();
-  record.clear();
-  ticket.clear();
-}
-
-void GluMlp::add_region_columns(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket) {
-  const uint64_t stride = model_.regions[static_cast<size_t>(region)].record_bytes;
-  for (int32_t c = first; c < last; ++c) batch_.add(c, base + static_cast<uint64_t>(c - first) * stride, ticket);
+void GluMlp::take_dense(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket,
+                        const float* x) {
+  batch_.n = last - first;
+  batch_.x = x;
+  batch_.base = base;
+  batch_.first = first;
+  batch_.stride = model_.regions[static_cast<size_t>(region)].record_bytes;
+  batch_.dense_ticket = ticket;
 }
 
 bool GluMlp::wait_ticket(int thread, uint64_t ticket, Ledger& ledger) {
@@ -175,15 +174,20 @@ bool GluMlp::wait_ticket(int thread, uint64_t ticket, Ledger& ledger) {
 
 void GluMlp::make_spans(int32_t group, std::vector<Span>& spans) const {
   spans.clear();
-  const auto n = static_cast<int32_t>(batch_.index.size());
-  for (int32_t i = 0; i < n;) {
-    Span s{batch_.index[static_cast<size_t>(i)] / group, i, 0, 0.0f, 0};
+  for (int32_t i = 0; i < batch_.n;) {
+    Span s{batch_.column(i) / group, i, 0, 0.0f, batch_.dense_ticket};
     const int32_t end = (s.block + 1) * group;
-    for (; i < n && batch_.index[static_cast<size_t>(i)] < end; ++i, ++s.n) {
-      if (!batch_.x.empty()) s.sum_x += batch_.x[static_cast<size_t>(i)];
-      s.ticket = std::max(s.ticket, batch_.ticket[static_cast<size_t>(i)]);
+    if (batch_.base != nullptr) {
+      s.n = std::min(batch_.n - i, end - batch_.column(i));
+    } else {
+      for (; i + s.n < batch_.n && batch_.column(i + s.n) < end; ++s.n)
+        s.ticket = std::max(s.ticket, batch_.ticket[static_cast<size_t>(i + s.n)]);
+    }
+    if (batch_.x != nullptr) {
+      for (int32_t j = i; j < i + s.n; ++j) s.sum_x += batch_.x[j];
     }
     spans.push_back(s);
+    i += s.n;
   }
 }
 
@@ -202,15 +206,17 @@ void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
       for (size_t i = 0; i < spans_[list].size(); ++i) {
         const Span& s = spans_[list][i];
         if (!wait_ticket(thread, s.ticket, ledger)) return;
+        const uint8_t* room[2][kMaxGroup];
+        BlockColumns columns{s.block, s.n, batch_.records(s.first, s.n, room[0]), batch_.x + s.first, s.sum_x};
+        if (i + 1 < spans_[list].size()) {
+          const Span& next = spans_[list][i + 1];
+          columns.next_record = batch_.records(next.first, next.n, room[1]);
+          columns.n_next = next.n;
+        }
         for (size_t m = 0; m < n_matrices; ++m) {
           if (spans_of[m] != list) continue;
           const WeightView& w = region.matrices[m];
           const Share halves = share(w.n_halves(), thread, pool_.size());
-          BlockColumns columns{s.block, s.n, batch_.record.data() + s.first, batch_.x.data() + s.first, s.sum_x};
-          if (i + 1 < spans_[list].size()) {
-            columns.next_record = batch_.record.data() + spans_[list][i + 1].first;
-            columns.n_next = spans_[list][i + 1].n;
-          }
           kernels_.gemv_block(w, columns, halves.first, halves.last, y[m]);
         }
       }
@@ -232,15 +238,21 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     } catch (const ConfigError& e) {
       throw ConfigError(region_name(r) + ": " + e.what());
     }
-    batch_.clear();
-    batch_.x.resize(mask_.size());
+    batch_.n = k;
+    batch_.base = nullptr;
+    batch_.dense_ticket = 0;
+    batch_.index = mask_;
+    batch_.record.resize(mask_.size());
+    batch_.ticket.assign(mask_.size(), 0);
+    batch_.listed_x.resize(mask_.size());
+    batch_.x = batch_.listed_x.data();
     miss_offsets_.clear();
     const std::span<const int32_t> slots = cache.slots();
     for (size_t i = 0; i < mask_.size(); ++i) {
       const int32_t c = mask_[i];
-      batch_.x[i] = values[c];
+      batch_.listed_x[i] = values[c];
       const int32_t s = slots[static_cast<size_t>(c)];
-      batch_.add(c, s >= 0 ? slot(r, s) : nullptr, 0);
+      batch_.record[i] = s >= 0 ? slot(r, s) : nullptr;
       if (s < 0) miss_offsets_.push_back(region.record_offset(c));
     }
     const ColumnCache::Step& step = cache.step(mask_);
@@ -298,9 +310,7 @@ void GluMlp::step_region(int32_t r, const float* values, float* const* y, Ledger
     return;
   }
   const auto dense = [&](const uint8_t* base, int32_t first, int32_t last, uint64_t ticket) {
-    batch_.clear();
-    batch_.x.assign(values + first, values + last);
-    add_region_columns(r, base, first, last, ticket);
+    take_dense(r, base, first, last, ticket, values + first);
     multiply(region, y, ledger);
   };
   if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
@@ -399,7 +409,6 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
                             Ledger& ledger) {
   const double start = now_s();
   const double waited = ledger.wait;
-  batch_.x.clear();
   for (size_t m = 0; m < region.matrices.size(); ++m) make_spans(region.matrices[m].grid.group, spans_[m]);
   pool_.run([&](int thread) {
     for (size_t m = 0; m < region.matrices.size(); ++m) {
@@ -409,10 +418,11 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
            ++t) {  // tile by tile, so that its outputs stay in cache over the blocks
         for (const Span& s : spans_[m]) {
           if (!wait_ticket(thread, s.ticket, ledger)) return;
-          const int32_t column = batch_.index[static_cast<size_t>(s.first)];
+          const int32_t column = batch_.column(s.first);
+          const uint8_t* room[kMaxGroup];
           const BlockTokens tokens{s.block,
                                    s.n,
-                                   batch_.record.data() + s.first,
+                                   batch_.records(s.first, s.n, room),
                                    x + column,
                                    region.n_columns,
                                    sums_[m].data() + s.block,
@@ -449,8 +459,7 @@ void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMask
     std::memset(y[m], 0, static_cast<size_t>(n_tokens) * static_cast<size_t>(y_stride) * sizeof(float));
   }
   if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
-    batch_.clear();
-    add_region_columns(r, base, 0, region.n_columns, 0);
+    take_dense(r, base, 0, region.n_columns, 0, nullptr);
     multiply_block(region, x, n_tokens, y, y_stride, ledger);
     return;
   }
@@ -459,8 +468,7 @@ void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMask
       options_.residency == Residency::kCached && (masks.kind == BlockMasks::Kind::kOwn || masks.touch_cache);
   for (bool more = true; more;) {
     const StreamChunk chunk = stream_->current();
-    batch_.clear();
-    add_region_columns(r, stream_->data(), chunk.first, chunk.last, stream_->ticket());
+    take_dense(r, stream_->data(), chunk.first, chunk.last, stream_->ticket(), nullptr);
     multiply_block(region, x, n_tokens, y, y_stride, ledger);
     if (fills_slots) copy_streamed(r, chunk, stream_->data());
     stream_->release();

@@ -110,17 +110,28 @@ class GluMlp {
   static uint64_t scratch_bytes(const Model& model, int32_t block_tokens);
 
  private:
-  // Columns at hand: ascending, each with its record and the read that brings it (ticket 0: already there).
+  // Columns at hand, ascending: listed, each with its record and the read that brings it (ticket 0: already there), or
+  // all of [first, first + n) with their records back to back from `base` on and one ticket.
   struct Batch {
+    int32_t n = 0;
+    const float* x = nullptr;  // [n] their inputs; null where a block of tokens has its own
+
     std::vector<int32_t> index;
     std::vector<const uint8_t*> record;
     std::vector<uint64_t> ticket;
-    std::vector<float> x;
-    void clear();
-    void add(int32_t column, const uint8_t* bytes, uint64_t reads_before) {
-      index.push_back(column);
-      record.push_back(bytes);
-      ticket.push_back(reads_before);
+    std::vector<float> listed_x;
+
+    const uint8_t* base = nullptr;  // null: listed
+    int32_t first = 0;
+    uint64_t stride = 0;
+    uint64_t dense_ticket = 0;
+
+    int32_t column(int32_t i) const { return base != nullptr ? first + i : index[static_cast<size_t>(i)]; }
+    // Records [i, i + count); `room` is where those of a dense batch are put.
+    const uint8_t* const* records(int32_t i, int32_t count, const uint8_t** room) const {
+      if (base == nullptr) return record.data() + i;
+      for (int32_t j = 0; j < count; ++j) room[j] = base + static_cast<uint64_t>(i + j) * stride;
+      return room;
     }
   };
   struct Span {  // columns of one block of inputs within a batch
@@ -148,7 +159,7 @@ class GluMlp {
            static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;
   }
   void load_pinned();
-  void add_region_columns(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket);
+  void take_dense(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket, const float* x);
 
   const Model& model_;
   const MlpOptions options_;

@@ -190,7 +190,7 @@ DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, cons
 
 template <Codes C, Scale S>
 void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, int32_t half_end, float* y) {
-  constexpr int32_t kStripHalves = 32;  // 16 tiles, whose sums stay in L1: 8 KiB
+  constexpr int32_t kStripHalves = 48;
   alignas(64) float sums[(kStripHalves / 2 + 1) * kTileRows];
   for (int32_t begin = half_begin; begin < half_end; begin += kStripHalves) {
     const int32_t end = begin + kStripHalves < half_end ? begin + kStripHalves : half_end;
