@@ -25,7 +25,7 @@ uint64_t embedding_slot_bytes(const Model& model) {
 
 // Offsets, in floats, of the buffers that one block of tokens needs.
 struct ScratchLayout {
-  int64_t x, normed, branch, q, k, v, attended, scores, logits, sums, angles, total;
+  int64_t x, normed, branch, q, k, v, attended, scores, logits, input_q[2], input_blocks[2], angles, total;
 
   ScratchLayout(const Model& m, const DecoderOptions& o) {
     const int64_t t = o.block_tokens;
@@ -46,7 +46,10 @@ struct ScratchLayout {
     attended = take(t * heads);
     scores = take(static_cast<int64_t>(o.n_threads) * score_floats(o.context));
     logits = take(std::min<int64_t>(t, kHeadTokens) * padded_rows(m.vocab));
-    sums = take(2 * t * (std::max(heads, m.hidden) / 16 + 1));
+    const int64_t widest = padded_inputs(std::max(heads, m.hidden));
+    for (int64_t& q16 : input_q) q16 = take(t * widest * static_cast<int64_t>(sizeof(int16_t)) / 4);
+    for (int64_t& blocks : input_blocks)
+      blocks = take(t * (widest / 16 + 1) * static_cast<int64_t>(sizeof(BlockInputs)) / 4);
     angles = take(static_cast<int64_t>(m.ropes.size()) * t * m.head_dim);
     total = at;
   }
@@ -101,7 +104,10 @@ Decoder::Decoder(std::unique_ptr<Model> model, const DecoderOptions& options)
   attended_ = base + layout.attended;
   scores_ = base + layout.scores;
   logits_ = base + layout.logits;
-  sums_ = base + layout.sums;
+  for (size_t i = 0; i < 2; ++i) {
+    input_q_[i] = reinterpret_cast<int16_t*>(base + layout.input_q[i]);
+    input_blocks_[i] = reinterpret_cast<BlockInputs*>(base + layout.input_blocks[i]);
+  }
   angles_ = base + layout.angles;
   reset_counters();
 }
@@ -199,31 +205,33 @@ void rotate(float* head, int32_t dim, const float* angles) {
   }
 }
 
-// Sums of x over each block of `group` inputs, ascending, [n_tokens][n_blocks].
-void block_sums(const float* x, int32_t n_cols, int32_t n_tokens, int32_t group, float* sums) {
-  const int32_t n_blocks = (n_cols + group - 1) / group;
-  for (int32_t t = 0; t < n_tokens; ++t) {
-    for (int32_t b = 0; b < n_blocks; ++b) {
-      const int32_t last = std::min(n_cols, (b + 1) * group);
-      float sum = 0.0f;
-      for (int32_t c = b * group; c < last; ++c) sum += x[static_cast<int64_t>(t) * n_cols + c];
-      sums[static_cast<int64_t>(t) * n_blocks + b] = sum;
-    }
-  }
-}
-
 }  // namespace
 
 // y = W x + bias for each of the matrices, whose outputs' rows the threads share.
 void Decoder::project(std::span<const Projection> projections, const float* x, int32_t n_cols, int32_t n_tokens) {
-  const int64_t room = static_cast<int64_t>(options_.block_tokens) * (std::max(n_cols, model_->hidden) / 16 + 1);
-  float* sums[2] = {sums_, sums_ + room};
-  bool have[2] = {false, false};
-  const auto slot_of = [](const WeightView& w) { return w.grid.group == kMaxGroup ? 0 : 1; };
+  // Inputs as integers, in blocks of 32 and of 16: those that some matrix wants.
+  const int64_t stride = padded_inputs(n_cols);
+  const auto slot_of = [](const WeightView& w) { return w.grid.group == kMaxGroup ? size_t{0} : size_t{1}; };
+  TiledInputs inputs[2] = {{x, nullptr, stride, nullptr}, {x, nullptr, stride, nullptr}};
   for (const Projection& p : projections) {
-    const int s = slot_of(p.weight);
-    if (!have[s]) block_sums(x, n_cols, n_tokens, p.weight.grid.group, sums[s]);
-    have[s] = true;
+    const WeightView& w = p.weight;
+    TiledInputs& in = inputs[slot_of(w)];
+    if (is_float(w.grid.codes) || in.q != nullptr) continue;
+    int16_t* q = input_q_[slot_of(w)];
+    BlockInputs* blocks = input_blocks_[slot_of(w)];
+    const auto quantise = [&](int thread, int n_threads) {
+      const Share tokens = share(n_tokens, thread, n_threads);
+      for (int32_t t = tokens.first; t < tokens.last; ++t)
+        quantise_blocks(*kernels_, x + static_cast<int64_t>(t) * n_cols, n_cols, w.grid.group, q + t * stride,
+                        blocks + static_cast<int64_t>(t) * w.n_blocks);
+    };
+    if (n_tokens == 1) {
+      quantise(0, 1);
+    } else {
+      pool_.run([&](int thread) { quantise(thread, pool_.size()); });
+    }
+    in.q = q;
+    in.blocks = blocks;
   }
   int32_t n_halves = 0;
   for (const Projection& p : projections) n_halves += p.weight.n_halves();
@@ -248,11 +256,11 @@ void Decoder::project(std::span<const Projection> projections, const float* x, i
         std::fill(y + row, y + end, 0.0f);
         if (p.bias != nullptr) std::copy(p.bias + row, p.bias + std::min(end, p.n_rows), y + row);
       }
-      const float* s = sums[slot_of(w)];
+      const TiledInputs& in = inputs[slot_of(w)];
       if (n_tokens == 1) {
-        kernels_->gemv_tiled(w, x, s, first, last, p.out);
+        kernels_->gemv_tiled(w, in, first, last, p.out);
       } else {
-        kernels_->gemm_tiled(w, x, n_cols, s, w.n_blocks, n_tokens, first / 2, (last + 1) / 2, p.out, p.stride);
+        kernels_->gemm_tiled(w, in, n_tokens, first / 2, (last + 1) / 2, p.out, p.stride);
       }
     }
   });

@@ -118,7 +118,9 @@ class Decoder {
   float* values_ = nullptr;  // [layer][kv head][context][head_dim]
   Arena scratch_;
   float *x_ = nullptr, *normed_ = nullptr, *branch_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr,
-        *attended_ = nullptr, *scores_ = nullptr, *logits_ = nullptr, *sums_ = nullptr, *angles_ = nullptr;
+        *attended_ = nullptr, *scores_ = nullptr, *logits_ = nullptr, *angles_ = nullptr;
+  int16_t* input_q_[2] = {nullptr, nullptr};  // of a matrix product: in blocks of 32 and of 16
+  BlockInputs* input_blocks_[2] = {nullptr, nullptr};
   Ledger ledger_;
   ReaderCounters flash_start_;
 };

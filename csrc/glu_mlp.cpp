@@ -70,9 +70,9 @@ uint64_t GluMlp::scratch_bytes(const Model& model, int32_t block_tokens) {
   const auto columns = static_cast<uint64_t>(std::max(model.intermediate, model.hidden));
   // A column at hand: its index, record, ticket, input, read plan and admission.
   constexpr uint64_t kBatchBytes = 100;
-  // gate, up, hidden; masks; block sums of the inputs for two groups of 16 at worst
-  return kBatchBytes * columns +
-         static_cast<uint64_t>(block_tokens) * (3 * wide + columns + columns / 8 + 2) * sizeof(float);
+  // gate, up, hidden; masks; the inputs as integers and their scales, for two matrices in groups of 16 at worst
+  return kBatchBytes * columns + static_cast<uint64_t>(block_tokens) * ((3 * wide + 2 * columns + 2) * sizeof(float) +
+                                                                        2 * (columns / 16 + 1) * sizeof(BlockInputs));
 }
 
 GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool,
@@ -172,21 +172,23 @@ bool GluMlp::wait_ticket(int thread, uint64_t ticket, Ledger& ledger) {
   return true;
 }
 
-void GluMlp::make_spans(int32_t group, std::vector<Span>& spans) const {
-  spans.clear();
+void GluMlp::make_spans(const Grid& grid, Spans& spans) const {
+  const bool packed = batch_.x != nullptr && !is_float(grid.codes);
+  spans.list.clear();
+  spans.q.resize(packed ? static_cast<size_t>(batch_.n + batch_.n / grid.group + 2) + 16 : 0);
+  int32_t first_q = 0;
   for (int32_t i = 0; i < batch_.n;) {
-    Span s{batch_.column(i) / group, i, 0, 0.0f, batch_.dense_ticket};
-    const int32_t end = (s.block + 1) * group;
+    Span s{batch_.column(i) / grid.group, i, 0, batch_.dense_ticket, first_q, {}};
+    const int32_t end = (s.block + 1) * grid.group;
     if (batch_.base != nullptr) {
       s.n = std::min(batch_.n - i, end - batch_.column(i));
     } else {
       for (; i + s.n < batch_.n && batch_.column(i + s.n) < end; ++s.n)
         s.ticket = std::max(s.ticket, batch_.ticket[static_cast<size_t>(i + s.n)]);
     }
-    if (batch_.x != nullptr) {
-      for (int32_t j = i; j < i + s.n; ++j) s.sum_x += batch_.x[j];
-    }
-    spans.push_back(s);
+    if (packed) s.inputs = kernels_.quantise(batch_.x + i, s.n, spans.q.data() + first_q);
+    first_q += (s.n + 1) / 2 * 2;
+    spans.list.push_back(s);
     i += s.n;
   }
 }
@@ -196,28 +198,46 @@ void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
   const double waited = ledger.wait;
   const size_t n_matrices = region.matrices.size();
   size_t spans_of[2] = {0, 0};
-  make_spans(region.matrices[0].grid.group, spans_[0]);
-  if (n_matrices == 2 && region.matrices[1].grid.group != region.matrices[0].grid.group) {
-    make_spans(region.matrices[1].grid.group, spans_[1]);
-    spans_of[1] = 1;
+  const Grid& grid = region.matrices[0].grid;
+  make_spans(grid, spans_[0]);
+  if (n_matrices == 2) {
+    const Grid& other = region.matrices[1].grid;
+    if (other.group != grid.group || is_float(other.codes) != is_float(grid.codes)) {
+      make_spans(other, spans_[1]);
+      spans_of[1] = 1;
+    }
   }
+  int32_t n_halves = 0;
+  for (const WeightView& w : region.matrices) n_halves += w.n_halves();
   pool_.run([&](int thread) {
-    for (size_t list = 0; list <= spans_of[1]; ++list) {
-      for (size_t i = 0; i < spans_[list].size(); ++i) {
-        const Span& s = spans_[list][i];
+    // One share of all matrices' rows together: a thread's part of a record is one run of bytes where it can be.
+    const Share all = share(n_halves, thread, pool_.size());
+    for (size_t l = 0; l <= spans_of[1]; ++l) {
+      const Spans& spans = spans_[l];
+      for (size_t i = 0; i < spans.list.size(); ++i) {
+        const Span& s = spans.list[i];
         if (!wait_ticket(thread, s.ticket, ledger)) return;
         const uint8_t* room[2][kMaxGroup];
-        BlockColumns columns{s.block, s.n, batch_.records(s.first, s.n, room[0]), batch_.x + s.first, s.sum_x};
-        if (i + 1 < spans_[list].size()) {
-          const Span& next = spans_[list][i + 1];
+        BlockColumns columns{s.block,
+                             s.n,
+                             batch_.records(s.first, s.n, room[0]),
+                             batch_.x + s.first,
+                             spans.q.data() + s.first_q,
+                             s.inputs,
+                             nullptr,
+                             0};
+        if (i + 1 < spans.list.size()) {
+          const Span& next = spans.list[i + 1];
           columns.next_record = batch_.records(next.first, next.n, room[1]);
           columns.n_next = next.n;
         }
+        int32_t before = 0;
         for (size_t m = 0; m < n_matrices; ++m) {
-          if (spans_of[m] != list) continue;
           const WeightView& w = region.matrices[m];
-          const Share halves = share(w.n_halves(), thread, pool_.size());
-          kernels_.gemv_block(w, columns, halves.first, halves.last, y[m]);
+          const int32_t first = std::clamp(all.first - before, 0, w.n_halves());
+          const int32_t last = std::clamp(all.last - before, 0, w.n_halves());
+          before += w.n_halves();
+          if (spans_of[m] == l && first < last) kernels_.gemv_block(w, columns, first, last, y[m]);
         }
       }
     }
@@ -409,14 +429,14 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
                             Ledger& ledger) {
   const double start = now_s();
   const double waited = ledger.wait;
-  for (size_t m = 0; m < region.matrices.size(); ++m) make_spans(region.matrices[m].grid.group, spans_[m]);
+  for (size_t m = 0; m < region.matrices.size(); ++m) make_spans(region.matrices[m].grid, spans_[m]);
   pool_.run([&](int thread) {
     for (size_t m = 0; m < region.matrices.size(); ++m) {
       const WeightView& w = region.matrices[m];
       const Share tiles = share(w.n_tiles(), thread, pool_.size());
       for (int32_t t = tiles.first; t < tiles.last;
            ++t) {  // tile by tile, so that its outputs stay in cache over the blocks
-        for (const Span& s : spans_[m]) {
+        for (const Span& s : spans_[m].list) {
           if (!wait_ticket(thread, s.ticket, ledger)) return;
           const int32_t column = batch_.column(s.first);
           const uint8_t* room[kMaxGroup];
@@ -425,14 +445,16 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
                                    batch_.records(s.first, s.n, room),
                                    x + column,
                                    region.n_columns,
-                                   sums_[m].data() + s.block,
+                                   block_q_[m].data() + column,
+                                   padded_inputs(region.n_columns),
+                                   block_inputs_[m].data() + s.block,
                                    w.n_blocks,
                                    n_tokens};
           kernels_.gemm_block(w, tokens, t, t + 1, y[m], y_stride);
         }
       }
       // The owner drives the reads that the others follow, also when there are too few tiles for it to have one.
-      if (thread == 0 && !spans_[m].empty()) wait_ticket(0, spans_[m].back().ticket, ledger);
+      if (thread == 0 && !spans_[m].list.empty()) wait_ticket(0, spans_[m].list.back().ticket, ledger);
     }
   });
   ledger.gemv += now_s() - start - (ledger.wait - waited);
@@ -447,15 +469,19 @@ void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMask
   }
   for (size_t m = 0; m < region.matrices.size(); ++m) {
     const WeightView& w = region.matrices[m];
-    sums_[m].assign(static_cast<size_t>(n_tokens) * static_cast<size_t>(w.n_blocks), 0.0f);
-    pool_.run([&](int thread) {
-      const Share tokens = share(n_tokens, thread, pool_.size());
-      for (int32_t t = tokens.first; t < tokens.last; ++t) {
-        const float* row = x + static_cast<int64_t>(t) * region.n_columns;
-        float* sums = sums_[m].data() + static_cast<int64_t>(t) * w.n_blocks;
-        for (int32_t c = 0; c < region.n_columns; ++c) sums[c / w.grid.group] += row[c];
-      }
-    });
+    if (!is_float(w.grid.codes)) {
+      const int64_t stride = padded_inputs(region.n_columns);
+      block_q_[m].resize(static_cast<size_t>(n_tokens * stride));
+      block_inputs_[m].resize(static_cast<size_t>(n_tokens) * static_cast<size_t>(w.n_blocks));
+      pool_.run([&](int thread) {
+        const Share tokens = share(n_tokens, thread, pool_.size());
+        for (int32_t t = tokens.first; t < tokens.last; ++t) {
+          quantise_blocks(kernels_, x + static_cast<int64_t>(t) * region.n_columns, region.n_columns, w.grid.group,
+                          block_q_[m].data() + t * stride,
+                          block_inputs_[m].data() + static_cast<int64_t>(t) * w.n_blocks);
+        }
+      });
+    }
     std::memset(y[m], 0, static_cast<size_t>(n_tokens) * static_cast<size_t>(y_stride) * sizeof(float));
   }
   if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {

@@ -138,8 +138,13 @@ class GluMlp {
     int32_t block;
     int32_t first;
     int32_t n;
-    float sum_x;
     uint64_t ticket;
+    int32_t first_q;  // of the inputs as integers, which are padded to pairs
+    BlockInputs inputs;
+  };
+  struct Spans {
+    std::vector<Span> list;
+    std::vector<int16_t> q;
   };
 
   void fetch_cached(int32_t region, const float* values, Ledger& ledger);
@@ -152,7 +157,7 @@ class GluMlp {
   void multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride,
                       Ledger& ledger);
   void copy_streamed(int32_t region, const StreamChunk& chunk, const uint8_t* data);
-  void make_spans(int32_t group, std::vector<Span>& spans) const;
+  void make_spans(const Grid& grid, Spans& spans) const;
   bool wait_ticket(int thread, uint64_t ticket, Ledger& ledger);
   uint8_t* slot(int32_t region, int32_t slot) const {
     return slot_base_[static_cast<size_t>(region)] +
@@ -176,15 +181,16 @@ class GluMlp {
   std::unique_ptr<WeightStream> stream_;
 
   Batch batch_;
-  std::vector<Span> spans_[2];  // for the first and, where its group differs, the second matrix
+  Spans spans_[2];  // for the first and, where its grid wants others, the second matrix
   ReadPlan plan_;
   SelectionScratch selection_;
   std::vector<int32_t> mask_;
   std::vector<uint64_t> miss_offsets_;
   std::vector<ColumnCache::Admission> admissions_;
   std::vector<const uint8_t*> admitted_record_;
-  std::vector<int32_t> block_masks_;  // [n_tokens, k]
-  std::vector<float> sums_[2];
+  std::vector<int32_t> block_masks_;          // [n_tokens, k]
+  std::vector<int16_t> block_q_[2];           // inputs of a block of tokens as integers, by matrix: [n_tokens, padded]
+  std::vector<BlockInputs> block_inputs_[2];  // [n_tokens, n_blocks]
 
   Arena scratch_;
   float* gate_ = nullptr;  // [block_tokens, I padded]

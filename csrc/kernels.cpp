@@ -1,6 +1,8 @@
 // Which instruction set runs: asked of the CPU once, or named by the user.
 #include "kernels.hpp"
 
+#include <algorithm>
+
 #include "errors.hpp"
 
 namespace dipper {
@@ -26,7 +28,8 @@ std::vector<const Kernels*> available() {
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni")) {
     tables.push_back(&avx512::table);
   }
   if (has_avx2) tables.push_back(&avx2::table);
@@ -36,6 +39,12 @@ std::vector<const Kernels*> available() {
 }
 
 }  // namespace
+
+void quantise_blocks(const Kernels& kernels, const float* x, int32_t n, int32_t group, int16_t* q,
+                     BlockInputs* blocks) {
+  for (int32_t first = 0; first < n; first += group)
+    *blocks++ = kernels.quantise(x + first, std::min(group, n - first), q + first);
+}
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

@@ -1,8 +1,9 @@
 // Arithmetic over packed weights and the other per-token loops: one source (kernels.inl), several instruction sets,
 // picked once.
 //
-// Every kernel rounds alike on every ISA: sums run in fp32 in ascending column order with explicit fma, output rows are
-// lanes, reductions over a vector use 16 fixed lanes and one fixed tree. Layouts are those of docs/bundle-format.md.
+// Every kernel rounds alike on every ISA: packed codes are summed in exact integers, floats in ascending column order
+// with explicit fma, output rows are lanes, reductions over a vector use 16 fixed lanes and one fixed tree. Layouts are
+// those of docs/bundle-format.md.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,8 @@ inline constexpr int32_t kHalfTileRows = 64;
 constexpr int32_t padded_rows(int32_t rows) { return (rows + kHalfTileRows - 1) / kHalfTileRows * kHalfTileRows; }
 
 inline constexpr int32_t kMaxGroup = 32;  // columns that share a scale; also the block of float grids
+
+constexpr bool is_float(Codes c) { return c == Codes::kF16 || c == Codes::kBF16 || c == Codes::kF32; }
 
 struct Grid {
   Codes codes;
@@ -77,42 +80,62 @@ struct WeightView {
   uint32_t column_bytes() const { return column_bytes(0) + column_bytes(1); }
 };
 
+// The inputs of one block as packed codes take them: x ~ scale * q, q int16; `sum` of q. 16 bits lose 1.5e-5 of a
+// block's largest input, 8 would lose 4e-3, and a pair of them costs one instruction either way.
+struct BlockInputs {
+  float scale;
+  int32_t sum;
+};
+
 // The used columns of one block of inputs, ascending.
 struct BlockColumns {
   int32_t block;
   int32_t n;
   const uint8_t* const* record;  // [n] records (start of the record, not of the plane)
-  const float* x;                // [n] their inputs
-  float sum_x;                   // of x, ascending
+  const float* x;                // [n] their inputs, for float codes
+  const int16_t* q;              // the same for packed codes, from Kernels::quantise
+  BlockInputs inputs;
   // Records that this matrix is multiplied with next (null: none), brought into the CPU's caches meanwhile.
   const uint8_t* const* next_record = nullptr;
   int32_t n_next = 0;
 };
 
-// The same columns for several tokens: x of token t, column c is x[t * x_stride + c].
+// The inputs of a resident matrix: x [tokens, n_cols] for float codes; q [tokens, q_stride] and blocks [tokens,
+// n_blocks] for packed ones.
+struct TiledInputs {
+  const float* x;
+  const int16_t* q;
+  int64_t q_stride;
+  const BlockInputs* blocks;
+};
+
+// One block for several tokens: the input of token t, column c is x[t * x_stride + c] or q[t * q_stride + c].
 struct BlockTokens {
   int32_t block;
   int32_t n;
   const uint8_t* const* record;
   const float* x;
   int64_t x_stride;
-  const float* sum_x;  // token t: sum_x[t * sum_stride]
-  int64_t sum_stride;
+  const int16_t* q;
+  int64_t q_stride;
+  const BlockInputs* inputs;  // token t: inputs[t * inputs_stride]
+  int64_t inputs_stride;
   int32_t n_tokens;
 };
 
 struct Kernels {
   const char* name;
+  // q [n, and a zero more if n is odd] of x [n], one block.
+  BlockInputs (*quantise)(const float* x, int32_t n, int16_t* q);
   // y[rows of half tiles [begin, end)] += W[:, columns of one block] x
   void (*gemv_block)(const WeightView& w, const BlockColumns& columns, int32_t half_begin, int32_t half_end, float* y);
-  // y[...] += W x over all columns of a resident matrix; sum_x [n_blocks]
-  void (*gemv_tiled)(const WeightView& w, const float* x, const float* sum_x, int32_t half_begin, int32_t half_end,
-                     float* y);
+  // y[...] += W x over all columns of a resident matrix
+  void (*gemv_tiled)(const WeightView& w, const TiledInputs& x, int32_t half_begin, int32_t half_end, float* y);
   // The same for n_tokens at once, y of token t at y + t * y_stride; bit-identical to n_tokens gemv calls.
   void (*gemm_block)(const WeightView& w, const BlockTokens& columns, int32_t tile_begin, int32_t tile_end, float* y,
                      int64_t y_stride);
-  void (*gemm_tiled)(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride,
-                     int32_t n_tokens, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride);
+  void (*gemm_tiled)(const WeightView& w, const TiledInputs& x, int32_t n_tokens, int32_t tile_begin, int32_t tile_end,
+                     float* y, int64_t y_stride);
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float* out);
   // out = act(gate) * up
   void (*silu_mul)(const float* gate, const float* up, int32_t n, float* out);
@@ -124,6 +147,11 @@ struct Kernels {
   // log(sum(exp(x))) in fp32 lanes, combined in double.
   double (*log_sum_exp)(const float* x, int32_t n);
 };
+
+// Room for a row of inputs as integers.
+constexpr int64_t padded_inputs(int32_t n) { return (n + 1) / 2 * 2; }
+// x [n] by blocks of `group`: q [padded_inputs(n)], blocks [ceil(n / group)].
+void quantise_blocks(const Kernels& kernels, const float* x, int32_t n, int32_t group, int16_t* q, BlockInputs* blocks);
 
 // "auto": the best this CPU has. Throws ConfigError naming what the CPU has.
 const Kernels& select_kernels(const std::string& isa);

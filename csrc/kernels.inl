@@ -1,8 +1,9 @@
 // The kernels, written once over the lanes of simd.hpp. A translation unit an ISA includes this and exports `table`.
 //
-// Numbers: within a block acc = fma(code, x, acc) over the columns in ascending order; then, once per block,
-// y = fma(s, acc - zero_point * sum_x, y) and, where the grid has offsets, y = fma(m, sum_x, y). Float codes have no
-// block step: y = fma(w, x, y).
+// Numbers: packed codes meet inputs that are 16-bit integers with one scale a block, so a block's sum is an exact int32
+// and its order is free. Then, once per block, y = fma(s, scale * (sum - zero_point * sum_q), y) and, where the grid
+// has offsets, y = fma(m, scale * sum_q, y), blocks ascending. Float codes have no block step: y = fma(w, x, y),
+// columns ascending.
 #include "kernels.hpp"
 #include "simd.hpp"
 
@@ -16,30 +17,60 @@
 namespace dipper::DIPPER_ISA {
 namespace {
 
-constexpr bool is_float(Codes c) { return c == Codes::kF16 || c == Codes::kBF16 || c == Codes::kF32; }
+constexpr bool has_nibbles(Codes c) { return c == Codes::kQ4 || c == Codes::kQ5 || c == Codes::kQ6; }
 
-// Fields [K0, K0 + KN) of one tile of a column, as floats. p0, p1: the tile in planes 0 and 1.
+// Fields [K0, K0 + KN) of one tile of a column of float codes.
+template <Codes C, int K0, int KN>
+DIPPER_INLINE void decode(const uint8_t* p, F (&out)[KN]) {
+  static_assert(is_float(C));
+  for (int k = 0; k < KN; ++k) {
+    if constexpr (C == Codes::kF16) {
+      out[k] = load_f16(p + 32 * (K0 + k));
+    } else if constexpr (C == Codes::kBF16) {
+      out[k] = load_bf16(p + 32 * (K0 + k));
+    } else {
+      out[k] = load(reinterpret_cast<const float*>(p) + 16 * (K0 + k));
+    }
+  }
+}
+
+// Nibble codes of odd fields come out of decode_pairs four bits too high, which saves their shift; sums shift back.
+constexpr int field_shift(Codes c, int field) { return has_nibbles(c) && field % 2 == 1 ? 4 : 0; }
+
+// Fields [K0, K0 + KN) of one tile of two columns of packed codes: a lane a row, one column's code in the lower int16
+// and the other's in the upper. a and b point to the tile in planes 0 and 1.
 template <Codes C, int K0, int KN, bool Half>
-DIPPER_INLINE void decode(const uint8_t* p0, const uint8_t* p1, F (&out)[KN]) {
-  if constexpr (C == Codes::kQ4) {
-    const I low = Half ? lanes_u16(p0) : lanes_u32(p0);
-    for (int k = 0; k < KN; ++k) out[k] = field4(low, K0 + k);
-  } else if constexpr (C == Codes::kQ5) {
-    const I low = Half ? lanes_u16(p0) : lanes_u32(p0);
-    const I high = lanes_u8(p1);
-    for (int k = 0; k < KN; ++k) out[k] = field5(low, high, K0 + k);
-  } else if constexpr (C == Codes::kQ6) {
-    const I low = Half ? lanes_u16(p0) : lanes_u32(p0);
-    const I high = Half ? lanes_u8(p1) : lanes_u16(p1);
-    for (int k = 0; k < KN; ++k) out[k] = field6(low, high, K0 + k);
-  } else if constexpr (C == Codes::kQ8) {
-    for (int k = 0; k < KN; ++k) out[k] = load_i8(p0 + 16 * (K0 + k));
-  } else if constexpr (C == Codes::kF16) {
-    for (int k = 0; k < KN; ++k) out[k] = load_f16(p0 + 32 * (K0 + k));
-  } else if constexpr (C == Codes::kBF16) {
-    for (int k = 0; k < KN; ++k) out[k] = load_bf16(p0 + 32 * (K0 + k));
+DIPPER_INLINE void decode_pairs(const uint8_t* const (&a)[2], const uint8_t* const (&b)[2], I (&out)[KN]) {
+  static_assert(!is_float(C));
+  if constexpr (C == Codes::kQ8) {
+    for (int k = 0; k < KN; ++k) out[k] = lower_halves(lanes_i8(a[0] + 16 * (K0 + k)), lanes_i8(b[0] + 16 * (K0 + k)));
   } else {
-    for (int k = 0; k < KN; ++k) out[k] = load(reinterpret_cast<const float*>(p0) + 16 * (K0 + k));
+    I fours[2];  // fields 0-3 and 4-7: four nibbles of a in the lower half of a lane, of b in the upper
+    if constexpr (Half) {
+      fours[0] = lower_halves(lanes_u16(a[0]), lanes_u16(b[0]));
+    } else {
+      const I lanes_a = lanes_u32(a[0]);
+      const I lanes_b = lanes_u32(b[0]);
+      if constexpr (K0 < 4) fours[0] = lower_halves(lanes_a, lanes_b);
+      if constexpr (K0 + KN > 4) fours[1] = upper_halves(lanes_a, lanes_b);
+    }
+    I high;  // the bits above the nibbles, all fields
+    if constexpr (C == Codes::kQ5 || (C == Codes::kQ6 && Half)) high = lower_halves(lanes_u8(a[1]), lanes_u8(b[1]));
+    if constexpr (C == Codes::kQ6 && !Half) high = lower_halves(lanes_u16(a[1]), lanes_u16(b[1]));
+    for (int k = 0; k < KN; ++k) {
+      const int field = K0 + k;
+      const int at = field_shift(C, field);  // where the code's lowest bit goes
+      const I nibbles = field % 4 < 2 ? fours[field / 4] : shift_right(fours[field / 4], 8);
+      const uint32_t nibble = 0x000F000Fu << at;
+      if constexpr (C == Codes::kQ4) {
+        out[k] = bits_and(nibbles, nibble);
+      } else {
+        constexpr int kWidth = C == Codes::kQ5 ? 1 : 2;
+        const int up = at + 4 - kWidth * field;
+        const I moved = up >= 0 ? shift_left(high, up) : shift_right(high, -up);
+        out[k] = bits_from(nibbles, nibble, moved, (kWidth == 1 ? 0x00010001u : 0x00030003u) << (at + 4));
+      }
+    }
   }
 }
 
@@ -69,15 +100,25 @@ DIPPER_INLINE F scale_of(const WeightView& w, ScaleAt at, int row) {
   }
 }
 
-// y += s * (acc - zero_point * sum_x) + m * sum_x for 16 rows.
+// What a block's sums need of its inputs.
+struct BlockTerms {
+  I zero;   // zero_point * sum_q
+  F scale;  // of q
+  F sum_x;  // scale * sum_q
+};
+DIPPER_INLINE BlockTerms terms_of(const WeightView& w, const BlockInputs& x) {
+  return {set1(w.grid.zero_point * x.sum), set1(x.scale), set1(x.scale * static_cast<float>(x.sum))};
+}
+
+// y += s * scale * (sum - zero) + m * sum_x for 16 rows.
 template <Scale S>
-DIPPER_INLINE F apply_scale(const WeightView& w, ScaleAt at, int row, F acc, F sum_x, F zero_point, F y) {
-  y = fma(scale_of<S>(w, at, row), fma(zero_point, sum_x, acc), y);
+DIPPER_INLINE F apply_scale(const WeightView& w, ScaleAt at, int row, I sum, const BlockTerms& terms, F y) {
+  y = fma(scale_of<S>(w, at, row), mul(terms.scale, to_float(sub(sum, terms.zero))), y);
   if constexpr (S == Scale::kF16M) {
-    y = fma(load_f16(w.dm + at.block + row), sum_x, y);
+    y = fma(load_f16(w.dm + at.block + row), terms.sum_x, y);
   } else if constexpr (S == Scale::kU8M) {
     const F m = mul(load_f16(w.dm + at.super + row), load_u8(w.subm + at.block + row));
-    y = fma(sub(set1(0.0f), m), sum_x, y);
+    y = fma(sub(set1(0.0f), m), terms.sum_x, y);
   }
   return y;
 }
@@ -92,28 +133,55 @@ struct Columns {
   inline const uint8_t* at(int i) const { return Strided ? base + i * stride : record[i]; }
 };
 
-// acc[fields] = fma(code, x, acc) over n columns, ascending.
+inline I input_pair(const int16_t* q) {
+  uint32_t pair;
+  std::memcpy(&pair, q, sizeof pair);
+  return set1(static_cast<int32_t>(pair));
+}
+
+// sum[fields] += codes * x over n columns: float codes, ascending.
 template <Codes C, int K0, int KN, bool Half, bool Strided>
-DIPPER_INLINE void accumulate(const Columns<Strided>& columns, int32_t n, const float* x, F (&acc)[KN]) {
+DIPPER_INLINE void accumulate(const Columns<Strided>& columns, int32_t n, const float* x, F (&sum)[KN]) {
   for (int32_t i = 0; i < n; ++i) {
-    const uint8_t* column = columns.at(i);
     F code[KN];
-    decode<C, K0, KN, Half>(column + columns.offset[0], column + columns.offset[1], code);
+    decode<C, K0, KN>(columns.at(i) + columns.offset[0], code);
     const F xi = set1(x[i]);
-    for (int k = 0; k < KN; ++k) acc[k] = fma(code[k], xi, acc[k]);
+    for (int k = 0; k < KN; ++k) sum[k] = fma(code[k], xi, sum[k]);
+  }
+}
+// The same of packed codes, two columns at once; the column that an odd n lacks has the input 0.
+template <Codes C, int K0, int KN, bool Half, bool Strided>
+DIPPER_INLINE void accumulate(const Columns<Strided>& columns, int32_t n, const int16_t* q, I (&sum)[KN]) {
+  for (int32_t i = 0; i < n; i += 2) {
+    const uint8_t* a = columns.at(i);
+    const uint8_t* b = columns.at(i + 1 < n ? i + 1 : i);
+    I codes[KN];
+    decode_pairs<C, K0, KN, Half>({a + columns.offset[0], a + columns.offset[1]},
+                                  {b + columns.offset[0], b + columns.offset[1]}, codes);
+    const I xi = input_pair(q + i);
+    for (int k = 0; k < KN; ++k) sum[k] = dot(codes[k], xi, sum[k]);
   }
 }
 
 template <Codes C, Scale S, int K0, int KN, bool Half>
-DIPPER_INLINE void tile_part(const WeightView& w, const Columns<true>& columns, int32_t n, const float* x, float sum_x,
-                             ScaleAt at, float* y) {
-  F acc[KN];
-  for (int k = 0; k < KN; ++k) acc[k] = is_float(C) ? load(y + 16 * (K0 + k)) : set1(0.0f);
-  accumulate<C, K0, KN, Half>(columns, n, x, acc);
-  const F zero_point = set1(static_cast<float>(-w.grid.zero_point));
-  for (int k = 0; k < KN; ++k) {
-    const int row = 16 * (K0 + k);
-    store(y + row, is_float(C) ? acc[k] : apply_scale<S>(w, at, row, acc[k], set1(sum_x), zero_point, load(y + row)));
+DIPPER_INLINE void tile_part(const WeightView& w, const Columns<true>& columns, int32_t n, const TiledInputs& x,
+                             int32_t block, ScaleAt at, float* y) {
+  const int32_t first = block * w.grid.group;
+  if constexpr (is_float(C)) {
+    F sum[KN];
+    for (int k = 0; k < KN; ++k) sum[k] = load(y + 16 * (K0 + k));
+    accumulate<C, K0, KN, Half>(columns, n, x.x + first, sum);
+    for (int k = 0; k < KN; ++k) store(y + 16 * (K0 + k), sum[k]);
+  } else {
+    I sum[KN];
+    for (int k = 0; k < KN; ++k) sum[k] = set1(0);
+    accumulate<C, K0, KN, Half>(columns, n, x.q + first, sum);
+    const BlockTerms terms = terms_of(w, x.blocks[block]);
+    for (int k = 0; k < KN; ++k) {
+      const int row = 16 * (K0 + k);
+      const I whole = shift_right_signed(sum[k], field_shift(C, K0 + k));
+      store(y + row, apply_scale<S>(w, at, row, whole, terms, load(y + row)));
+    }
   }
 }
 
@@ -139,20 +207,40 @@ inline Columns<true> tiled_columns(const WeightView& w, int32_t t, int32_t block
   return {nullptr, base, bytes, {0, static_cast<uint32_t>(plane_tile_bytes(C, 0, half))}};
 }
 
+constexpr int32_t kStripColumns = 4;  // sequential streams at once, which the hardware's prefetchers can follow
+
 // The next columns after those at hand, to be fetched into the CPU's caches.
 struct Ahead {
-  const uint8_t* record[4];
+  const uint8_t* record[kStripColumns];
   int64_t offset[2];  // from the tile at hand to theirs, planes 0 and 1 (0: the same tile of another record)
 };
 
-// acc[tiles] += columns * x for up to four columns at once: four sequential streams, which the hardware's prefetchers
-// follow and a line a column asked for by hand leads; dozens of records tile by tile they do not.
+// Float codes meet floats and sum to floats; packed ones meet int16 and sum to int32.
+template <bool Float>
+struct SumOf {
+  using type = float;
+  using lanes = F;
+  using input = float;
+};
+template <>
+struct SumOf<false> {
+  using type = int32_t;
+  using lanes = I;
+  using input = int16_t;
+};
+template <Codes C>
+using Sum = typename SumOf<is_float(C)>::type;
+template <Codes C>
+using Lanes = typename SumOf<is_float(C)>::lanes;
+template <Codes C>
+using Input = typename SumOf<is_float(C)>::input;
+
 template <Codes C, int K0, int KN, bool Half, int N>
-DIPPER_INLINE void strip_part(const Columns<false>& columns, const float* x, bool fresh, float* acc) {
-  F sum[KN];
-  for (int k = 0; k < KN; ++k) sum[k] = fresh ? set1(0.0f) : load(acc + 16 * (K0 + k));
+DIPPER_INLINE void strip_part(const Columns<false>& columns, const Input<C>* x, bool fresh, Sum<C>* sums) {
+  Lanes<C> sum[KN];
+  for (int k = 0; k < KN; ++k) sum[k] = fresh ? set1(Sum<C>{}) : load(sums + 16 * (K0 + k));
   accumulate<C, K0, KN, Half>(columns, N, x, sum);
-  for (int k = 0; k < KN; ++k) store(acc + 16 * (K0 + k), sum[k]);
+  for (int k = 0; k < KN; ++k) store(sums + 16 * (K0 + k), sum[k]);
 }
 
 // Which half tiles of a tile lie in [begin, end): threads share rows by half tiles, since small matrices have few
@@ -164,41 +252,53 @@ inline Halves halves_of(int32_t tile, int32_t begin, int32_t end) {
   return {2 * tile >= begin && 2 * tile < end, 2 * tile + 1 >= begin && 2 * tile + 1 < end};
 }
 
+// sums[tiles] += columns * x for N columns at once: sequential streams, led by a line a column asked for by hand.
+// Dozens of records tile by tile no prefetcher follows.
 template <Codes C, int N>
-DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, const float* x, int32_t begin, int32_t end,
-                         bool fresh, const Ahead& ahead, float* acc) {
-  for (int32_t t = begin / 2; 2 * t < end; ++t, acc += kTileRows) {
+DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, const Input<C>* x, int32_t begin,
+                         int32_t end, bool fresh, const Ahead& ahead, Sum<C>* sums) {
+  constexpr int32_t kHighBytes = plane_tile_bytes(C, 1, false);
+  for (int32_t t = begin / 2; 2 * t < end; ++t, sums += kTileRows) {
     const Halves halves = halves_of(t, begin, end);
     const Columns<false> columns = record_columns<C>(w, record, t);
     for (const uint8_t* next : ahead.record) {
       __builtin_prefetch(next + columns.offset[0] + ahead.offset[0]);
-      if (plane_tile_bytes(C, 1, false) != 0 && t % 4 == 0)
-        __builtin_prefetch(next + columns.offset[1] + ahead.offset[1]);
+      if constexpr (kHighBytes != 0) {
+        if (t == begin / 2 || t % (64 / kHighBytes) == 0)
+          __builtin_prefetch(next + columns.offset[1] + ahead.offset[1]);
+      }
       for (int32_t line = 64; line < plane_tile_bytes(C, 0, false); line += 64)
         __builtin_prefetch(next + columns.offset[0] + ahead.offset[0] + line);
     }
     if (tile_rows(w, t) == kHalfTileRows) {
-      strip_part<C, 0, 4, true, N>(columns, x, fresh, acc);
+      strip_part<C, 0, 4, true, N>(columns, x, fresh, sums);
     } else if (kFieldsAtOnce == 8 && halves.lower && halves.upper) {
-      strip_part<C, 0, 8, false, N>(columns, x, fresh, acc);
+      strip_part<C, 0, 8, false, N>(columns, x, fresh, sums);
     } else {
-      if (halves.lower) strip_part<C, 0, 4, false, N>(columns, x, fresh, acc);
-      if (halves.upper) strip_part<C, 4, 4, false, N>(columns, x, fresh, acc);
+      if (halves.lower) strip_part<C, 0, 4, false, N>(columns, x, fresh, sums);
+      if (halves.upper) strip_part<C, 4, 4, false, N>(columns, x, fresh, sums);
     }
   }
 }
 
 template <Codes C, Scale S>
 void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, int32_t half_end, float* y) {
-  constexpr int32_t kStripHalves = 48;
-  alignas(64) float sums[(kStripHalves / 2 + 1) * kTileRows];
+  constexpr int32_t kStripHalves = 40;  // 20 tiles, whose sums stay in L1: 10 KiB
+  alignas(64) Sum<C> block_sums[(kStripHalves / 2 + 1) * kTileRows];
+  const Input<C>* x;
+  if constexpr (is_float(C)) {
+    x = c.x;
+  } else {
+    x = c.q;
+  }
   for (int32_t begin = half_begin; begin < half_end; begin += kStripHalves) {
     const int32_t end = begin + kStripHalves < half_end ? begin + kStripHalves : half_end;
-    float* acc = is_float(C) ? y + begin / 2 * kTileRows : sums;
+    Sum<C>* sums = block_sums;
+    if constexpr (is_float(C)) sums = y + begin / 2 * kTileRows;
     for (int32_t i = 0; i < c.n;) {
-      const int32_t n = c.n - i < 4 ? c.n - i : 4;
+      const int32_t n = c.n - i < kStripColumns ? c.n - i : kStripColumns;
       // After these columns come the next ones; after the last the first again, a strip on, or those of the next block.
-      const int32_t next = i + n + 4;  // the four after the next four: time for a DRAM access
+      const int32_t next = i + n + kStripColumns;  // those after the next: time for a DRAM access
       const bool turns = next >= c.n;
       const bool is_next_block = turns && end >= half_end;
       const int32_t to_tile = !turns ? 0 : is_next_block ? (half_begin - begin) / 2 : kStripHalves / 2;
@@ -207,36 +307,39 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, 
                    static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 1, false)}};
       const uint8_t* const* from = is_next_block && c.n_next > 0 ? c.next_record : c.record;
       const int32_t n_from = is_next_block && c.n_next > 0 ? c.n_next : c.n;
-      for (int32_t j = 0; j < 4; ++j) {
+      for (int32_t j = 0; j < kStripColumns; ++j) {
         const int32_t at = (turns ? next - c.n : next) + j;
         ahead.record[j] = from[at < n_from ? at : n_from - 1];
       }
       const bool fresh = !is_float(C) && i == 0;
       switch (n) {
         case 4:
-          strip<C, 4>(w, c.record + i, c.x + i, begin, end, fresh, ahead, acc);
+          strip<C, 4>(w, c.record + i, x + i, begin, end, fresh, ahead, sums);
           break;
         case 3:
-          strip<C, 3>(w, c.record + i, c.x + i, begin, end, fresh, ahead, acc);
+          strip<C, 3>(w, c.record + i, x + i, begin, end, fresh, ahead, sums);
           break;
         case 2:
-          strip<C, 2>(w, c.record + i, c.x + i, begin, end, fresh, ahead, acc);
+          strip<C, 2>(w, c.record + i, x + i, begin, end, fresh, ahead, sums);
           break;
         default:
-          strip<C, 1>(w, c.record + i, c.x + i, begin, end, fresh, ahead, acc);
+          strip<C, 1>(w, c.record + i, x + i, begin, end, fresh, ahead, sums);
       }
       i += n;
     }
     if constexpr (!is_float(C)) {
-      const F zero_point = set1(static_cast<float>(-w.grid.zero_point));
-      for (int32_t t = begin / 2; 2 * t < end; ++t, acc += kTileRows) {
+      const BlockTerms terms = terms_of(w, c.inputs);
+      for (int32_t t = begin / 2; 2 * t < end; ++t, sums += kTileRows) {
         const Halves halves = halves_of(t, begin, end);
         const int32_t rows = tile_rows(w, t);
         const ScaleAt at = scale_at(w, t, rows, c.block);
         float* out = y + t * kTileRows;
         const int32_t last = halves.upper ? rows : kHalfTileRows;
-        for (int32_t row = halves.lower ? 0 : kHalfTileRows; row < last; row += 16) {
-          store(out + row, apply_scale<S>(w, at, row, load(acc + row), set1(c.sum_x), zero_point, load(out + row)));
+        for (int32_t row = halves.lower ? 0 : kHalfTileRows; row < last; row += 32) {
+          for (int k = 0; k < 2; ++k) {  // an even field and an odd one
+            const I sum = shift_right_signed(load(sums + row + 16 * k), field_shift(C, k));
+            store(out + row + 16 * k, apply_scale<S>(w, at, row + 16 * k, sum, terms, load(out + row + 16 * k)));
+          }
         }
       }
     }
@@ -244,8 +347,7 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, 
 }
 
 template <Codes C, Scale S>
-void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t half_begin, int32_t half_end,
-                float* y) {
+void gemv_tiled(const WeightView& w, const TiledInputs& x, int32_t half_begin, int32_t half_end, float* y) {
   for (int32_t t = half_begin / 2; 2 * t < half_end; ++t) {
     const Halves halves = halves_of(t, half_begin, half_end);
     const int32_t rows = tile_rows(w, t);
@@ -257,65 +359,88 @@ void gemv_tiled(const WeightView& w, const float* x, const float* sum_x, int32_t
       const ScaleAt at = scale_at(w, t, rows, b);
       float* out = y + t * kTileRows;
       if (half) {
-        tile_part<C, S, 0, 4, true>(w, columns, n, x + first, sum_x[b], at, out);
+        tile_part<C, S, 0, 4, true>(w, columns, n, x, b, at, out);
       } else if (kFieldsAtOnce == 8 && halves.lower && halves.upper) {
-        tile_part<C, S, 0, 8, false>(w, columns, n, x + first, sum_x[b], at, out);
+        tile_part<C, S, 0, 8, false>(w, columns, n, x, b, at, out);
       } else {
-        if (halves.lower) tile_part<C, S, 0, 4, false>(w, columns, n, x + first, sum_x[b], at, out);
-        if (halves.upper) tile_part<C, S, 4, 4, false>(w, columns, n, x + first, sum_x[b], at, out);
+        if (halves.lower) tile_part<C, S, 0, 4, false>(w, columns, n, x, b, at, out);
+        if (halves.upper) tile_part<C, S, 4, 4, false>(w, columns, n, x, b, at, out);
       }
     }
   }
 }
 
-// Several tokens: the block's codes are decoded once into L1, then multiplied register-blocked (Rows x Tokens
-// accumulators).
+// Several tokens: the block's codes are decoded once into L1, then multiplied register-blocked (Rows x Tokens sums).
+// codes [n, or pairs of columns][kTileRows].
 template <Codes C, Scale S, int Rows, int Tokens>
-DIPPER_INLINE void multiply(const WeightView& w, const float* codes, int32_t n, const float* x, int64_t x_stride,
-                            const float* sum_x, int64_t sum_stride, ScaleAt at, int32_t row, float* y,
-                            int64_t y_stride) {
-  F acc[Tokens][Rows];
-  for (int t = 0; t < Tokens; ++t) {
-    for (int r = 0; r < Rows; ++r) acc[t][r] = is_float(C) ? load(y + t * y_stride + row + 16 * r) : set1(0.0f);
-  }
-  for (int32_t i = 0; i < n; ++i) {
-    F code[Rows];
-    for (int r = 0; r < Rows; ++r) code[r] = load(codes + i * kTileRows + row + 16 * r);
-    for (int t = 0; t < Tokens; ++t) {
-      const F xi = set1(x[t * x_stride + i]);
-      for (int r = 0; r < Rows; ++r) acc[t][r] = fma(code[r], xi, acc[t][r]);
-    }
-  }
-  const F zero_point = set1(static_cast<float>(-w.grid.zero_point));
+DIPPER_INLINE void multiply(const WeightView& w, const Sum<C>* codes, const BlockTokens& c, int32_t token, ScaleAt at,
+                            int32_t row, float* y, int64_t y_stride) {
+  Lanes<C> sum[Tokens][Rows];
+  float* out = y + token * y_stride + row;
   for (int t = 0; t < Tokens; ++t) {
     for (int r = 0; r < Rows; ++r) {
-      float* out = y + t * y_stride + row + 16 * r;
       if constexpr (is_float(C)) {
-        store(out, acc[t][r]);
+        sum[t][r] = load(out + t * y_stride + 16 * r);
       } else {
-        store(out, apply_scale<S>(w, at, row + 16 * r, acc[t][r], set1(sum_x[t * sum_stride]), zero_point, load(out)));
+        sum[t][r] = set1(0);
       }
     }
   }
+  constexpr int kAtOnce = is_float(C) ? 1 : 2;  // columns a lane of codes
+  for (int32_t i = 0; i < c.n; i += kAtOnce, codes += kTileRows) {
+    Lanes<C> code[Rows];
+    for (int r = 0; r < Rows; ++r) code[r] = load(codes + row + 16 * r);
+    for (int t = 0; t < Tokens; ++t) {
+      if constexpr (is_float(C)) {
+        const F xi = set1(c.x[(token + t) * c.x_stride + i]);
+        for (int r = 0; r < Rows; ++r) sum[t][r] = fma(code[r], xi, sum[t][r]);
+      } else {
+        const I xi = input_pair(c.q + (token + t) * c.q_stride + i);
+        for (int r = 0; r < Rows; ++r) sum[t][r] = dot(code[r], xi, sum[t][r]);
+      }
+    }
+  }
+  for (int t = 0; t < Tokens; ++t) {
+    if constexpr (is_float(C)) {
+      for (int r = 0; r < Rows; ++r) store(out + t * y_stride + 16 * r, sum[t][r]);
+    } else {
+      const BlockTerms terms = terms_of(w, c.inputs[(token + t) * c.inputs_stride]);
+      for (int r = 0; r < Rows; ++r) {  // `row` is an even field's
+        float* to = out + t * y_stride + 16 * r;
+        const I whole = shift_right_signed(sum[t][r], field_shift(C, r));
+        store(to, apply_scale<S>(w, at, row + 16 * r, whole, terms, load(to)));
+      }
+    }
+  }
+}
+
+// All fields of one column, or of two, of a tile.
+template <Codes C, int K0, bool Half, bool Strided>
+DIPPER_INLINE void decode_part(const Columns<Strided>& columns, int32_t i, int32_t n, Sum<C>* codes) {
+  Lanes<C> lanes[4];
+  const uint8_t* a = columns.at(i);
+  if constexpr (is_float(C)) {
+    decode<C, K0, 4>(a + columns.offset[0], lanes);
+  } else {
+    const uint8_t* b = columns.at(i + 1 < n ? i + 1 : i);
+    decode_pairs<C, K0, 4, Half>({a + columns.offset[0], a + columns.offset[1]},
+                                 {b + columns.offset[0], b + columns.offset[1]}, lanes);
+  }
+  for (int k = 0; k < 4; ++k) store(codes + 16 * (K0 + k), lanes[k]);
 }
 
 template <Codes C, Scale S, bool Strided>
 void gemm_tile(const WeightView& w, const Columns<Strided>& columns, const BlockTokens& c, ScaleAt at, bool half,
                float* y, int64_t y_stride) {
-  alignas(64) float codes[kMaxGroup * kTileRows];
-  for (int32_t i = 0; i < c.n; ++i) {
-    const uint8_t* column = columns.at(i);
-    const uint8_t* p0 = column + columns.offset[0];
-    const uint8_t* p1 = column + columns.offset[1];
-    F lanes[4];
+  constexpr int kAtOnce = is_float(C) ? 1 : 2;
+  alignas(64) Sum<C> codes[kMaxGroup / kAtOnce * kTileRows];
+  for (int32_t i = 0; i < c.n; i += kAtOnce) {
+    Sum<C>* to = codes + i / kAtOnce * kTileRows;
     if (half) {
-      decode<C, 0, 4, true>(p0, p1, lanes);
-      for (int k = 0; k < 4; ++k) store(codes + i * kTileRows + 16 * k, lanes[k]);
+      decode_part<C, 0, true>(columns, i, c.n, to);
     } else {
-      decode<C, 0, 4, false>(p0, p1, lanes);
-      for (int k = 0; k < 4; ++k) store(codes + i * kTileRows + 16 * k, lanes[k]);
-      decode<C, 4, 4, false>(p0, p1, lanes);
-      for (int k = 0; k < 4; ++k) store(codes + i * kTileRows + 64 + 16 * k, lanes[k]);
+      decode_part<C, 0, false>(columns, i, c.n, to);
+      decode_part<C, 4, false>(columns, i, c.n, to);
     }
   }
   constexpr int kRows = kFieldsAtOnce == 8 ? 4 : 2;
@@ -323,14 +448,9 @@ void gemm_tile(const WeightView& w, const Columns<Strided>& columns, const Block
   const int32_t rows = half ? kHalfTileRows : kTileRows;
   for (int32_t row = 0; row < rows; row += 16 * kRows) {
     int32_t t = 0;
-    for (; t + kTokens <= c.n_tokens; t += kTokens) {
-      multiply<C, S, kRows, kTokens>(w, codes, c.n, c.x + t * c.x_stride, c.x_stride, c.sum_x + t * c.sum_stride,
-                                     c.sum_stride, at, row, y + t * y_stride, y_stride);
-    }
-    for (; t < c.n_tokens; ++t) {
-      multiply<C, S, kRows, 1>(w, codes, c.n, c.x + t * c.x_stride, c.x_stride, c.sum_x + t * c.sum_stride,
-                               c.sum_stride, at, row, y + t * y_stride, y_stride);
-    }
+    for (; t + kTokens <= c.n_tokens; t += kTokens)
+      multiply<C, S, kRows, kTokens>(w, codes, c, t, at, row, y, y_stride);
+    for (; t < c.n_tokens; ++t) multiply<C, S, kRows, 1>(w, codes, c, t, at, row, y, y_stride);
   }
 }
 
@@ -345,19 +465,56 @@ void gemm_block(const WeightView& w, const BlockTokens& c, int32_t tile_begin, i
 }
 
 template <Codes C, Scale S>
-void gemm_tiled(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride,
-                int32_t n_tokens, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride) {
+void gemm_tiled(const WeightView& w, const TiledInputs& x, int32_t n_tokens, int32_t tile_begin, int32_t tile_end,
+                float* y, int64_t y_stride) {
   for (int32_t t = tile_begin; t < tile_end; ++t) {
     const int32_t rows = tile_rows(w, t);
     const bool half = rows == kHalfTileRows;
     for (int32_t b = 0; b < w.n_blocks; ++b) {
       const int32_t first = b * w.grid.group;
       const int32_t n = w.n_cols - first < w.grid.group ? w.n_cols - first : w.grid.group;
-      const BlockTokens c{b, n, nullptr, x + first, x_stride, sum_x + b, sum_stride, n_tokens};
+      const BlockTokens c{b,           n,          nullptr,      x.x + first, w.n_cols,
+                          x.q + first, x.q_stride, x.blocks + b, w.n_blocks,  n_tokens};
       gemm_tile<C, S, true>(w, tiled_columns<C>(w, t, b, half), c, scale_at(w, t, rows, b), half, y + t * kTileRows,
                             y_stride);
     }
   }
+}
+
+// x ~ scale * q, q = round(x / scale) with the largest |x| at 32767; q has a zero more where n is odd. Inputs that are
+// not finite make the scale NaN, and with it what is computed from them.
+BlockInputs quantise(const float* x, int32_t n, int16_t* q) {
+  I top = set1(0);
+  int32_t i = 0;
+  for (; i + 16 <= n; i += 16) top = max_signed(magnitude_bits(load(x + i)), top);
+  if (i < n) top = max_signed(magnitude_bits(load_partial(x + i, n - i, 0.0f)), top);
+  const int32_t bits = reduce_max(top);  // of finite numbers, infinity and NaN in this order
+  if (n % 2 == 1) q[n] = 0;
+  if (bits < 0x0DA24260) {  // 1e-30: nothing that a sum would notice
+    for (i = 0; i < n; ++i) q[i] = 0;
+    return {0.0f, 0};
+  }
+  if (bits >= 0x7F800000) {
+    for (i = 0; i < n; ++i) q[i] = 0;
+    return {__builtin_nanf(""), 0};
+  }
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  const F inverse = set1(32767.0f / largest);
+  I sum = set1(0);
+  for (i = 0; i + 16 <= n; i += 16) {
+    const I rounded = to_int(mul(load(x + i), inverse));
+    store_i16(q + i, rounded);
+    sum = add(rounded, sum);
+  }
+  if (i < n) {
+    const I rounded = to_int(mul(load_partial(x + i, n - i, 0.0f), inverse));
+    int16_t last[16];
+    store_i16(last, rounded);
+    std::memcpy(q + i, last, static_cast<size_t>(n - i) * sizeof(int16_t));
+    sum = add(rounded, sum);
+  }
+  return {largest / 32767.0f, reduce_add(sum)};
 }
 
 // Runs fn.template operator()<codes, scale>() for the grids that bundles hold.
@@ -398,19 +555,16 @@ inline void with_grid(const Grid& grid, Fn&& fn) {
 void gemv_block_any(const WeightView& w, const BlockColumns& c, int32_t half_begin, int32_t half_end, float* y) {
   with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_block<C, S>(w, c, half_begin, half_end, y); });
 }
-void gemv_tiled_any(const WeightView& w, const float* x, const float* sum_x, int32_t half_begin, int32_t half_end,
-                    float* y) {
-  with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_tiled<C, S>(w, x, sum_x, half_begin, half_end, y); });
+void gemv_tiled_any(const WeightView& w, const TiledInputs& x, int32_t half_begin, int32_t half_end, float* y) {
+  with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_tiled<C, S>(w, x, half_begin, half_end, y); });
 }
 void gemm_block_any(const WeightView& w, const BlockTokens& c, int32_t tile_begin, int32_t tile_end, float* y,
                     int64_t y_stride) {
   with_grid(w.grid, [&]<Codes C, Scale S>() { gemm_block<C, S>(w, c, tile_begin, tile_end, y, y_stride); });
 }
-void gemm_tiled_any(const WeightView& w, const float* x, int64_t x_stride, const float* sum_x, int64_t sum_stride,
-                    int32_t n_tokens, int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride) {
-  with_grid(w.grid, [&]<Codes C, Scale S>() {
-    gemm_tiled<C, S>(w, x, x_stride, sum_x, sum_stride, n_tokens, tile_begin, tile_end, y, y_stride);
-  });
+void gemm_tiled_any(const WeightView& w, const TiledInputs& x, int32_t n_tokens, int32_t tile_begin, int32_t tile_end,
+                    float* y, int64_t y_stride) {
+  with_grid(w.grid, [&]<Codes C, Scale S>() { gemm_tiled<C, S>(w, x, n_tokens, tile_begin, tile_end, y, y_stride); });
 }
 
 // exp for x <= 88; results below 2^-126 are flushed to 2^-126 * p, far under what a softmax can see. Relative error < 2
@@ -547,7 +701,7 @@ double log_sum_exp(const float* x, int32_t n) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table{DIPPER_ISA_NAME, gemv_block_any, gemv_tiled_any, gemm_block_any, gemm_tiled_any,
-                    rms_norm,        silu_mul,       gelu_tanh_mul,  attend,         log_sum_exp};
+const Kernels table{DIPPER_ISA_NAME, quantise, gemv_block_any, gemv_tiled_any, gemm_block_any, gemm_tiled_any,
+                    rms_norm,        silu_mul, gelu_tanh_mul,  attend,         log_sum_exp};
 
 }  // namespace dipper::DIPPER_ISA

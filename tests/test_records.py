@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -17,7 +19,6 @@ from dipper.records import (
     json_line,
     ledger,
     method_fields,
-    peak_rss_bytes,
     provenance,
     ratio,
     run_record,

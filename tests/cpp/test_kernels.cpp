@@ -124,20 +124,21 @@ std::vector<float> sparse_gemv(const Kernels& k, const Packed& p, const std::vec
   for (int32_t b = 0; b < w.n_blocks; ++b) {
     std::vector<const uint8_t*> records;
     std::vector<float> values;
-    float sum = 0.0f;
     for (int32_t c = b * w.grid.group; c < std::min(w.n_cols, (b + 1) * w.grid.group); ++c) {
       const auto i = static_cast<size_t>(c);
       if (!used.empty() && !used[i]) continue;
       records.push_back(p.columns[i]);
       values.push_back(x[i]);
-      sum += x[i];
     }
     if (records.empty()) continue;
+    const auto n = static_cast<int32_t>(values.size());
+    std::vector<int16_t> q(values.size() + 1);
+    const BlockInputs inputs = k.quantise(values.data(), n, q.data());
+    const BlockColumns columns{b, n, records.data(), values.data(), q.data(), inputs};
     // In two shares, as two threads take them: also inside a tile.
     const int32_t split = w.n_halves() / 2;
-    k.gemv_block(w, {b, static_cast<int32_t>(values.size()), records.data(), values.data(), sum}, 0, split, y.data());
-    k.gemv_block(w, {b, static_cast<int32_t>(values.size()), records.data(), values.data(), sum}, split, w.n_halves(),
-                 y.data());
+    k.gemv_block(w, columns, 0, split, y.data());
+    k.gemv_block(w, columns, split, w.n_halves(), y.data());
   }
   return y;
 }
@@ -170,17 +171,22 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
   std::vector<uint16_t> d, dm;
   std::vector<uint8_t> sub, subm;
   const WeightView tiled = as_tiled(p, d, dm, sub, subm);
-  std::vector<float> sums(static_cast<size_t>(tiled.n_blocks));
-  for (int32_t c = 0; c < cols; ++c) sums[static_cast<size_t>(c / grid.group)] += x[static_cast<size_t>(c)];
+  const int64_t stride = padded_inputs(cols);
+  std::vector<int16_t> q(static_cast<size_t>(stride));
+  std::vector<BlockInputs> blocks(static_cast<size_t>(tiled.n_blocks));
+  quantise_blocks(reference, x.data(), cols, grid.group, q.data(), blocks.data());
 
-  // The reference against double sums over dequantised rows.
+  // The reference against double sums over dequantised rows and the inputs that the codes meet.
+  std::vector<double> met(x.begin(), x.end());
+  for (size_t c = 0; c < met.size() && !is_float(grid.codes); ++c)
+    met[c] = static_cast<double>(blocks[c / static_cast<size_t>(grid.group)].scale) * q[c];
   std::vector<float> row(static_cast<size_t>(cols));
   for (int32_t r = 0; r < tiled.n_rows; ++r) {
     dequantise_row(tiled, r, row.data());
     double sum = 0.0, size = 0.0;
     for (size_t c = 0; c < row.size(); ++c) {
-      sum += static_cast<double>(row[c]) * static_cast<double>(x[c]);
-      size += std::fabs(static_cast<double>(row[c]) * static_cast<double>(x[c]));
+      sum += static_cast<double>(row[c]) * met[c];
+      size += std::fabs(static_cast<double>(row[c]) * met[c]);
     }
     CHECK(std::fabs(sum - static_cast<double>(dense[static_cast<size_t>(r)])) <= 3e-6 * size + 1e-12);
   }
@@ -192,25 +198,24 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
     CHECK(same_bits(sparse_gemv(k, p, masked, {}), sparse));  // skipping a column is multiplying it by zero
     std::vector<float> y(static_cast<size_t>(tiled.n_rows));
     const int32_t split = tiled.n_halves() / 2;
-    k.gemv_tiled(tiled, x.data(), sums.data(), 0, split, y.data());
-    k.gemv_tiled(tiled, x.data(), sums.data(), split, tiled.n_halves(), y.data());
+    const TiledInputs one{x.data(), q.data(), stride, blocks.data()};
+    k.gemv_tiled(tiled, one, 0, split, y.data());
+    k.gemv_tiled(tiled, one, split, tiled.n_halves(), y.data());
     CHECK(same_bits(y, dense));
 
     constexpr int32_t kTokens = 8;  // one register block and a remainder
-    std::vector<float> many, many_sums;
+    std::vector<float> many;
+    std::vector<int16_t> many_q(static_cast<size_t>(kTokens * stride));
+    std::vector<BlockInputs> many_blocks(static_cast<size_t>(kTokens * tiled.n_blocks));
     for (int32_t t = 0; t < kTokens; ++t) {
       const std::vector<float>& source = t % 2 ? masked : x;
       many.insert(many.end(), source.begin(), source.end());
-      for (int32_t b = 0; b < tiled.n_blocks; ++b) {
-        float sum = 0.0f;
-        for (int32_t c = b * grid.group; c < std::min(cols, (b + 1) * grid.group); ++c)
-          sum += source[static_cast<size_t>(c)];
-        many_sums.push_back(sum);
-      }
+      quantise_blocks(k, source.data(), cols, grid.group, many_q.data() + t * stride,
+                      many_blocks.data() + t * tiled.n_blocks);
     }
     std::vector<float> out(static_cast<size_t>(kTokens) * static_cast<size_t>(tiled.n_rows));
-    k.gemm_tiled(tiled, many.data(), cols, many_sums.data(), tiled.n_blocks, kTokens, 0, tiled.n_tiles(), out.data(),
-                 tiled.n_rows);
+    k.gemm_tiled(tiled, {many.data(), many_q.data(), stride, many_blocks.data()}, kTokens, 0, tiled.n_tiles(),
+                 out.data(), tiled.n_rows);
     std::vector<float> out_block(out.size());
     for (int32_t b = 0; b < tiled.n_blocks; ++b) {
       const int32_t first = b * grid.group;
@@ -219,7 +224,9 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
                                p.columns.data() + first,
                                many.data() + first,
                                cols,
-                               many_sums.data() + b,
+                               many_q.data() + first,
+                               stride,
+                               many_blocks.data() + b,
                                tiled.n_blocks,
                                kTokens};
       k.gemm_block(p.view, tokens, 0, p.view.n_tiles(), out_block.data(), p.view.n_rows);
@@ -228,6 +235,47 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
     for (int32_t t = 0; t < kTokens; ++t) {
       const auto at = out.begin() + t * tiled.n_rows;
       CHECK(same_bits({at, at + tiled.n_rows}, t % 2 ? sparse : dense));
+    }
+  }
+}
+
+void test_quantise() {
+  for (const int32_t n : {1, 2, 15, 16, 17, 31, 32}) {
+    const auto size = static_cast<size_t>(n);
+    std::vector<float> x = random_vector(size, static_cast<uint32_t>(n));
+    for (const float factor : {1.0f, 1e-20f, 1e20f}) {
+      std::vector<float> scaled = x;
+      for (float& v : scaled) v *= factor;
+      float largest = 0.0f;
+      for (const float v : scaled) largest = std::max(largest, std::fabs(v));
+      std::vector<int16_t> expected(size + 1, -1);
+      const BlockInputs inputs = select_kernels("scalar").quantise(scaled.data(), n, expected.data());
+      int32_t sum = 0;
+      for (size_t i = 0; i < size; ++i) {
+        sum += expected[i];
+        CHECK(std::fabs(static_cast<double>(inputs.scale) * expected[i] - static_cast<double>(scaled[i])) <=
+              static_cast<double>(largest) / 65533.0);
+      }
+      CHECK(inputs.sum == sum);
+      CHECK(expected[size] == (n % 2 ? 0 : -1));  // a pair is made whole, and nothing more is written
+      for (const std::string& isa : available_isas()) {
+        std::vector<int16_t> q(size + 1, -1);
+        const BlockInputs again = select_kernels(isa).quantise(scaled.data(), n, q.data());
+        CHECK(q == expected);
+        CHECK(again.sum == inputs.sum && again.scale == inputs.scale);
+      }
+    }
+    for (const std::string& isa : available_isas()) {
+      const Kernels& k = select_kernels(isa);
+      std::vector<int16_t> q(size + 1);
+      const std::vector<float> nothing(size);
+      CHECK(k.quantise(nothing.data(), n, q.data()).scale == 0.0f);
+      for (const float bad : {std::nanf(""), -std::nanf(""), INFINITY, -INFINITY}) {
+        std::vector<float> broken = x;
+        broken[size / 2] = bad;
+        const BlockInputs inputs = k.quantise(broken.data(), n, q.data());
+        CHECK(std::isnan(inputs.scale) && inputs.sum == 0);
+      }
     }
   }
 }
@@ -331,6 +379,7 @@ int main() {
     test_products(grid, 128, 80);  // a partial block (or not, for groups of 16)
     test_products(grid, 40, 33);   // padded rows, a lone column in the last block
   }
+  test_quantise();
   test_vectors();
   test_activation_extremes();
   test_attention();
