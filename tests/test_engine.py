@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -329,6 +330,46 @@ def test_peak_memory_keeps_to_the_budget(smollm2, method):
     planned, budget, peak = (int(word) for word in run.stdout.split())
     assert planned <= budget
     assert peak <= budget + 32 * 2**20
+
+
+@pytest.fixture
+def memory_group():
+    """A control group that limits memory: (folder, the file of its limit), as cgroup v1 or v2 has it."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            parent, limit = Path("/sys/fs/cgroup/memory") / path.lstrip("/"), "memory.limit_in_bytes"
+        elif controllers == "":
+            parent, limit = Path("/sys/fs/cgroup") / path.lstrip("/"), "memory.max"
+        else:
+            continue
+        group = parent / f"dipper-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        if (group / limit).exists():
+            yield group, limit
+            group.rmdir()
+            return
+        group.rmdir()
+    pytest.skip("no memory control group that this user may make")
+
+
+def test_the_budget_holds_in_a_memory_group(smollm2, memory_group):
+    group, limit = memory_group
+
+    def run_in_group(limit_bytes):
+        (group / limit).write_text(str(limit_bytes))
+        enter = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"
+        return subprocess.run(
+            [sys.executable, "-c", enter + _PEAK, smollm2, "dip", "130MB"], capture_output=True, text=True
+        )
+
+    budget = 130 * 10**6
+    assert run_in_group(budget // 2).returncode == -signal.SIGKILL  # the group does end what takes too much
+    held = run_in_group(budget + 32 * 2**20)
+    assert held.returncode == 0, held.stderr
 
 
 def test_smallest_budget_is_named_and_works(smollm2):

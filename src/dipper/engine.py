@@ -8,7 +8,7 @@ Methods:
     dense-resident   every weight in DRAM
     dense-stream     as many regions of the MLP pinned as the budget allows, the rest streamed by large reads,
                      double-buffered
-    dip              Dynamic Input Pruning: top-k columns by |x|, column caches, misses read one by one
+    dip              Dynamic Input Pruning: top-k columns by |x|, column caches, misses read from flash
                      (arXiv 2412.01380)
     dip-ca           the same with Cache-Aware Masking: scores of uncached columns times gamma
 

@@ -349,7 +349,8 @@ def quantise(weights: F32, bits: int) -> tuple[Grid, CodedRows]:
 
     Args:
         weights: ``[n, C]`` fp32, finite; rows do not influence each other.
-        bits: 8 (symmetric, f16 scale per group) or 4 (8-bit scale and offset per group, f16 factors per row).
+        bits: 8 (symmetric, f16 scale per group) or 4 (8-bit scale and offset per group, f16 factors per row; an error
+            counts by 1 + w² over the group's mean square, since large weights carry the output).
 
     Returns:
         The grid, and codes ``[n, C]`` with their scale arrays.
