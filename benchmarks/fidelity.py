@@ -11,7 +11,8 @@ MODEL is a bundle or a name that `dipper pull` knows. For each bundle:
                 the control of one window was 3.03 sigma from itself)
   dip, control  the reference against itself with attention summed in another order: what chaos alone does
 
-Needs the `torch` extra. 16-bit bundles must agree within 1e-3, others within 2e-2 (their kernels take inputs as 16-bit integers).
+Needs the `torch` extra. 16-bit bundles must agree within 1e-3, others within 2e-2 (their kernels take inputs as 16-bit
+integers).
 """
 
 from __future__ import annotations
