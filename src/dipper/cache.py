@@ -14,6 +14,9 @@ capacity; nothing leaves without an admission. Objects are not locked: use each 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from .errors import ConfigError
 
-__all__ = ["CacheStep", "ColumnCache", "ReferenceCache", "n_selected", "reference_top_k", "scan", "top_k"]
+__all__ = ["CacheStep", "ColumnCache", "ReferenceCache", "n_selected", "reference_top_k", "scan", "scan_many", "top_k"]
 
 CacheStep = _core.CacheStep
 
@@ -83,6 +86,34 @@ def scan(
         ConfigError: as `top_k`; a NaN names its column and token, and the cache holds the state before that token.
     """
     return _core.scan(_of_shape("scores", np.ascontiguousarray(scores, dtype=np.float32), 2), k, gamma, cache, counted)
+
+
+def scan_many(
+    scores: Sequence[ArrayLike],
+    k: int,
+    gamma: float,
+    caches: Sequence[ColumnCache],
+    *,
+    n_threads: int | None = None,
+) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """`scan` over several sequences of one region, each with a cache of its own, in parallel.
+
+    Args:
+        scores: by sequence [T, n]; lengths may differ.
+        k: columns to keep per token.
+        gamma: factor of columns that are not cached.
+        caches: one a sequence.
+        n_threads: at most; None: as many as there are CPUs.
+
+    Returns:
+        (masks, hits) of each sequence, in their order; the same whatever n_threads is.
+    """
+    pairs = list(zip(scores, caches, strict=True))
+    n_workers = min(len(pairs), n_threads or os.cpu_count() or 1)
+    if n_workers <= 1:
+        return [scan(rows, k, gamma, cache) for rows, cache in pairs]
+    with ThreadPoolExecutor(n_workers) as pool:
+        return list(pool.map(lambda pair: scan(pair[0], k, gamma, pair[1]), pairs))
 
 
 class ColumnCache(_core.ColumnCache):
