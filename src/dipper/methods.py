@@ -26,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -34,6 +36,8 @@ from dipper.cache import ColumnCache, n_selected, scan_many
 from dipper.errors import ConfigError
 
 __all__ = ["METHODS", "Glu", "Meter", "Method", "MethodConfig", "Selector", "top_k_mask"]
+
+F32 = npt.NDArray[np.float32]
 
 # Tokens whose scores a selector keeps to fit a threshold: quantiles of 512 tokens x 1000s of columns are good to 1e-3.
 _SAMPLE_TOKENS = 512
@@ -702,7 +706,9 @@ class SparseGpt(_FixedMask):
                 keep = max(1, round(self.config.density * scores.numel()))
                 kept = scores >= scores.flatten().kthvalue(scores.numel() - keep + 1).values
             for j in range(last - first):
-                if self.config.pattern == "2:4" and j % 4 == 0:  # chosen when its four are reached: errors have moved them
+                if (
+                    self.config.pattern == "2:4" and j % 4 == 0
+                ):  # chosen when its four are reached: errors have moved them
                     fours = (part[:, j : j + 4] / corner.diagonal()[j : j + 4]).square()
                     kept = torch.zeros_like(part, dtype=torch.bool) if j == 0 else kept
                     kept[:, j : j + 4] = top_k_mask(fours, min(2, fours.shape[1]))
@@ -853,6 +859,32 @@ class Dip(Method):
         self._caches: list[tuple[ColumnCache, ColumnCache]] = []
         self.used: Tensor | None = None  # [batch, tokens] bool: tokens that are not padding; None: all
 
+    def set_densities(self, d_in: float, d_glu: float) -> None:
+        """Other densities from now on; thresholds must be fitted again, top-k needs nothing."""
+        for selector, density in zip(self._selectors, (d_in, d_glu), strict=True):
+            selector.density = density
+
+    def factors(self) -> tuple[F32, F32]:
+        """What |x| is multiplied by in the scores: norms of the input columns [D] and of the GLU columns [I]."""
+        if self._factors is None:
+            raise ConfigError("this dip ranks without norms")
+        return self._factors[0].cpu().numpy(), self._factors[1].cpu().numpy()
+
+    def means(self) -> tuple[F32, F32]:
+        """Means of the inputs [D] and of the GLU activations [I] over the calibration text."""
+        if self._mean is None:
+            raise ConfigError("this dip does not compensate means")
+        return self._mean[0].float().cpu().numpy(), self._mean[1].float().cpu().numpy()
+
+    def mean_products(self) -> tuple[F32, F32, F32]:
+        """gate [I], up [I] and down [D] times these means, fp32."""
+        if self._mean is None:
+            raise ConfigError("this dip does not compensate means")
+        inputs, hidden = (mean.float() for mean in self._mean)
+        products = (self.glu.gate.float() @ inputs, self.glu.up.float() @ inputs, self.glu.down.float() @ hidden)
+        gate, up, down = (product.cpu().numpy() for product in products)
+        return gate, up, down
+
     def scores(self, values: Tensor, which: int) -> Tensor:
         """fp32 scores of values [..., n]: of inputs (which = 0) or GLU activations (1)."""
         magnitudes = values.float().abs()
@@ -938,7 +970,9 @@ class DipCacheAware(Dip):
         if config.capacity is None:
             raise ConfigError("dip-ca needs a cache: give its capacity, a share of the columns")
         if config.select is not None and config.select != "topk":
-            raise ConfigError(f"dip-ca ranks each token's columns against its cache: select is '{config.select}', use topk")
+            raise ConfigError(
+                f"dip-ca ranks each token's columns against its cache: select is '{config.select}', use topk"
+            )
 
     @property
     def _gamma(self) -> float:

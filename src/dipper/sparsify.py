@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +130,7 @@ class Sparsified:
         self._linear_modules = [module for module, _ in linears]
         self._sites, self._site_rules = sites, rules
         self._patched: list[nn.Module] = []
+        self._is_paused = False
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     # -- patching
@@ -145,7 +147,9 @@ class Sparsified:
         for site, rules in zip(self._sites, self._site_rules, strict=True):
             calls = [call_of(rule) for rule in rules]
             if site.is_experts:
-                self._patch(site.module, lambda _, x, index, weights, calls=calls: _run_experts(calls, x, index, weights))
+                self._patch(
+                    site.module, lambda _, x, index, weights, calls=calls: _run_experts(calls, x, index, weights)
+                )
             else:
                 self._patch(site.module, lambda _, x, call=calls[0]: call(x))
 
@@ -153,6 +157,17 @@ class Sparsified:
         for module in self._patched:
             del module.forward  # the instance's own; the class's is back
         self._patched.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The dense model, for as long as the context lasts; nothing is counted, no cache moves."""
+        self._restore()
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+            self._use(lambda part: part)
 
     def undo(self) -> None:
         """Leaves the model as it was; calling it twice is no error."""
@@ -173,6 +188,8 @@ class Sparsified:
             rule.reset()
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_paused:
+            return
         past = kwargs.get("past_key_values")
         n_past = 0 if past is None else past.get_seq_length()
         if n_past == 0:
