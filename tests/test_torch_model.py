@@ -128,6 +128,9 @@ def test_folder_of_another_architecture_is_left_to_transformers(kind, tmp_path):
     assert loaded.model.config.model_type == kind
     assert torch.equal(logits(loaded.model), logits(original(folder, attn_implementation="eager")))
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    by_default = load_model(folder).model  # Gemma 2 has no sdpa in transformers
+    assert by_default.config._attn_implementation == {"gemma2": "eager", "mixtral": "sdpa"}[kind]
+    assert torch.allclose(logits(by_default), logits(loaded.model), atol=1e-4)
     assert (loaded.name, loaded.encode("hello")) == (kind, [258, ord("o")])
 
 
@@ -218,7 +221,7 @@ def assert_one_line(error: pytest.ExceptionInfo) -> None:
 @pytest.mark.parametrize("kind", ["gguf", "known", "foreign"])
 def test_missing_tokenizer(kind, tmp_path):
     if kind == "gguf":
-        source, message = write_gguf(tmp_path / "m.gguf", "llama"), "has no vocabulary|no tokenizer|tokenizer"
+        source, message = write_gguf(tmp_path / "m.gguf", "llama"), r"m\.gguf.*tokenizer"
     else:
         folder = tmp_path / "m"
         source = tiny_folder(folder) if kind == "known" else foreign_folder(folder, "gemma2")
@@ -249,7 +252,7 @@ def test_folder_that_transformers_does_not_know_either(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "nosuch", "architectures": ["NoSuch"]}))
     with pytest.raises(
-        CheckpointError, match="does not know this architecture and transformers .* cannot load"
+        CheckpointError, match=r"not know this architecture and transformers .* cannot load it"
     ) as error:
         load_model(folder)
     assert_one_line(error)

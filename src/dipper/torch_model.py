@@ -82,7 +82,8 @@ def load_model(
         dtype: what they are held in; fp32 when None.
         context: tokens that will be seen at most, which chooses between short and long rope tables; the model's own
             when None. A folder that only transformers reads chooses by itself.
-        attention: transformers' attention implementation: ``sdpa``, ``eager``, or another that is installed.
+        attention: transformers' attention implementation: ``sdpa``, ``eager``, or another that is installed; where an
+            architecture that only transformers knows has no ``sdpa`` (Gemma 2), that means ``eager``.
 
     Returns:
         The model and its tokenizer.
@@ -225,7 +226,7 @@ def _load_with_transformers(path: Path, device: torch.device, dtype: torch.dtype
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=None if attention == "sdpa" else attention,  # None: sdpa if there is, else eager
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
