@@ -308,7 +308,7 @@ def _build(
         module.bias = nn.Parameter(torch.zeros(module.out_features, device=device, dtype=dtype))
     if unexpected:
         raise CheckpointError(f"{config.name}: transformers' {hf_config.model_type} has no {unexpected[0]}")
-    model.model.rotary_emb = _rotary(config, hf_config, read, context or config.max_context)
+    model.model.rotary_emb = _rotary(config, hf_config, read, context or config.max_context, device)
     if _is_gemma(config):
         scale = torch.tensor(config.embedding_scale, dtype=torch.float32, device=device)
         model.model.embed_tokens.embed_scale = scale
@@ -402,13 +402,17 @@ class _Rotary(nn.Module):
 
 
 def _rotary(
-    config: ModelConfig, hf_config: transformers.PretrainedConfig, read: Callable[[str], F32], context: int
+    config: ModelConfig,
+    hf_config: transformers.PretrainedConfig,
+    read: Callable[[str], F32],
+    context: int,
+    device: torch.device,
 ) -> _Rotary:
     def table(index: int) -> tuple[torch.Tensor, float]:
         rope = config.rope[index]
         if rope.long is not None and context > rope.original_context:
-            return torch.from_numpy(np.array(read(rope.long), np.float32)), rope.scale_long
-        return torch.from_numpy(np.array(read(rope.short), np.float32)), rope.scale_short
+            return torch.tensor(read(rope.long), dtype=torch.float32, device=device), rope.scale_long
+        return torch.tensor(read(rope.short), dtype=torch.float32, device=device), rope.scale_short
 
     if _is_gemma(config):
         layers = zip(hf_config.layer_types, config.layers, strict=True)
