@@ -28,7 +28,7 @@ struct MemoryPlan {
   uint64_t kv = 0;
   uint64_t scratch = 0;
 
-  uint64_t total() const { 
+  uint64_t total() const {
     return resident + mlp.calibration + mlp.pinned + mlp.slots + mlp.staging + mlp.bookkeeping + kv + scratch;
   }
 };

@@ -48,9 +48,8 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
       memory.pinned += aligned(region.bytes());
     if (options.residency == Residency::kCached) {
       memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.record_bytes;
-      memory.staging = std::max(memory.staging,
-                                max_staging_bytes(static_cast<uint64_t>(options.k[r]), region.record_bytes,
-                                                  region.bytes(), kAlign));
+      memory.staging = std::max(memory.staging, max_staging_bytes(static_cast<uint64_t>(options.k[r]),
+                                                                  region.record_bytes, region.bytes(), kAlign));
       memory.bookkeeping += ColumnCache::bytes(region.n_columns, options.capacity[r]);
     }
     if (options.fits) memory.calibration += (*options.fits)[r].bytes();

@@ -36,8 +36,8 @@ struct RegionFit {
 
 struct MlpOptions {
   Residency residency = Residency::kResident;
-  bool prune = false;      // DIP, always kCached; dense otherwise
-  std::vector<int32_t> k;  // prune: columns kept, by region
+  bool prune = false;                                  // DIP, always kCached; dense otherwise
+  std::vector<int32_t> k;                              // prune: columns kept, by region
   std::shared_ptr<const std::vector<RegionFit>> fits;  // prune: by region, or null
   float gamma = 1.0f;
   CachePolicy policy = CachePolicy::kLfu;
@@ -175,7 +175,7 @@ class GluMlp {
   }
   void load_pinned();
   // A part of a region's calibration, null where it has none.
-  const float* fit(int32_t region, std::vector<float> RegionFit::* part) const {
+  const float* fit(int32_t region, std::vector<float> RegionFit::*part) const {
     if (!options_.fits) return nullptr;
     const std::vector<float>& values = (*options_.fits)[static_cast<size_t>(region)].*part;
     return values.empty() ? nullptr : values.data();

@@ -9,9 +9,10 @@ It may hold, each on its own:
   contributes its mean instead of zero;
 - `extra`: arrays by name, for methods that only PyTorch has (thresholds and their like).
 
-The file is an uncompressed zip of `.npy` members: `header` (UTF-8 JSON as uint8: format, version, model, provenance),
-`tables/<density>`, `factors/in`, `factors/glu`, `means/in`, `means/glu`, `biases/gate`, `biases/up`, `biases/down` (layers
-stacked, [n_layers, n]) and `extra/<name>`. Nothing in it is trusted before it is checked; a file under its name is whole.
+The file is an uncompressed zip of `.npy` members: `header` (UTF-8 JSON as uint8: format, version, model, provenance,
+the names of the other members), `tables/<density>`, `factors/in`, `factors/glu`, `means/in`, `means/glu`,
+`biases/gate`, `biases/up`, `biases/down` (layers stacked, [n_layers, n]) and `extra/<name>`. Nothing in it is trusted
+before it is checked; a file under its name is whole.
 
     calibration = Calibration.load("smollm2.npz")
     calibration.check_model(bundle)
@@ -42,7 +43,7 @@ from dipper.records import whole_file
 if TYPE_CHECKING:
     from dipper.bundle import Bundle
 
-__all__ = ["Calibration", "F32", "model_fields"]
+__all__ = ["F32", "Calibration", "model_fields"]
 
 F32 = npt.NDArray[np.float32]
 _Arrays = dict[str, npt.NDArray[Any]]
@@ -107,8 +108,9 @@ class Calibration:
     def _validate(self) -> None:
         _require(set(self.model) == set(_MODEL_KEYS), f"model has keys {sorted(self.model)}, not {sorted(_MODEL_KEYS)}")
         for name in _MODEL_KEYS:
-            value, kind = self.model[name], int if name in _SIZES else str
-            _require(type(value) is kind and (value > 0 if kind is int else value != ""), f"model {name} is {value!r}")
+            value: Any = self.model[name]
+            known = type(value) is int and value > 0 if name in _SIZES else isinstance(value, str)
+            _require(known, f"model {name} is {value!r}")
         for key, table in self.tables.items():
             _check_density(key)
             _check_array(f"tables/{key}", table, np.dtype(np.float64), (self.model["n_layers"], 2))
@@ -180,9 +182,7 @@ class Calibration:
         Raises:
             ConfigError: the folder does not exist.
         """
-        header = {"format": _FORMAT, "version": _VERSION, "model": self.model, "provenance": self.provenance}
-        arrays: _Arrays = {"header": np.frombuffer(json.dumps(header, allow_nan=False).encode(), np.uint8)}
-        arrays |= {f"tables/{key}": table for key, table in self.tables.items()}
+        arrays: _Arrays = {f"tables/{key}": table for key, table in self.tables.items()}
         for part, sizes in (("factors", _FACTORS), ("means", _MEANS), ("biases", _BIASES)):
             layers = getattr(self, part)
             if layers is not None:
@@ -191,6 +191,9 @@ class Calibration:
         for name, array in arrays.items():
             if array.dtype.kind not in "biuf":
                 raise ConfigError(f"{name} has dtype {array.dtype}: a calibration holds numbers")
+        header = {"format": _FORMAT, "version": _VERSION, "model": self.model, "provenance": self.provenance}
+        text = json.dumps({**header, "arrays": list(arrays)}, allow_nan=False)
+        arrays = {"header": np.frombuffer(text.encode(), np.uint8), **arrays}
         with whole_file(path) as out, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
                 # A fixed date: equal calibrations are equal files.
@@ -291,18 +294,20 @@ def _read_array(name: str, content: bytes) -> npt.NDArray[Any]:
     )
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     _require(n_bytes == len(content) - start, f"{name} has {len(content) - start} bytes, its shape needs {n_bytes}")
-    return np.frombuffer(content, dtype, offset=start).reshape(shape)
+    array: npt.NDArray[Any] = np.frombuffer(content, dtype, offset=start).reshape(shape)
+    return array
 
 
 def _read_header(arrays: _Arrays) -> dict[str, Any]:
-    """The JSON header, its format and version checked."""
+    """The JSON header, its format, its version and its list of members checked."""
     raw = arrays["header"]
     _require(raw.dtype == np.uint8 and raw.ndim == 1 and raw.size <= _MAX_HEADER_BYTES, "the header is no text")
-    header = json.loads(raw.tobytes(), parse_constant=_no_constant)
+    header: dict[str, Any] = json.loads(raw.tobytes(), parse_constant=_no_constant)
     _require(isinstance(header, dict) and header.get("format") == _FORMAT, f"its format is not {_FORMAT}")
     _require(type(header.get("version")) is int and header["version"] >= 1, f"version is {header.get('version')!r}")
     for name in ("model", "provenance"):
         _require(isinstance(header[name], dict), f"{name} is no object")
+    _require(["header", *header["arrays"]] == list(arrays), "its members are not those that the header lists")
     return header
 
 
@@ -321,4 +326,7 @@ def _by_layer(part: str, sizes: Mapping[str, str], arrays: _Arrays) -> list[Any]
         return None
     if set(stacked) != set(sizes):
         raise ConfigError(f"it has {part} {', '.join(sorted(stacked))}, not {', '.join(sorted(sizes))}; make it anew")
-    return list(zip(*(stacked[name] for name in sizes), strict=False))
+    n_layers = {array.shape[0] if array.ndim == 2 else None for array in stacked.values()}
+    if len(n_layers) != 1 or None in n_layers:
+        raise ConfigError(f"its {part} are not all [n_layers, n]; make it anew")
+    return list(zip(*(stacked[name] for name in sizes), strict=True))

@@ -93,9 +93,9 @@ class EngineConfig:
         cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
         dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the
             process.
-        calibration: file of a `dipper.calibration.Calibration`: its densities by layer for `density` (`d_in` and `d_glu`,
-            if given, override them), its score factors, its means. Compensated by means, density 1 equals dense only up
-            to rounding: (x - mean) w is then summed onto the bias mean w instead of x w.
+        calibration: file of a `dipper.calibration.Calibration`: its densities by layer for `density` (`d_in` and
+            `d_glu`, if given, override them), its score factors, its means. Compensated by means, density 1 equals
+            dense only up to rounding: (x - mean) w is then summed onto the bias mean w, not x w onto zero.
         mlp_dram: the MLP's share: "2.7b" bits per MLP weight, or "60%" of its bytes, scales and staging included.
             None: what `dram` leaves, or 50 % where that is not given either.
         context: positions of the KV cache.
@@ -139,7 +139,9 @@ class EngineConfig:
         if self.method != "dip-ca" and self.gamma not in (None, 1.0):
             raise ConfigError(f"gamma {self.gamma} goes with --method dip-ca, not {self.method}")
         if self.calibration is not None and not self.prunes:
-            raise ConfigError(f"a calibration is about pruning, and {self.method} does none: use --method dip or dip-ca")
+            raise ConfigError(
+                f"a calibration is about pruning, and {self.method} does none: use --method dip or dip-ca"
+            )
         if self.context < 1:
             raise ConfigError(f"context is {self.context}: at least 1 position is needed")
         if self.threads is not None and self.threads < 1:
@@ -241,6 +243,12 @@ def _densities(config: EngineConfig, n_layers: int, calibration: Calibration | N
     if calibration is not None and calibration.tables and config.d_in is None:
         return calibration.densities(config.density)
     return np.tile(np.array(config.densities), (n_layers, 1))
+
+
+def _mean(densities: _Densities) -> tuple[float, float]:
+    """Over the layers, exact where all are equal."""
+    d_in, d_glu = densities[0] + (densities - densities[0]).mean(axis=0)
+    return float(d_in), float(d_glu)
 
 
 def _vectors(calibration: Calibration | None) -> dict[str, Any]:
@@ -394,8 +402,9 @@ class _Planner:
                 + ("" if self.config.method != "dense-resident" else " or choose --method dense-stream or dip")
             )
         bits = 8 * mlp_minimum / self.mlp_weights
+        needed = "scales, calibration and staging" if any(self.vectors.values()) else "scales and staging"
         raise BudgetError(
-            f"--mlp-dram gives {(mlp_budget or 0) / 1e6:.1f} MB to the MLP, but its scales and staging alone need "
+            f"--mlp-dram gives {(mlp_budget or 0) / 1e6:.1f} MB to the MLP, but its {needed} alone need "
             f"{mlp_minimum / 1e6:.1f} MB: raise --mlp-dram to {bits + 0.005:.2f}b or more"
         )
 
@@ -493,9 +502,8 @@ class Engine:
             raise BundleError(
                 f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again"
             )
-        d_in, d_glu = (float(d) for d in densities.mean(axis=0))
         sha256 = None if calibration is None else calibration.sha256
-        engine = cls(bundle, config, plan, decoder, (d_in, d_glu), sha256)
+        engine = cls(bundle, config, plan, decoder, _mean(densities), sha256)
         if config.prunes and config.cache == "static" and config.cold:
             decoder.pin_static()
         if config.trace is not None:

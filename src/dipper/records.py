@@ -374,9 +374,14 @@ def _mean_stddev(values: Sequence[float]) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------ from an engine
 
 
-def method_fields(config: EngineConfig, densities: tuple[float, float]) -> dict[str, Any]:
-    """The keys that name a method, with None where a knob does not act; densities (input, GLU) are means over layers."""
-    d_in, d_glu = densities if config.prunes else (None, None)
+def method_fields(config: EngineConfig, densities: tuple[float, float] | None = None) -> dict[str, Any]:
+    """The keys that name a method, with None where a knob does not act.
+
+    Args:
+        config: the engine's.
+        densities: of the input and the GLU columns, where a calibration has its own: means over the layers.
+    """
+    d_in, d_glu = (densities or config.densities) if config.prunes else (None, None)
     return {
         "method": config.method,
         "density": None if d_in is None or d_glu is None else (2 * d_in + d_glu) / 3,
