@@ -8,6 +8,8 @@ and the cache on the masks before (arXiv 2412.01380, cache-aware masking): `scan
     masks, hits = scan(scores, k=n_selected(0.5, 1536), gamma=0.5, cache=cache)  # scores [T, 1536]
     cache.hits / (cache.hits + cache.misses)
 
+`scan_many` does so for several sequences at once, each with a cache of its own.
+
 Invariants: masks are exact (fp32 comparison, ties to the lower column); hits + misses == columns selected; size <=
 capacity; nothing leaves without an admission. Objects are not locked: use each cache from one thread at a time.
 """
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -89,31 +90,40 @@ def scan(
 
 
 def scan_many(
-    scores: Sequence[ArrayLike],
+    scores: Sequence[ArrayLike] | NDArray[Any],
     k: int,
-    gamma: float,
-    caches: Sequence[ColumnCache],
-    *,
+    gamma: float = 1.0,
+    caches: Sequence[ColumnCache] | None = None,
+    counted: bool = True,
     n_threads: int | None = None,
 ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """`scan` over several sequences of one region, each with a cache of its own, in parallel.
+    """`scan` of several sequences, each with a cache of its own, in parallel threads.
 
     Args:
-        scores: by sequence [T, n]; lengths may differ.
-        k: columns to keep per token.
-        gamma: factor of columns that are not cached.
-        caches: one a sequence.
-        n_threads: at most; None: as many as there are CPUs.
+        scores: B sequences of [T, n]; T may differ from one to the next.
+        k, gamma, counted: as `scan`.
+        caches: B different caches, moved; needed below gamma = 1.
+        n_threads: None: one a CPU.
 
     Returns:
-        (masks, hits) of each sequence, in their order; the same whatever n_threads is.
+        What `scan` returns for each sequence, in their order.
+
+    Raises:
+        ConfigError: as `scan`, naming the sequence; caches that are not B different ones. The caches of the sequences
+            without an error have moved to their ends.
     """
-    pairs = list(zip(scores, caches, strict=True))
-    n_workers = min(len(pairs), n_threads or os.cpu_count() or 1)
-    if n_workers <= 1:
-        return [scan(rows, k, gamma, cache) for rows, cache in pairs]
-    with ThreadPoolExecutor(n_workers) as pool:
-        return list(pool.map(lambda pair: scan(pair[0], k, gamma, pair[1]), pairs))
+    if caches is not None and not len(caches) == len({id(cache) for cache in caches}) == len(scores):
+        raise ConfigError(f"{len(caches)} caches for {len(scores)} sequences: give each sequence a cache of its own")
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(b: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        try:
+            return scan(scores[b], k, gamma, None if caches is None else caches[b], counted)
+        except ConfigError as error:
+            raise ConfigError(f"sequence {b}: {error}") from error
+
+    with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
+        return [scanned.result() for scanned in [pool.submit(one, b) for b in range(len(scores))]]
 
 
 class ColumnCache(_core.ColumnCache):
@@ -181,7 +191,7 @@ class ColumnCache(_core.ColumnCache):
 
 def _of_shape(name: str, array: NDArray[Any], n_dimensions: int) -> NDArray[Any]:
     if array.ndim != n_dimensions:
-        wanted = "[n]" if n_dimensions == 1 else "[tokens, n]"
+        wanted = ("[n]", "[tokens, n]", "[sequences, tokens, n]")[n_dimensions - 1]
         raise ConfigError(f"{name} has shape {list(array.shape)}: it must be {wanted}")
     return array
 

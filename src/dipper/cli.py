@@ -85,6 +85,10 @@ MlpDram = Annotated[
     str | None,
     typer.Option(help="DRAM of the MLP alone: 2.7b (bits per MLP weight), or 60% of its bytes.", metavar="SIZE"),
 ]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Densities by layer, score factors and means from `dipper calibrate`.", metavar="FILE"),
+]
 Threads = Annotated[int | None, typer.Option(help="Compute threads (default: all cores).", metavar="N")]
 Reader = Annotated[str | None, typer.Option(help="auto, io_uring or pread (default auto).", metavar="NAME")]
 Isa = Annotated[str | None, typer.Option(help="Kernels: auto, scalar, avx2 or avx512 (default auto).", metavar="NAME")]
@@ -227,6 +231,7 @@ def run(
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
+    calibration: Calibration = None,
     dram: Dram = None,
     mlp_dram: MlpDram = None,
     threads: Threads = None,
@@ -269,8 +274,8 @@ def run(
     if ctx is None:
         n_tokens = _fitting(len(tokens), n_tokens, opened.model.max_context)
     config = _config(
-        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, dram=dram, mlp_dram=mlp_dram,
-        threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
+        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, calibration=calibration,
+        dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
         context=ctx if ctx is not None else min(len(tokens) + max(n_tokens, 1), opened.model.max_context),
     )  # fmt: skip
     with _open_engine(bundle, config) as engine:
@@ -335,6 +340,7 @@ def chat(
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
+    calibration: Calibration = None,
     dram: Dram = None,
     mlp_dram: MlpDram = None,
     threads: Threads = None,
@@ -364,8 +370,9 @@ def chat(
     sampling = _sampling(temperature, top_k, top_p, min_p, seed)
     tokenizer = _open_tokenizer(bundle)
     config = _config(
-        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, dram=dram, mlp_dram=mlp_dram,
-        threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace, context=ctx,
+        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, calibration=calibration,
+        dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
+        context=ctx,
     )  # fmt: skip
     with _open_engine(bundle, config) as engine:
         conversation = Conversation(engine, tokenizer, system=system)
@@ -443,6 +450,7 @@ def evaluate(
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
+    calibration: Calibration = None,
     dram: Dram = None,
     mlp_dram: MlpDram = None,
     threads: Threads = None,
@@ -464,7 +472,7 @@ def evaluate(
     from dipper.tables import eval_table
 
     options: dict[str, Any] = {
-        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
+        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache, "calibration": calibration,
         "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa,
     }  # fmt: skip
     _check_context(bundle, f"--window {window}", window, "a smaller one")
@@ -499,6 +507,7 @@ def bench(
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
+    calibration: Calibration = None,
     dram: Dram = None,
     mlp_dram: MlpDram = None,
     threads: Threads = None,
@@ -522,8 +531,9 @@ def bench(
     from dipper.tables import bench_table
 
     options = {
-        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache, "dram": dram,
-        "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa, "cold": cold or None,
+        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
+        "calibration": None if calibration is None else str(calibration), "dram": dram, "mlp_dram": mlp_dram,
+        "threads": threads, "reader": reader, "isa": isa, "cold": cold or None,
     }  # fmt: skip
     cases = [_bench_case(bundle, mode.strip(), options, n_prompt, n_tokens, text) for mode in modes.split(",")]
     _check_context(bundle, f"-p {n_prompt} -n {n_tokens}", n_prompt + n_tokens, "less of either")
@@ -585,6 +595,7 @@ _ACTS_WITH = {
     "d_in": ("dip", "dip-ca"),
     "d_glu": ("dip", "dip-ca"),
     "cache": ("dip", "dip-ca"),
+    "calibration": ("dip", "dip-ca"),
     "cold": ("dip", "dip-ca"),
     "gamma": ("dip-ca",),
     "mlp_dram": ("dense-stream", "dip", "dip-ca"),
