@@ -49,11 +49,13 @@ __all__ = [
     "cut_windows",
     "eval_record",
     "evaluate_bundle",
+    "ids_sha256",
     "paired_change",
     "perplexity",
     "read_text",
     "relative_change",
     "score_text",
+    "text_windows",
     "wikitext_rows_joined",
 ]
 
@@ -163,6 +165,23 @@ def cut_windows(
     return [head + ids[i * chunk : (i + 1) * chunk].tolist() for i in range(n_windows)]
 
 
+def text_windows(
+    source: TextSource, tokens: npt.NDArray[Any], window: int, *, bos_id: int | None, limit: int | None
+) -> list[list[int]]:
+    """`cut_windows` of a text that fills at least one window; what is scored in part says so in no table.
+
+    Raises:
+        ConfigError: as `cut_windows`, or the text is shorter than one window.
+    """
+    windows = cut_windows(tokens, window, bos_id=bos_id, limit=limit)
+    if len(windows[0]) < window:
+        raise ConfigError(
+            f"{source.path} has {len(tokens)} tokens, less than one window of {window}; use --window "
+            f"{len(windows[0])} or a longer text."
+        )
+    return windows
+
+
 # ------------------------------------------------------------------------------------------------ scorers
 
 
@@ -246,7 +265,7 @@ class EngineScorer:
             "model": bundle.model.name,
             "device": "cpu",
             "dtype": None,
-            "mlp_bytes_per_token": self.engine.config.mlp_density * bundle.mlp_bytes,
+            "mlp_bytes": bundle.mlp_bytes,
             **engine_fields(self.engine),
         }
 
@@ -391,7 +410,7 @@ def score_text(
         windows=scores,
         window=window,
         bos_id=bos_id,
-        tokens_sha256=_ids_sha256(windows, bos_id),
+        tokens_sha256=ids_sha256(windows, bos_id),
         seconds=time.perf_counter() - start_s,
         seed=seed,
     )
@@ -402,7 +421,8 @@ def perplexity(engine: Engine, tokens: Sequence[int] | npt.NDArray[Any], **optio
     return score_text(EngineScorer(engine), tokens, **options)
 
 
-def _ids_sha256(windows: list[list[int]], bos_id: int | None) -> str:
+def ids_sha256(windows: Sequence[Sequence[int]], bos_id: int | None) -> str:
+    """Of the text's ids in all windows, int32 little-endian, without BOS."""
     skip = 0 if bos_id is None else 1
     digest = hashlib.sha256()
     for ids in windows:
@@ -482,6 +502,8 @@ def eval_record(scorer: Scorer, source: TextSource, result: PerplexityResult) ->
     """
     kl, kl_stderr = result.against_dense("kl")
     same_top1, same_top1_stderr = result.against_dense("same_top1")
+    touched, fields = result.touched, scorer.fields()
+    dense_bytes = fields["mlp_bytes"]
     return EvalRecord(
         perplexity=result.perplexity,
         stderr=result.stderr,
@@ -500,38 +522,49 @@ def eval_record(scorer: Scorer, source: TextSource, result: PerplexityResult) ->
         window_nll=result.window_nll,
         window_tokens=result.window_tokens,
         hit_rate=result.traffic.hit_rate,
-        touched=result.touched,
+        touched=touched,
+        mlp_bytes_per_token=None if touched is None or dense_bytes is None else touched * dense_bytes,
         kl=kl,
         kl_stderr=kl_stderr,
         same_top1=same_top1,
         same_top1_stderr=same_top1_stderr,
-        **scorer.fields(),
+        **fields,
     )
 
 
 class ResultFile:
     """A result on disk that grows while it is computed, so that an interrupted run continues.
 
-    The file is always whole: `{"schema", "config", "parts": {name: ...}}` until `finish` puts the record in its place,
-    which holds the same `config`. Only a run with that configuration may continue or replace it.
+    The file is always whole: `{..., "config", "parts": {name: ...}}`, until `finish` puts a record in its place that
+    holds the same `config`. Only a run with that configuration may continue or replace it.
 
         file = ResultFile("results/dip.json", config)
-        for name in file.missing(names):
-            file.save(name, compute(name))
+        if "0" not in file.parts:
+            file.save("0", compute())
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        config: Mapping[str, Any],
+        *,
+        key: str = "parts",
+        head: Mapping[str, Any] | None = None,
+    ) -> None:
         """Opens a result.
 
         Args:
             path: where the result is kept; None: nowhere.
             config: JSON types; what must be equal for parts to belong together.
+            key: what the parts are called in the file.
+            head: what else is in the file beside the parts.
 
         Raises:
             ConfigError: the file is another run's, or no result at all.
         """
         self.path = None if path is None else Path(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read back
+        self._key, self._head = key, head or {"schema": "dipper-part/1"}
         self.parts: dict[str, Any] = {}
         self.record: dict[str, Any] | None = None
         if self.path is not None and self.path.exists():
@@ -547,8 +580,8 @@ class ResultFile:
             names = sorted(k for k in {*config, *self.config} if config.get(k) != self.config.get(k))
             seen = ", ".join(f"{k} {config.get(k)!r}, not {self.config.get(k)!r}" for k in names[:3])
             raise ConfigError(f"{path} was made with another configuration ({seen}); give another --out, or remove it.")
-        if "parts" in held:
-            self.parts = held["parts"]
+        if self._key in held:
+            self.parts = held[self._key]
         else:
             self.record = held
 
@@ -556,7 +589,11 @@ class ResultFile:
         """Keeps what was computed of one part."""
         self.parts[name] = part
         if self.path is not None:
-            write_json(self.path, {"schema": "dipper-part/1", "config": self.config, "parts": self.parts})
+            write_json(self.path, self.content())
+
+    def content(self) -> dict[str, Any]:
+        """The file as it is while there are parts."""
+        return {**self._head, "config": self.config, self._key: self.parts}
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Puts the finished record, whose `config` is this file's, in the place of the parts."""
@@ -641,13 +678,13 @@ def evaluate_bundle(
     tokens = np.asarray(tokenizer.encode(source.text, add_bos=False), dtype=np.int32)
     _return_free_memory()
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
-    windows = cut_windows(tokens, window, bos_id=bos_id, limit=limit)  # an error comes before anything is loaded
+    windows = text_windows(source, tokens, window, bos_id=bos_id, limit=limit)  # before anything is loaded
     file = ResultFile(
         out,
         {
             "engine": "native",
             "model_sha256": header_sha256(bundle),
-            "tokens_sha256": _ids_sha256(windows, bos_id),
+            "tokens_sha256": ids_sha256(windows, bos_id),
             "window": window,
             "methods": [_scoring(config) for config in configs],
             "seed": seed,

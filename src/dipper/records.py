@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -123,6 +124,7 @@ class Provenance:
     n_cpus: int
     system: str
     time: str  # UTC, ISO 8601
+    torch: str | None = None  # None: not used
 
 
 def _git(root: Path, *args: str) -> str | None:
@@ -183,6 +185,7 @@ def provenance(bundle: str | os.PathLike[str]) -> Provenance:
         n_cpus=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        torch=getattr(sys.modules.get("torch"), "__version__", None),
     )
 
 
@@ -330,9 +333,11 @@ class EvalRecord:
     d_glu: float | None
     gamma: float | None
     cache: str | None
+    options: dict[str, Any] = field(default_factory=dict)  # what else of the method is not as by default
     hit_rate: float | None
     touched: float | None  # share of the dense MLP's weight bits that a token reads from DRAM or flash
-    mlp_bytes_per_token: float | None  # touched, times the bytes of the dense MLP in the source's own grid
+    mlp_bytes: int | None  # of the dense MLP weights that a token uses, in the source's own grid
+    mlp_bytes_per_token: float | None  # touched * mlp_bytes
     kl: float | None  # KL(dense || method), nats per token
     kl_stderr: float | None
     same_top1: float | None  # share of tokens after which both find the same token likeliest
