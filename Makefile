@@ -13,7 +13,7 @@ BIN := .venv/bin
 # An empty TORCH_SPEC leaves torch out; those tests are then skipped, and pytest says so.
 TORCH_SPEC ?= torch==2.13.0
 TORCH_OPTIONS ?=
-TRANSFORMERS_SPEC ?= transformers>=4.50
+TRANSFORMERS_SPEC ?= transformers>=5
 # Pinned: versions of clang-format do not agree on a layout.
 CLANG_FORMAT_SPEC ?= clang-format==18.1.8
 

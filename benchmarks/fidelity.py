@@ -124,7 +124,7 @@ def free_cases(engine: Any, model: Any, windows: Windows, density: float, contro
 
 def measure(path: Path, args: Any) -> list[dict[str, Any]]:
     from dipper.bundle import Bundle
-    from reference import hf_model_from_bundle
+    from dipper.torch_model import hf_model_from_bundle
 
     bundle = Bundle.open(path)
     model = hf_model_from_bundle(bundle, context=args.window)

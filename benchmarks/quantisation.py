@@ -40,7 +40,7 @@ def write_f16_folder(bundle_path: Path, folder: Path) -> None:
     import torch
 
     from dipper.bundle import Bundle
-    from reference import hf_model_from_bundle
+    from dipper.torch_model import hf_model_from_bundle
 
     bundle = Bundle.open(bundle_path)
     header = bundle.header["model"]
@@ -75,7 +75,8 @@ def reference_perplexity(bundle_path: Path, windows: Sequence[list[int]], thread
     import torch
 
     from dipper.bundle import Bundle
-    from reference import hf_model_from_bundle, reference_nll
+    from dipper.torch_model import hf_model_from_bundle
+    from reference import reference_nll
 
     torch.set_num_threads(threads)
     model = hf_model_from_bundle(Bundle.open(bundle_path), attention="sdpa")

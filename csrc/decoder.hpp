@@ -28,7 +28,9 @@ struct MemoryPlan {
   uint64_t kv = 0;
   uint64_t scratch = 0;
 
-  uint64_t total() const { return resident + mlp.pinned + mlp.slots + mlp.staging + mlp.bookkeeping + kv + scratch; }
+  uint64_t total() const {
+    return resident + mlp.calibration + mlp.pinned + mlp.slots + mlp.staging + mlp.bookkeeping + kv + scratch;
+  }
 };
 MemoryPlan plan_memory(const Model& model, const DecoderOptions& options);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "errors.hpp"
 #include "stopwatch.hpp"
@@ -32,10 +33,6 @@ std::vector<int32_t> streamed_regions(const Model& model, const MlpOptions& opti
   return regions;
 }
 
-int32_t columns_kept(const MlpOptions& options, int32_t region) {
-  return region % 2 == 0 ? options.k_in : options.k_glu;
-}
-
 std::string region_name(int32_t region) {
   return "layer " + std::to_string(region / 2) + ", " + (region % 2 == 0 ? "input" : "glu") + " columns";
 }
@@ -51,11 +48,11 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
       memory.pinned += aligned(region.bytes());
     if (options.residency == Residency::kCached) {
       memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.record_bytes;
-      memory.staging = std::max(memory.staging,
-                                max_staging_bytes(static_cast<uint64_t>(columns_kept(options, static_cast<int32_t>(r))),
-                                                  region.record_bytes, region.bytes(), kAlign));
+      memory.staging = std::max(memory.staging, max_staging_bytes(static_cast<uint64_t>(options.k[r]),
+                                                                  region.record_bytes, region.bytes(), kAlign));
       memory.bookkeeping += ColumnCache::bytes(region.n_columns, options.capacity[r]);
     }
+    if (options.fits) memory.calibration += (*options.fits)[r].bytes();
   }
   if (!streamed.empty()) {
     const uint32_t slot = ring_slot_bytes(make_chunks(model, streamed, options.stream_chunk_bytes));
@@ -248,13 +245,15 @@ void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
 void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
   ColumnCache& cache = caches_[static_cast<size_t>(r)];
-  const int32_t k = columns_kept(options_, r);
+  const int32_t k = options_.k[static_cast<size_t>(r)];
+  const float* factors = fit(r, &RegionFit::factor);
+  const float* means = fit(r, &RegionFit::mean);
+  std::span<const float> scores{values, static_cast<size_t>(region.n_columns)};
   {
     const Timed timed(ledger.select);
     mask_.resize(static_cast<size_t>(k));
     try {
-      top_k({values, static_cast<size_t>(region.n_columns)}, k, options_.gamma, cache.cached(), selection_,
-            mask_.data());
+      top_k(scores, k, options_.gamma, cache.cached(), selection_, mask_.data(), factors);
     } catch (const ConfigError& e) {
       throw ConfigError(region_name(r) + ": " + e.what());
     }
@@ -270,7 +269,7 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     const std::span<const int32_t> slots = cache.slots();
     for (size_t i = 0; i < mask_.size(); ++i) {
       const int32_t c = mask_[i];
-      batch_.listed_x[i] = values[c];
+      batch_.listed_x[i] = means != nullptr ? values[c] - means[c] : values[c];
       const int32_t s = slots[static_cast<size_t>(c)];
       batch_.record[i] = s >= 0 ? slot(r, s) : nullptr;
       if (s < 0) miss_offsets_.push_back(region.record_offset(c));
@@ -284,13 +283,13 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     counters_.useful_bytes += miss_offsets_.size() * region.record_bytes;
     plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, staging_.data(), plan_);
     if (trace_) {
-      trace_->write({token_,
-                     static_cast<uint32_t>(r),
-                     mask_,
-                     step.misses,
-                     plan_.ranges,
-                     miss_offsets_.size() * region.record_bytes,
-                     {values, static_cast<size_t>(region.n_columns)}});
+      if (factors != nullptr) {
+        scores_.resize(scores.size());
+        std::transform(scores.begin(), scores.end(), factors, scores_.begin(), std::multiplies<>());
+        scores = scores_;
+      }
+      trace_->write({token_, static_cast<uint32_t>(r), mask_, step.misses, plan_.ranges,
+                     miss_offsets_.size() * region.record_bytes, scores});
     }
   }
   if (miss_offsets_.empty()) return;
@@ -346,19 +345,37 @@ void GluMlp::step_region(int32_t r, const float* values, float* const* y, Ledger
   }
 }
 
+// Where sums start: at the products of the means, whose columns add to them only by how far they are from their mean;
+// at zero without means, and where all columns are used as they are (prefill).
+void GluMlp::start_sums(int32_t r, bool masked, int32_t n_tokens, float* const* y, int64_t y_stride) const {
+  const std::vector<WeightView>& matrices = model_.regions[static_cast<size_t>(r)].matrices;
+  for (size_t m = 0; m < matrices.size(); ++m) {
+    const auto n_rows = static_cast<size_t>(matrices[m].n_rows);
+    const bool biased = masked && fit(r, &RegionFit::mean) != nullptr;
+    const float* bias = biased ? (*options_.fits)[static_cast<size_t>(r)].bias[m].data() : nullptr;
+    for (int32_t t = 0; t < n_tokens; ++t) {
+      float* sums = y[m] + t * y_stride;
+      if (bias != nullptr) {
+        std::memcpy(sums, bias, n_rows * sizeof(float));
+      } else {
+        std::memset(sums, 0, n_rows * sizeof(float));
+      }
+    }
+  }
+}
+
 void GluMlp::step(int32_t layer, const float* x, float* y, Ledger& ledger) {
   if (options_.residency == Residency::kStream && stream_ && !stream_->running()) stream_->start(true);
-  std::memset(gate_, 0, static_cast<size_t>(wide_) * sizeof(float));
-  std::memset(up_, 0, static_cast<size_t>(wide_) * sizeof(float));
   float* gate_up[2] = {gate_, up_};
+  start_sums(2 * layer, true, 1, gate_up, wide_);
   step_region(2 * layer, x, gate_up, ledger);
+  float* down[1] = {y};
   {
     const Timed timed(ledger.gemv);
     const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
     act(gate_, up_, model_.intermediate, hidden_);
-    std::memset(y, 0, static_cast<size_t>(padded_rows(model_.hidden)) * sizeof(float));
+    start_sums(2 * layer + 1, true, 1, down, padded_rows(model_.hidden));
   }
-  float* down[1] = {y};
   step_region(2 * layer + 1, hidden_, down, ledger);
 }
 
@@ -373,20 +390,26 @@ void GluMlp::begin_block() {
 
 void GluMlp::mask_block(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced) {
   const int32_t n = model_.regions[static_cast<size_t>(r)].n_columns;
-  const int32_t k = columns_kept(options_, r);
   ColumnCache* cache = caches_.empty() ? nullptr : &caches_[static_cast<size_t>(r)];
+  const float* means = fit(r, &RegionFit::mean);
   if (masks.kind == BlockMasks::Kind::kForced) {
-    for (int64_t i = 0; i < static_cast<int64_t>(n_tokens) * n; ++i) x[i] = forced[i] ? x[i] : 0.0f;
+    for (int32_t t = 0; t < n_tokens; ++t) {
+      float* row = x + static_cast<int64_t>(t) * n;
+      const uint8_t* used = forced + static_cast<int64_t>(t) * n;
+      for (int32_t c = 0; c < n; ++c) row[c] = used[c] ? (means != nullptr ? row[c] - means[c] : row[c]) : 0.0f;
+    }
     return;
   }
   const bool own = masks.kind == BlockMasks::Kind::kOwn && options_.prune;
   const bool touch = masks.kind == BlockMasks::Kind::kDense && masks.touch_cache && cache != nullptr;
   if (!own && !touch) return;
+  const int32_t k = options_.k[static_cast<size_t>(r)];
   block_masks_.resize(static_cast<size_t>(n_tokens) * static_cast<size_t>(k));
   std::vector<int32_t> hits(static_cast<size_t>(n_tokens));
   try {
     const uint64_t evictions = cache != nullptr ? cache->evictions() : 0;
-    scan(x, n_tokens, n, k, own ? options_.gamma : 1.0f, cache, own, block_masks_.data(), hits.data());
+    scan(x, n_tokens, n, k, own ? options_.gamma : 1.0f, cache, own, block_masks_.data(), hits.data(),
+         fit(r, &RegionFit::factor));
     if (cache != nullptr) counters_.evictions += cache->evictions() - evictions;
   } catch (const ConfigError& e) {
     throw ConfigError(region_name(r) + ": " + e.what());
@@ -406,6 +429,7 @@ void GluMlp::mask_block(int32_t r, float* x, int32_t n_tokens, const BlockMasks&
     int32_t c = 0;
     for (int32_t i = 0; i < k; ++i) {
       for (; c < mask[i]; ++c) row[c] = 0.0f;
+      if (means != nullptr) row[c] -= means[c];
       ++c;
     }
     for (; c < n; ++c) row[c] = 0.0f;
@@ -482,8 +506,8 @@ void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMask
         }
       });
     }
-    std::memset(y[m], 0, static_cast<size_t>(n_tokens) * static_cast<size_t>(y_stride) * sizeof(float));
   }
+  start_sums(r, masks.kind != BlockMasks::Kind::kDense, n_tokens, y, y_stride);
   if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
     take_dense(r, base, 0, region.n_columns, 0, nullptr);
     multiply_block(region, x, n_tokens, y, y_stride, ledger);

@@ -25,11 +25,20 @@ namespace dipper {
 
 enum class Residency { kResident, kStream, kCached };
 
+// What a calibration adds to one pruned region; an empty vector: nothing of its kind.
+struct RegionFit {
+  std::vector<float> factor;   // [n_columns], positive: column j scores |x_j| * factor[j]
+  std::vector<float> mean;     // [n_columns]: column j contributes (x_j - mean[j]) w_j when selected, ...
+  std::vector<float> bias[2];  // [n_rows] by matrix: ... to a sum that starts here, at the matrix times `mean`
+
+  uint64_t bytes() const { return sizeof(float) * (factor.size() + mean.size() + bias[0].size() + bias[1].size()); }
+};
+
 struct MlpOptions {
   Residency residency = Residency::kResident;
-  bool prune = false;  // DIP; dense otherwise
-  int32_t k_in = 0;    // columns kept of each region kind
-  int32_t k_glu = 0;
+  bool prune = false;                                  // DIP, always kCached; dense otherwise
+  std::vector<int32_t> k;                              // prune: columns kept, by region
+  std::shared_ptr<const std::vector<RegionFit>> fits;  // prune: by region, or null
   float gamma = 1.0f;
   CachePolicy policy = CachePolicy::kLfu;
   float decay = 0.99f;
@@ -41,9 +50,10 @@ struct MlpOptions {
 
 // Bytes that the MLP allocates, by what for.
 struct MlpMemory {
-  uint64_t pinned = 0;   // whole regions
-  uint64_t slots = 0;    // column caches
-  uint64_t staging = 0;  // reads in flight: the ring, or the misses of a region
+  uint64_t calibration = 0;  // factors, means and biases
+  uint64_t pinned = 0;       // whole regions
+  uint64_t slots = 0;        // column caches
+  uint64_t staging = 0;      // reads in flight: the ring, or the misses of a region
   uint64_t bookkeeping = 0;
 };
 MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options);
@@ -164,6 +174,13 @@ class GluMlp {
            static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;
   }
   void load_pinned();
+  // A part of a region's calibration, null where it has none.
+  const float* fit(int32_t region, std::vector<float> RegionFit::*part) const {
+    if (!options_.fits) return nullptr;
+    const std::vector<float>& values = (*options_.fits)[static_cast<size_t>(region)].*part;
+    return values.empty() ? nullptr : values.data();
+  }
+  void start_sums(int32_t region, bool masked, int32_t n_tokens, float* const* y, int64_t y_stride) const;
   void take_dense(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket, const float* x);
 
   const Model& model_;
@@ -185,6 +202,7 @@ class GluMlp {
   ReadPlan plan_;
   SelectionScratch selection_;
   std::vector<int32_t> mask_;
+  std::vector<float> scores_;  // of a token, for the trace, where they are not the inputs
   std::vector<uint64_t> miss_offsets_;
   std::vector<ColumnCache::Admission> admissions_;
   std::vector<const uint8_t*> admitted_record_;

@@ -67,25 +67,23 @@ size_t gather(std::span<const uint32_t> keys, uint32_t low, uint32_t high, uint3
   return m;
 }
 
-// |scores| as integers of the same order, those not cached times gamma; false when there is a NaN.
-bool to_keys(std::span<const float> scores, float gamma, const uint8_t* cached, uint32_t* keys) {
+// |scores| (times factors, if kFactors) as integers of the same order, those not cached times gamma (if kAware); false
+// when there is a NaN.
+template <bool kFactors, bool kAware>
+bool to_keys(std::span<const float> scores, const float* factors, float gamma, const uint8_t* cached, uint32_t* keys) {
   const size_t n = scores.size();
   const float* s = scores.data();
   int32_t nan = 0;  // its sign bit
-  if (gamma == 1.0f) {
-    for (size_t i = 0; i < n; ++i) {
-      const uint32_t magnitude = std::bit_cast<uint32_t>(s[i]) & 0x7fffffffu;
-      nan |= static_cast<int32_t>(kInfinity - magnitude);
-      keys[i] = magnitude;
-    }
-  } else {
-    for (size_t i = 0; i < n; ++i) {
-      const uint32_t magnitude = std::bit_cast<uint32_t>(s[i]) & 0x7fffffffu;
-      nan |= static_cast<int32_t>(kInfinity - magnitude);
-      const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * gamma);
+  for (size_t i = 0; i < n; ++i) {
+    uint32_t key = std::bit_cast<uint32_t>(s[i]) & 0x7fffffffu;
+    nan |= static_cast<int32_t>(kInfinity - key);
+    if constexpr (kFactors) key = std::bit_cast<uint32_t>(std::bit_cast<float>(key) * factors[i]);
+    if constexpr (kAware) {
+      const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(key) * gamma);
       const uint32_t keep = 0u - cached[i];  // a select by bits: vector code needs no branch and no blend
-      keys[i] = scaled ^ ((scaled ^ magnitude) & keep);
+      key = scaled ^ ((scaled ^ key) & keep);
     }
+    keys[i] = key;
   }
   return nan >= 0;
 }
@@ -105,10 +103,13 @@ void check_selection(int32_t n, int32_t k, float gamma, bool has_cached) {
   }
 }
 
-void select(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
-            int32_t* out, std::optional<int32_t> token) {
+void select(std::span<const float> scores, const float* factors, int32_t k, float gamma, const uint8_t* cached,
+            SelectionScratch& scratch, int32_t* out, std::optional<int32_t> token) {
   scratch.keys.resize(scores.size());
-  if (!to_keys(scores, gamma, cached, scratch.keys.data())) {
+  const bool aware = gamma != 1.0f;
+  const auto keys = factors != nullptr ? (aware ? to_keys<true, true> : to_keys<true, false>)
+                                       : (aware ? to_keys<false, true> : to_keys<false, false>);
+  if (!keys(scores, factors, gamma, cached, scratch.keys.data())) {
     const auto nan = std::find_if(scores.begin(), scores.end(), [](float s) { return std::isnan(s); });
     const std::string at = token ? " at token " + std::to_string(*token) : "";
     throw ConfigError("score of column " + std::to_string(nan - scores.begin()) + at +
@@ -174,13 +175,13 @@ void top_k_keys(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scr
 }
 
 void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
-           int32_t* out) {
+           int32_t* out, const float* factors) {
   check_selection(static_cast<int32_t>(scores.size()), k, gamma, cached != nullptr);
-  select(scores, k, gamma, cached, scratch, out, std::nullopt);
+  select(scores, factors, k, gamma, cached, scratch, out, std::nullopt);
 }
 
 void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gamma, ColumnCache* cache, bool counted,
-          int32_t* masks, int32_t* hits) {
+          int32_t* masks, int32_t* hits, const float* factors) {
   check_selection(n, k, gamma, cache != nullptr);
   if (cache && cache->n_columns() != n) {
     throw ConfigError("scores have " + std::to_string(n) + " columns but the cache has " +
@@ -190,7 +191,7 @@ void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gam
   const auto width = static_cast<size_t>(n), kept = static_cast<size_t>(k);
   for (int32_t t = 0; t < n_tokens; ++t) {
     int32_t* mask = masks + t * kept;
-    select({scores + t * width, width}, k, gamma, cache ? cache->cached() : nullptr, scratch, mask, t);
+    select({scores + t * width, width}, factors, k, gamma, cache ? cache->cached() : nullptr, scratch, mask, t);
     const int32_t n_hits = cache ? cache->step({mask, kept}, counted).n_hits : 0;
     if (hits) hits[t] = n_hits;
   }

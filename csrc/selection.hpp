@@ -33,17 +33,19 @@ KeyCut top_k_cut(std::span<const uint32_t> keys, int32_t k, SelectionScratch& sc
 // The k largest keys as ascending indices, ties to the lower index; 0 <= k <= keys.size(). out has room for k.
 void top_k_keys(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scratch, int32_t* out);
 
-// Mask of a region: the k largest of |scores[i]|, times gamma (fp32) where cached[i] (0 or 1) is 0; ascending indices,
-// ties to the lower index. cached may be null when gamma == 1. Infinite scores rank; a NaN is a ConfigError ("score of
-// column 17 is NaN ..."), and so are k outside [1, n], gamma outside (0, 1] and gamma < 1 without cached.
+// Mask of a region: the k largest of |scores[i]|, times factors[i] (positive, finite; null: 1), times gamma where
+// cached[i] (0 or 1) is 0, each product rounded to fp32; ascending indices, ties to the lower index. cached may be null
+// when gamma == 1. Infinite scores rank; a NaN is a ConfigError ("score of column 17 is NaN ..."), and so are k outside
+// [1, n], gamma outside (0, 1] and gamma < 1 without cached.
 void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
-           int32_t* out);
+           int32_t* out, const float* factors = nullptr);
 
 // Closed-loop masks of a whole sequence: for each of n_tokens rows of scores [n_tokens, n], select, then step the
 // cache. masks [n_tokens, k]; hits [n_tokens] (may be null; zeros without a cache). cache may be null when gamma == 1.
+// factors [n] as top_k.
 // counted: false warms the cache without counting (prefill). Errors as top_k, naming the token; the cache then holds
 // the state after the tokens before it.
 void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gamma, ColumnCache* cache, bool counted,
-          int32_t* masks, int32_t* hits);
+          int32_t* masks, int32_t* hits, const float* factors = nullptr);
 
 }  // namespace dipper

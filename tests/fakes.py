@@ -85,6 +85,7 @@ class FakeEngine:
         )
         self.n_past, self.reader_backend, self.direct, self.isa, self.n_threads = 0, "io_uring", True, "avx2", 2
         self.notes = []
+        self.densities, self.calibration_sha256 = self.config.densities, None
         self.held, self.calls, self.said = [], [], 0
         self.reset_counters()
 

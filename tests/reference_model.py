@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from dipper.bundle import Bundle
+from dipper.cache import ReferenceCache, n_selected, reference_top_k
 
 
-def logits(bundle: Bundle, token_ids: list[int]) -> np.ndarray:
-    """fp64 logits ``[T, V]`` of a prompt, with every weight used."""
+@dataclass
+class Dip:
+    """Dynamic Input Pruning by its definition: a column that is not selected contributes its mean, or nothing.
+
+    Attributes:
+        densities: of the input and the GLU columns by layer, [n_layers, 2].
+        factors: by layer (input [D], GLU [I]): scores are |x| times these, in fp32.
+        means: by layer (input [D], GLU [I]).
+        gamma: factor of scores of columns that are not in `caches`, by layer (input, GLU), which the run moves.
+        masks: by layer [input [T, D], GLU [T, I]], as the run used them.
+    """
+
+    densities: np.ndarray
+    factors: list | None = None
+    means: list | None = None
+    gamma: float = 1.0
+    caches: list[tuple[ReferenceCache, ReferenceCache]] | None = None
+    masks: list[list[np.ndarray]] = field(default_factory=list)
+
+    def prune(self, layer: int, kind: int, x: np.ndarray) -> np.ndarray:
+        """x [T, n] with the columns that are not selected replaced."""
+        k = n_selected(self.densities[layer, kind], x.shape[1])
+        factor = np.float32(1) if self.factors is None else self.factors[layer][kind]
+        mask = np.zeros(x.shape, bool)
+        for row, used in zip(np.abs(x.astype(np.float32)) * factor, mask, strict=True):
+            cached = np.ones(len(row), bool)
+            if self.caches is not None:
+                cached = np.isin(np.arange(len(row)), list(self.caches[layer][kind].slots))
+            used[reference_top_k(row, k, self.gamma, cached)] = True
+            if self.caches is not None:
+                self.caches[layer][kind].step(np.flatnonzero(used).tolist())
+        if kind == 0:
+            self.masks.append([])
+        self.masks[layer].append(mask)
+        return np.where(mask, x, 0 if self.means is None else self.means[layer][kind])
+
+
+def logits(bundle: Bundle, token_ids: list[int], dip: Dip | None = None) -> np.ndarray:
+    """fp64 logits ``[T, V]`` of a prompt, with every weight used or with the MLPs pruned."""
     model = bundle.model
     weights = _Weights(bundle)
     x = bundle.embedding_rows(np.array(token_ids)).astype(np.float64) * model.embedding_scale
     for n in range(model.n_layers):
         branch = _attention(weights, n, _norm(x, weights(f"layers.{n}.attn_norm"), model.norm_eps))
         x = x + _maybe_norm(branch, weights, f"layers.{n}.post_attn_norm", model.norm_eps)
-        branch = _mlp(weights, n, _norm(x, weights(f"layers.{n}.mlp_norm"), model.norm_eps))
+        branch = _mlp(weights, n, _norm(x, weights(f"layers.{n}.mlp_norm"), model.norm_eps), dip)
         x = x + _maybe_norm(branch, weights, f"layers.{n}.post_mlp_norm", model.norm_eps)
     return _norm(x, weights("final_norm"), model.norm_eps) @ weights("head").T
 
@@ -36,13 +76,15 @@ def _maybe_norm(x: np.ndarray, weights: _Weights, name: str, eps: float) -> np.n
     return _norm(x, weights(name), eps) if name in weights.tensors else x
 
 
-def _mlp(weights: _Weights, n: int, x: np.ndarray) -> np.ndarray:
+def _mlp(weights: _Weights, n: int, x: np.ndarray, dip: Dip | None) -> np.ndarray:
+    x = x if dip is None else dip.prune(n, 0, x)
     gate, up = x @ weights(f"layers.{n}.gate").T, x @ weights(f"layers.{n}.up").T
     if weights.bundle.model.activation == "silu":
         gate = gate / (1 + np.exp(-gate))
     else:
         gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-    return (gate * up) @ weights(f"layers.{n}.down").T
+    h = gate * up if dip is None else dip.prune(n, 1, gate * up)
+    return h @ weights(f"layers.{n}.down").T
 
 
 def _attention(weights: _Weights, n: int, x: np.ndarray) -> np.ndarray:

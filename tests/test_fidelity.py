@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 from dipper.bundle import Bundle, pack  # noqa: E402
 from dipper.cache import ReferenceCache  # noqa: E402
 from dipper.engine import Engine, EngineConfig  # noqa: E402
-from reference import dip, hf_model_from_bundle, reference_logits, reference_nll  # noqa: E402
+from dipper.torch_model import hf_model_from_bundle  # noqa: E402
+from reference import dip, reference_logits, reference_nll  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -12,10 +12,10 @@ from tiny import CONFIGS, save_with_transformers
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from dipper.bundle import Bundle, pack  # noqa: E402
+from dipper.torch_model import hf_model_from_bundle  # noqa: E402
 from reference import (  # noqa: E402
     closed_loop_mask,
     dip,
-    hf_model_from_bundle,
     n_selected,
     nll_of,
     reference_logits,

@@ -19,49 +19,18 @@ from tokenizers import Tokenizer as Backend
 from dipper.errors import BundleError, CheckpointError, ConfigError
 from dipper.tokenizer import Tokenizer, write_tokenizer
 from dipper.vocabulary import read_gguf_metadata
+from tiny import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, add_vocabulary, bpe_keys, byte_alphabet
 
 gguf = pytest.importorskip("gguf")
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
-    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-def byte_alphabet() -> list[str]:
-    """The 256 characters of byte-level BPE by byte value."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
 def write_gguf(path: Path, keys: dict[str, Any], architecture: str = "llama") -> Path:
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in keys.items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
-        add[type(value)](f"tokenizer.{key}", value)
+    add_vocabulary(writer, keys)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     return path
-
-
-def bpe_keys(**changes: Any) -> dict[str, Any]:
-    """256 bytes, ids by byte value; "he" 256, "ll" 257, "hell" 258, "Ġhe" 259; then special tokens from 260."""
-    tokens = [*byte_alphabet(), "he", "ll", "hell", "Ġhe", "<|im_start|>", "<|im_end|>", "<tool>", "[PAD]"]
-    keys = {
-        "ggml.model": "gpt2",
-        "ggml.pre": "smollm",
-        "ggml.tokens": tokens,
-        "ggml.token_type": [NORMAL] * 260 + [CONTROL, CONTROL, USER_DEFINED, UNUSED],
-        "ggml.merges": ["h e", "l l", "he ll", "Ġ he"],
-        "ggml.bos_token_id": 260,
-        "ggml.eos_token_id": 261,
-        "ggml.add_bos_token": False,
-        "chat_template": CHATML,
-    }
-    return {k: v for k, v in {**keys, **changes}.items() if v is not None}
 
 
 def spm_keys(**changes: Any) -> dict[str, Any]:

@@ -215,6 +215,46 @@ def save_with_transformers(folder: Path, kind: str, *, dtype: str = "float32", s
     return folder
 
 
+# --- vocabularies -----------------------------------------------------------------------------------------------------
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 characters of byte-level BPE by byte value."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+
+
+def bpe_keys(**changes: Any) -> dict[str, Any]:
+    """256 bytes, ids by byte value; "he" 256, "ll" 257, "hell" 258, "Ġhe" 259; then special tokens from 260."""
+    tokens = [*byte_alphabet(), "he", "ll", "hell", "Ġhe", "<|im_start|>", "<|im_end|>", "<tool>", "[PAD]"]
+    keys = {
+        "ggml.model": "gpt2",
+        "ggml.pre": "smollm",
+        "ggml.tokens": tokens,
+        "ggml.token_type": [NORMAL] * 260 + [CONTROL, CONTROL, USER_DEFINED, UNUSED],
+        "ggml.merges": ["h e", "l l", "he ll", "Ġ he"],
+        "ggml.bos_token_id": 260,
+        "ggml.eos_token_id": 261,
+        "ggml.add_bos_token": False,
+        "chat_template": CHATML,
+    }
+    return {k: v for k, v in {**keys, **changes}.items() if v is not None}
+
+
+def add_vocabulary(writer: Any, keys: dict[str, Any]) -> None:
+    """Write a vocabulary's keys into a GGUF."""
+    for key, value in keys.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](f"tokenizer.{key}", value)
+
+
 # --- GGUF -------------------------------------------------------------------------------------------------------------
 
 # type -> (inputs in a block, bytes of a block, offsets of its f16 fields).
@@ -241,18 +281,25 @@ def random_blocks(type_name: str, rows: int, inputs: int, rng: np.random.Generat
 
 
 def write_gguf(
-    path: Path, kind: str = "llama-tied", types: dict[str, str] | None = None, seed: int = 0, **changes: Any
+    path: Path,
+    kind: str = "llama-tied",
+    types: dict[str, str] | None = None,
+    seed: int = 0,
+    vocabulary: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Path:
-    """A tiny GGUF of any kind in `CONFIGS`, without a vocabulary, made with the `gguf` package.
+    """A tiny GGUF of any kind in `CONFIGS`, made with the `gguf` package.
 
     Args:
         types: source name inside a layer (``ffn_up`` ...) or ``token_embd``/``output`` -> block type; F32 elsewhere.
+        vocabulary: such as `bpe_keys`, whose pieces must not outnumber the rows of the embedding; none when None.
     """
     import gguf
 
     c = config(kind, **changes)
     writer = gguf.GGUFWriter(path, c["model_type"].removesuffix("_text").replace("mistral", "llama"))
     _add_gguf_metadata(writer, c)
+    add_vocabulary(writer, vocabulary or {})
     rng = np.random.default_rng(seed)
     for name, array in gguf_tensors(kind, seed, **changes).items():
         short = name.removesuffix(".weight").rsplit(".", 1)[-1]

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <optional>
@@ -23,6 +24,7 @@ namespace {
 
 using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Mask = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 template <typename T>
 T get(const nb::dict& d, const char* key) {
@@ -207,15 +209,59 @@ class Reader {
   std::unique_ptr<Model> model_;
 };
 
-DecoderOptions options_of(const nb::dict& d) {
+// A vector of a calibration, which calibration.py has validated, with zeros up to `padded`. Never -0: a sum that starts
+// there would keep the sign that one more product of zero takes away.
+std::vector<float> fitted(nb::handle array, int32_t n, int32_t padded) {
+  const auto values = nb::cast<Vector>(array);
+  if (values.size() != static_cast<size_t>(n)) {
+    throw ConfigError("a vector of the calibration has " + std::to_string(values.size()) + " values, expected " +
+                      std::to_string(n) + ": calibrate this model anew");
+  }
+  std::vector<float> out(static_cast<size_t>(padded));
+  std::transform(values.data(), values.data() + n, out.begin(), [](float v) { return v + 0.0f; });
+  return out;
+}
+
+// Lists by region; an empty one leaves that part out. A bias is a list by matrix.
+std::shared_ptr<const std::vector<RegionFit>> fits_of(const nb::dict& d, const Model& model) {
+  const auto factors = get<nb::list>(d, "factors");
+  const auto means = get<nb::list>(d, "means");
+  const auto biases = get<nb::list>(d, "biases");
+  if (factors.size() + means.size() == 0) return nullptr;
+  const size_t n = model.regions.size();
+  if ((factors.size() != 0 && factors.size() != n) || (means.size() != 0 && means.size() != n) ||
+      biases.size() != means.size()) {
+    throw ConfigError("the calibration has vectors for other than the model's " + std::to_string(n) +
+                      " regions: calibrate this model anew");
+  }
+  std::vector<RegionFit> fits(n);
+  for (size_t r = 0; r < n; ++r) {
+    const Region& region = model.regions[r];
+    const int32_t n_columns = region.n_columns;
+    if (factors.size() != 0) fits[r].factor = fitted(factors[r], n_columns, n_columns);
+    if (means.size() == 0) continue;
+    fits[r].mean = fitted(means[r], n_columns, n_columns);
+    const auto by_matrix = nb::cast<nb::list>(biases[r]);
+    if (by_matrix.size() != region.matrices.size()) {
+      throw ConfigError("the calibration has a bias too few or too many: calibrate this model anew");
+    }
+    for (size_t m = 0; m < by_matrix.size(); ++m) {
+      const int32_t rows = r % 2 == 0 ? model.intermediate : model.hidden;
+      fits[r].bias[m] = fitted(by_matrix[m], rows, region.matrices[m].n_rows);
+    }
+  }
+  return std::make_shared<const std::vector<RegionFit>>(std::move(fits));
+}
+
+DecoderOptions options_of(const nb::dict& d, const Model& model) {
   DecoderOptions o;
   const auto residency = get<std::string>(d, "residency");
   o.mlp.residency = residency == "resident" ? Residency::kResident
                     : residency == "stream" ? Residency::kStream
                                             : Residency::kCached;
   o.mlp.prune = get<bool>(d, "prune");
-  o.mlp.k_in = get<int32_t>(d, "k_in");
-  o.mlp.k_glu = get<int32_t>(d, "k_glu");
+  o.mlp.k = get<std::vector<int32_t>>(d, "k");
+  if (o.mlp.prune) o.mlp.fits = fits_of(d, model);
   o.mlp.gamma = get<float>(d, "gamma");
   o.mlp.policy = cache_policy(get<std::string>(d, "cache"));
   o.mlp.decay = get<float>(d, "cache_decay");
@@ -238,6 +284,7 @@ DecoderOptions options_of(const nb::dict& d) {
 nb::dict plan_dict(const MemoryPlan& p) {
   nb::dict d;
   d["resident"] = p.resident;
+  d["calibration"] = p.mlp.calibration;
   d["pinned"] = p.mlp.pinned;
   d["slots"] = p.mlp.slots;
   d["staging"] = p.mlp.staging;
@@ -337,7 +384,7 @@ void bind_decoder(nb::module_& m) {
       "plan_memory",
       [](const nb::dict& header, const std::string& directory, const nb::dict& options) {
         const std::unique_ptr<Model> model = Reader(header, directory).read();
-        return plan_dict(plan_memory(*model, options_of(options)));
+        return plan_dict(plan_memory(*model, options_of(options, *model)));
       },
       nb::arg("header"), nb::arg("directory"), nb::arg("options"));
 
@@ -346,7 +393,7 @@ void bind_decoder(nb::module_& m) {
           "__init__",
           [](Decoder* self, const nb::dict& header, const std::string& directory, const nb::dict& options) {
             std::unique_ptr<Model> model = Reader(header, directory).read();
-            const DecoderOptions o = options_of(options);
+            const DecoderOptions o = options_of(options, *model);
             nb::gil_scoped_release released;
             new (self) Decoder(std::move(model), o);
           },

@@ -8,12 +8,16 @@ and the cache on the masks before (arXiv 2412.01380, cache-aware masking): `scan
     masks, hits = scan(scores, k=n_selected(0.5, 1536), gamma=0.5, cache=cache)  # scores [T, 1536]
     cache.hits / (cache.hits + cache.misses)
 
+`scan_many` does so for several sequences at once, each with a cache of its own.
+
 Invariants: masks are exact (fp32 comparison, ties to the lower column); hits + misses == columns selected; size <=
 capacity; nothing leaves without an admission. Objects are not locked: use each cache from one thread at a time.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from .errors import ConfigError
 
-__all__ = ["CacheStep", "ColumnCache", "ReferenceCache", "n_selected", "reference_top_k", "scan", "top_k"]
+__all__ = ["CacheStep", "ColumnCache", "ReferenceCache", "n_selected", "reference_top_k", "scan", "scan_many", "top_k"]
 
 CacheStep = _core.CacheStep
 
@@ -83,6 +87,43 @@ def scan(
         ConfigError: as `top_k`; a NaN names its column and token, and the cache holds the state before that token.
     """
     return _core.scan(_of_shape("scores", np.ascontiguousarray(scores, dtype=np.float32), 2), k, gamma, cache, counted)
+
+
+def scan_many(
+    scores: Sequence[ArrayLike] | NDArray[Any],
+    k: int,
+    gamma: float = 1.0,
+    caches: Sequence[ColumnCache] | None = None,
+    counted: bool = True,
+    n_threads: int | None = None,
+) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """`scan` of several sequences, each with a cache of its own, in parallel threads.
+
+    Args:
+        scores: B sequences of [T, n]; T may differ from one to the next.
+        k, gamma, counted: as `scan`.
+        caches: B different caches, moved; needed below gamma = 1.
+        n_threads: None: one a CPU.
+
+    Returns:
+        What `scan` returns for each sequence, in their order.
+
+    Raises:
+        ConfigError: as `scan`, naming the sequence; caches that are not B different ones. The caches of the sequences
+            without an error have moved to their ends.
+    """
+    if caches is not None and not len(caches) == len({id(cache) for cache in caches}) == len(scores):
+        raise ConfigError(f"{len(caches)} caches for {len(scores)} sequences: give each sequence a cache of its own")
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(b: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        try:
+            return scan(scores[b], k, gamma, None if caches is None else caches[b], counted)
+        except ConfigError as error:
+            raise ConfigError(f"sequence {b}: {error}") from error
+
+    with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
+        return [scanned.result() for scanned in [pool.submit(one, b) for b in range(len(scores))]]
 
 
 class ColumnCache(_core.ColumnCache):
@@ -150,7 +191,7 @@ class ColumnCache(_core.ColumnCache):
 
 def _of_shape(name: str, array: NDArray[Any], n_dimensions: int) -> NDArray[Any]:
     if array.ndim != n_dimensions:
-        wanted = "[n]" if n_dimensions == 1 else "[tokens, n]"
+        wanted = ("[n]", "[tokens, n]", "[sequences, tokens, n]")[n_dimensions - 1]
         raise ConfigError(f"{name} has shape {list(array.shape)}: it must be {wanted}")
     return array
 

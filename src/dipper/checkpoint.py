@@ -29,7 +29,7 @@ import numpy as np
 from dipper.errors import CheckpointError
 from dipper.grid import F32, U8, Array, CodedRows, Grid, dequantise
 
-__all__ = ["Checkpoint", "Tensor", "TensorType", "open_checkpoint"]
+__all__ = ["Checkpoint", "Tensor", "TensorType", "open_checkpoint", "read_hf_config"]
 
 # A safetensors header is at most this long by that format's own rule.
 _MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
@@ -483,9 +483,7 @@ def _check_inside(tensor: Tensor, n_bytes: int, file_bytes: int) -> None:
 
 def _open_folder(path: Path) -> Checkpoint:
     config_path = path / "config.json"
-    if not config_path.is_file():
-        raise CheckpointError(f"{path}: has no config.json; give a Hugging Face model folder or a .gguf file")
-    config = _read_json(config_path)
+    config = read_hf_config(path)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
@@ -502,6 +500,18 @@ def _open_folder(path: Path) -> Checkpoint:
                 )
             tensors[tensor.name] = tensor
     return Checkpoint("hf", path, config, tensors, [config_path, *shards])
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The content of a Hugging Face folder's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is malformed.
+    """
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise CheckpointError(f"{path}: has no config.json; give a Hugging Face model folder or a .gguf file")
+    return _read_json(config_path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

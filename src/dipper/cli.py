@@ -85,6 +85,10 @@ MlpDram = Annotated[
     str | None,
     typer.Option(help="DRAM of the MLP alone: 2.7b (bits per MLP weight), or 60% of its bytes.", metavar="SIZE"),
 ]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Densities by layer, score factors and means from `dipper calibrate`.", metavar="FILE"),
+]
 Threads = Annotated[int | None, typer.Option(help="Compute threads (default: all cores).", metavar="N")]
 Reader = Annotated[str | None, typer.Option(help="auto, io_uring or pread (default auto).", metavar="NAME")]
 Isa = Annotated[str | None, typer.Option(help="Kernels: auto, scalar, avx2 or avx512 (default auto).", metavar="NAME")]
@@ -227,6 +231,7 @@ def run(
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
+    calibration: Calibration = None,
     dram: Dram = None,
     mlp_dram: MlpDram = None,
     threads: Threads = None,
@@ -269,8 +274,8 @@ def run(
     if ctx is None:
         n_tokens = _fitting(len(tokens), n_tokens, opened.model.max_context)
     config = _config(
-        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, dram=dram, mlp_dram=mlp_dram,
-        threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
+        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, calibration=calibration,
+        dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
         context=ctx if ctx is not None else min(len(tokens) + max(n_tokens, 1), opened.model.max_context),
     )  # fmt: skip
     with _open_engine(bundle, config) as engine:
@@ -335,6 +340,7 @@ def chat(
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
+    calibration: Calibration = None,
     dram: Dram = None,
     mlp_dram: MlpDram = None,
     threads: Threads = None,
@@ -364,8 +370,9 @@ def chat(
     sampling = _sampling(temperature, top_k, top_p, min_p, seed)
     tokenizer = _open_tokenizer(bundle)
     config = _config(
-        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, dram=dram, mlp_dram=mlp_dram,
-        threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace, context=ctx,
+        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, calibration=calibration,
+        dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
+        context=ctx,
     )  # fmt: skip
     with _open_engine(bundle, config) as engine:
         conversation = Conversation(engine, tokenizer, system=system)
@@ -463,6 +470,7 @@ def evaluate(
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
+    calibration: Calibration = None,
     select: Annotated[
         str | None, typer.Option(help="PyTorch: topk, threshold or topp (default: the method's).", metavar="HOW")
     ] = None,
@@ -473,7 +481,7 @@ def evaluate(
     capacity: Annotated[
         float | None, typer.Option(help="PyTorch: simulate caches of this share of the columns.", metavar="C")
     ] = None,
-    calibration: Annotated[
+    calibration_text: Annotated[
         Path | None, typer.Option(help="PyTorch: a text for methods that must see some.", metavar="FILE")
     ] = None,
     device: Annotated[
@@ -511,22 +519,24 @@ def evaluate(
     if (text is None) == (tasks is None):
         raise ConfigError("give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR.")
     common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
+    files = {"calibration": calibration}
     native = {"dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa}
     torch_method = {
         "select": select, "norms": norms or None, "compensate": compensate or None, "capacity": capacity,
     }  # fmt: skip
-    torch_run = {"calibration": calibration, "device": device, "dtype": dtype, "batch": batch}
+    torch_run = {"calibration_text": calibration_text, "device": device, "dtype": dtype, "batch": batch}
     torch_only = {**torch_method, **torch_run, "kl": kl or None, "tasks": tasks}
     scoring = {"window": window, "limit": tokens, "rows_joined": wikitext, "seed": seed or 0, "out": out}
     if _on_engine(source, method, engine, torch_only):
         assert text is not None, "tasks are for PyTorch"
         _refuse(torch_only, "on the native engine", "use --torch")
-        _eval_native(Path(source), text, method, {**common, **native}, against, scoring, as_json)
+        _eval_native(Path(source), text, method, {**common, **files, **native}, against, scoring, as_json)
         return
     _refuse(native, "in PyTorch", "use --engine")
     if against not in (None, "dense"):
         raise ConfigError(f"--against {against} is for the native engine; in PyTorch it is --against dense.")
     options = _torch_method(method or "dip", {**common, **torch_method})
+    torch_run |= files
     if text is not None:
         _eval_torch(source, text, options, torch_run, {**scoring, "kl": kl or against is not None}, as_json)
     else:
@@ -596,11 +606,12 @@ def _torch_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_sparse(source: str, method: dict[str, Any], run: dict[str, Any], context: int | None) -> Any:
+    import dipper.torch_model  # noqa: F401 - first, since it says what to install where PyTorch is missing
     from dipper.evaluate_torch import open_sparse
 
     return open_sparse(
         source, method, device=run["device"] or "cpu", dtype=run["dtype"], context=context,
-        calibration=run["calibration"],
+        calibration=run["calibration"], calibration_text=run["calibration_text"],
     )  # fmt: skip
 
 
@@ -612,9 +623,9 @@ def _eval_torch(
     scoring: dict[str, Any],
     as_json: bool,
 ) -> None:
-    from dipper.evaluate_torch import evaluate_torch
-
     with _open_sparse(source, method, run, scoring["window"]) as opened:
+        from dipper.evaluate_torch import evaluate_torch
+
         record = evaluate_torch(opened, text, **scoring, batch=run["batch"] or 1, progress=_say_progress)
     _print_eval(record, as_json)
 
@@ -637,11 +648,12 @@ def _eval_tasks(
 ) -> None:
     if data is None:
         raise ConfigError("--tasks needs the folder of their files; give it with --data DIR.")
-    from dipper.evaluate_torch import answer_tasks
     from dipper.records import json_line
     from dipper.tables import tasks_table
 
     with _open_sparse(source, method, run, None) as opened:
+        from dipper.evaluate_torch import answer_tasks
+
         result = answer_tasks(opened, names, data, batch=run["batch"] or 1, progress=_say_answers, **asked)
     print(json_line(result) if as_json else tasks_table([result]))
 
@@ -695,6 +707,7 @@ def bench(
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
+    calibration: Calibration = None,
     dram: Dram = None,
     mlp_dram: MlpDram = None,
     threads: Threads = None,
@@ -718,8 +731,9 @@ def bench(
     from dipper.tables import bench_table
 
     options = {
-        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache, "dram": dram,
-        "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa, "cold": cold or None,
+        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
+        "calibration": None if calibration is None else str(calibration), "dram": dram, "mlp_dram": mlp_dram,
+        "threads": threads, "reader": reader, "isa": isa, "cold": cold or None,
     }  # fmt: skip
     cases = [_bench_case(bundle, mode.strip(), options, n_prompt, n_tokens, text) for mode in modes.split(",")]
     _check_context(bundle, f"-p {n_prompt} -n {n_tokens}", n_prompt + n_tokens, "less of either")
@@ -781,6 +795,7 @@ _ACTS_WITH = {
     "d_in": ("dip", "dip-ca"),
     "d_glu": ("dip", "dip-ca"),
     "cache": ("dip", "dip-ca"),
+    "calibration": ("dip", "dip-ca"),
     "cold": ("dip", "dip-ca"),
     "gamma": ("dip-ca",),
     "mlp_dram": ("dense-stream", "dip", "dip-ca"),

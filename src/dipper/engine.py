@@ -36,6 +36,7 @@ import numpy.typing as npt
 from . import _core
 from .bundle import Bundle
 from .cache import n_selected
+from .calibration import Calibration
 from .errors import BudgetError, BundleError, ConfigError
 
 __all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan", "parse_bytes"]
@@ -49,6 +50,9 @@ DEFAULT_MLP_DRAM = "50%"
 # Tried in this order until the budget holds: tokens a prefill block, buffers of the weight ring.
 _BLOCKS_AND_SLOTS = ((256, 8), (64, 8), (64, 4), (16, 4), (16, 2))
 _CHUNK_BYTES = 1 << 20
+_MLP_PARTS = ("calibration", "pinned", "slots", "staging", "bookkeeping")  # of the native plan
+
+_Densities = npt.NDArray[np.float64]  # of input and GLU columns by layer, [n_layers, 2]
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -89,6 +93,9 @@ class EngineConfig:
         cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
         dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the
             process.
+        calibration: file of a `dipper.calibration.Calibration`: its densities by layer for `density` (`d_in` and
+            `d_glu`, if given, override them), its score factors, its means. Compensated by means, density 1 equals
+            dense only up to rounding: (x - mean) w is then summed onto the bias mean w, not x w onto zero.
         mlp_dram: the MLP's share: "2.7b" bits per MLP weight, or "60%" of its bytes, scales and staging included.
             None: what `dram` leaves, or 50 % where that is not given either.
         context: positions of the KV cache.
@@ -105,6 +112,7 @@ class EngineConfig:
     gamma: float | None = None
     cache: str = "lfu"
     cache_decay: float = 0.99
+    calibration: str | Path | None = None
     dram: str | int | None = None
     mlp_dram: str | None = None
     context: int = 1024
@@ -130,6 +138,10 @@ class EngineConfig:
             )
         if self.method != "dip-ca" and self.gamma not in (None, 1.0):
             raise ConfigError(f"gamma {self.gamma} goes with --method dip-ca, not {self.method}")
+        if self.calibration is not None and not self.prunes:
+            raise ConfigError(
+                f"a calibration is about pruning, and {self.method} does none: use --method dip or dip-ca"
+            )
         if self.context < 1:
             raise ConfigError(f"context is {self.context}: at least 1 position is needed")
         if self.threads is not None and self.threads < 1:
@@ -148,18 +160,12 @@ class EngineConfig:
 
     @property
     def densities(self) -> tuple[float, float]:
-        """Densities of the input and the GLU columns: (d_in, d_glu)."""
+        """Densities of the input and the GLU columns where no calibration has its own: (d_in, d_glu)."""
         if not self.prunes:
             return 1.0, 1.0
         if self.d_in is not None and self.d_glu is not None:
             return self.d_in, self.d_glu
         return self.density, self.density
-
-    @property
-    def mlp_density(self) -> float:
-        """Share of MLP weights used per token, (2 d_in + d_glu) / 3."""
-        d_in, d_glu = self.densities
-        return (2 * d_in + d_glu) / 3
 
     @property
     def effective_gamma(self) -> float:
@@ -174,14 +180,15 @@ class Plan:
     """Every byte that a run will hold, decided before anything is loaded.
 
     Attributes:
-        parts: bytes by what for: host, resident, mlp_scales, pinned, slots, staging, bookkeeping, kv, scratch.
+        parts: bytes by what for: host, resident, mlp_scales, calibration, pinned, slots, staging, bookkeeping, kv,
+            scratch.
         budget_bytes: limit of the process, None without one.
-        mlp_bytes: mlp_scales + pinned + slots + staging + bookkeeping.
+        mlp_bytes: mlp_scales + calibration + pinned + slots + staging + bookkeeping.
         mlp_budget_bytes: limit of the MLP, None where the method takes what it needs.
         mlp_bits_per_weight: `mlp_bytes` in bits per MLP weight.
         cached_fraction: share of MLP columns that slots or pinned regions hold.
         minimum_bytes: the smallest process budget that this bundle, method and context work with.
-        options: what the native decoder is built with.
+        options: what the native decoder is built with, a calibration's vectors aside.
     """
 
     parts: dict[str, int]
@@ -231,21 +238,46 @@ class Counters:
         return self.hits / self.selected if self.selected else None
 
 
+def _densities(config: EngineConfig, n_layers: int, calibration: Calibration | None) -> _Densities:
+    """A calibration's table for the density asked for; without one, or given a split, the same in every layer."""
+    if calibration is not None and calibration.tables and config.d_in is None:
+        return calibration.densities(config.density)
+    return np.tile(np.array(config.densities), (n_layers, 1))
+
+
+def _mean(densities: _Densities) -> tuple[float, float]:
+    """Over the layers, exact where all are equal."""
+    d_in, d_glu = densities[0] + (densities - densities[0]).mean(axis=0)
+    return float(d_in), float(d_glu)
+
+
+def _vectors(calibration: Calibration | None) -> dict[str, Any]:
+    """A calibration's vectors as the native decoder takes them: lists by region, empty where there are none."""
+    factors = () if calibration is None else calibration.factors or ()
+    means = () if calibration is None else calibration.means or ()
+    biases = () if calibration is None else calibration.biases or ()
+    return {
+        "factors": [vector for layer in factors for vector in layer],
+        "means": [vector for layer in means for vector in layer],
+        "biases": [vectors for gate, up, down in biases for vectors in ([gate, up], [down])],
+    }
+
+
 class _Planner:
     """Finds the richest settings that a budget allows; all sizes come from the native `plan_memory`."""
 
-    def __init__(self, bundle: Bundle, config: EngineConfig, host_bytes: int) -> None:
+    def __init__(
+        self, bundle: Bundle, config: EngineConfig, host_bytes: int, densities: _Densities, vectors: dict[str, Any]
+    ) -> None:
         self.bundle = bundle
         self.config = config
         self.host_bytes = host_bytes
+        self.vectors = vectors
         self.regions: list[dict[str, Any]] = bundle.header["regions"]
-        model = bundle.header["model"]
-        d_in, d_glu = config.densities
         self.base: dict[str, Any] = {
             "residency": {"dense-resident": "resident", "dense-stream": "stream"}.get(config.method, "cached"),
             "prune": config.prunes,
-            "k_in": n_selected(d_in, model["hidden_size"]),
-            "k_glu": n_selected(d_glu, model["intermediate_size"]),
+            "k": [n_selected(d, r["n_columns"]) for d, r in zip(densities.flat, self.regions, strict=True)],
             "gamma": config.effective_gamma,
             "cache": config.cache,
             "cache_decay": config.cache_decay,
@@ -269,17 +301,17 @@ class _Planner:
         self.mlp_weights = bundle.mlp_weights
 
     def parts(self, options: dict[str, Any]) -> dict[str, int]:
-        native = _core.plan_memory(self.bundle.header, str(self.bundle.path), options)
+        native = _core.plan_memory(self.bundle.header, str(self.bundle.path), options | self.vectors)
         return {
             "host": self.host_bytes,
             "resident": native["resident"] - self.scale_bytes,
             "mlp_scales": self.scale_bytes,
-            **{name: native[name] for name in ("pinned", "slots", "staging", "bookkeeping", "kv", "scratch")},
+            **{name: native[name] for name in (*_MLP_PARTS, "kv", "scratch")},
         }
 
     @staticmethod
     def mlp_bytes(parts: dict[str, int]) -> int:
-        return sum(parts[name] for name in ("mlp_scales", "pinned", "slots", "staging", "bookkeeping"))
+        return sum(parts[name] for name in ("mlp_scales", *_MLP_PARTS))
 
     def limits(self) -> tuple[int | None, int | None]:
         """Budgets of the process and of the MLP in bytes."""
@@ -370,8 +402,9 @@ class _Planner:
                 + ("" if self.config.method != "dense-resident" else " or choose --method dense-stream or dip")
             )
         bits = 8 * mlp_minimum / self.mlp_weights
+        needed = "scales, calibration and staging" if any(self.vectors.values()) else "scales and staging"
         raise BudgetError(
-            f"--mlp-dram gives {(mlp_budget or 0) / 1e6:.1f} MB to the MLP, but its scales and staging alone need "
+            f"--mlp-dram gives {(mlp_budget or 0) / 1e6:.1f} MB to the MLP, but its {needed} alone need "
             f"{mlp_minimum / 1e6:.1f} MB: raise --mlp-dram to {bits + 0.005:.2f}b or more"
         )
 
@@ -411,13 +444,25 @@ class Engine:
 
     Attributes:
         config, plan, bundle: what it was opened with.
+        densities: of the input and the GLU columns, means over the layers.
+        calibration_sha256: of the calibration's file, None without one.
         notes: fallbacks taken (reader, direct I/O), each said once.
     """
 
-    def __init__(self, bundle: Bundle, config: EngineConfig, plan: Plan, decoder: Any) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: EngineConfig,
+        plan: Plan,
+        decoder: Any,
+        densities: tuple[float, float],
+        calibration_sha256: str | None,
+    ) -> None:
         self.bundle = bundle
         self.config = config
         self.plan = plan
+        self.densities = densities
+        self.calibration_sha256 = calibration_sha256
         self.notes: list[str] = [note for note in decoder.reader_notes if note]
         self._decoder = decoder
         self._trace_partial: Path | None = None
@@ -436,23 +481,29 @@ class Engine:
         Raises:
             BundleError: damaged or newer bundle.
             BudgetError: the budget is below the smallest that works.
-            ConfigError: context over the model's, unknown instruction set.
+            ConfigError: context over the model's, unknown instruction set, a calibration that is damaged, for another
+                model, or without the density asked for.
         """
         config = config or EngineConfig()
         bundle = Bundle.open(path)
         limit = bundle.header["model"]["max_context"]
         if config.context > limit:
             raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
-        plan = _Planner(bundle, config, _rss_bytes()).plan()
+        calibration = None if config.calibration is None else Calibration.load(config.calibration)
+        if calibration is not None:
+            calibration.check_model(bundle)
+        densities, vectors = _densities(config, bundle.model.n_layers, calibration), _vectors(calibration)
+        plan = _Planner(bundle, config, _rss_bytes(), densities, vectors).plan()
         if on_plan is not None:
             on_plan(plan)
-        decoder = _core.Decoder(bundle.header, str(bundle.path), plan.options)
+        decoder = _core.Decoder(bundle.header, str(bundle.path), plan.options | vectors)
         digest = hashlib.sha256(decoder.resident_bytes().data).hexdigest()
         if digest != bundle.header["files"]["resident.bin"]["sha256"]:
             raise BundleError(
                 f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again"
             )
-        engine = cls(bundle, config, plan, decoder)
+        sha256 = None if calibration is None else calibration.sha256
+        engine = cls(bundle, config, plan, decoder, _mean(densities), sha256)
         if config.prunes and config.cache == "static" and config.cold:
             decoder.pin_static()
         if config.trace is not None:
@@ -466,7 +517,7 @@ class Engine:
             "bundle": self.bundle.header["header_sha256"],
             "method": self.config.method,
             "gamma": self.config.effective_gamma,
-            "densities": self.config.densities,
+            "densities": self.densities,
             "cache": self.config.cache,
             "regions": [
                 {
@@ -476,8 +527,14 @@ class Engine:
                     "record_bytes": r["record_bytes"],
                     "offset": r["offset"],
                     "capacity": c,
+                    "k": k,
                 }
-                for r, c in zip(self.bundle.header["regions"], self.plan.options["capacity"], strict=True)
+                for r, c, k in zip(
+                    self.bundle.header["regions"],
+                    self.plan.options["capacity"],
+                    self.plan.options["k"],
+                    strict=True,
+                )
             ],
         }
         self._trace_partial = path.with_name(path.name + ".partial")

@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dipper.errors import ConfigError, DipperError
-from dipper.records import EvalRecord, Traffic, engine_fields, header_sha256, write_json
+from dipper.records import EvalRecord, Traffic, engine_fields, header_sha256, method_fields, write_json
 
 if TYPE_CHECKING:
     from dipper.engine import Engine, EngineConfig, Plan
@@ -253,7 +253,7 @@ class EngineScorer:
         return WindowScore(
             nll=math.fsum(nll.tolist()),
             tokens=len(nll),
-            touched=engine.config.mlp_density,
+            touched=method_fields(engine.config, engine.densities)["density"] or 1.0,
             traffic=Traffic().add(engine.counters()),
         )
 
@@ -714,4 +714,7 @@ def evaluate_bundle(
 def _scoring(config: EngineConfig) -> dict[str, Any]:
     """The options that can change a score; reader, kernels and threads cannot."""
     same = ("threads", "reader", "isa", "trace", "cold")
-    return {name: value for name, value in asdict(config).items() if name not in same}
+    options = {name: value for name, value in asdict(config).items() if name not in same}
+    if config.calibration is not None:
+        options["calibration"] = hashlib.sha256(Path(config.calibration).read_bytes()).hexdigest()
+    return options

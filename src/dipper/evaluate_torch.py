@@ -14,15 +14,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+import torch
+from torch import nn
+
+from dipper.calibration import Calibration
 from dipper.errors import ConfigError, DipperError
 from dipper.evaluate import (
     PerplexityResult,
@@ -37,22 +42,15 @@ from dipper.evaluate import (
     score_text,
     text_windows,
 )
+from dipper.methods import MethodConfig
 from dipper.records import EvalRecord, Traffic, peak_rss_bytes, provenance
+from dipper.sparsify import Sparsified, find_glus, sparsify_
 from dipper.tasks import Pair, run_tasks
-
-try:
-    import torch
-    from torch import nn
-except ImportError as error:
-    raise ConfigError(f"PyTorch is needed here ({error}): run `pip install 'dipper[torch]'`.") from error
-
-if TYPE_CHECKING:
-    from dipper.torch_model import LoadedModel
+from dipper.torch_model import LoadedModel, load_model
 
 __all__ = [
     "DTYPES",
     "Opened",
-    "Sparsity",
     "TorchScorer",
     "answer_tasks",
     "evaluate_torch",
@@ -69,35 +67,15 @@ _HEAD_ROWS = 128
 _CALIBRATION = (1024, 8)
 
 
-class Sparsity(Protocol):
-    """What scoring needs of `dipper.sparsify.Sparsified`."""
-
-    config: Any  # the MethodConfig
-    rules: Sequence[Any]  # each with a meter that counts the columns `selected`, and `hits` among them
-
-    @property
-    def touched(self) -> float:
-        """Share of the dense MLP's weight bits that a token touched."""
-
-    def paused(self) -> AbstractContextManager[Any]:
-        """The dense model, for as long as the context lasts; nothing is counted."""
-
-    def reset(self) -> None:
-        """Empties the column caches."""
-
-    def reset_meters(self) -> None:
-        """Counters start anew."""
-
-
 @dataclass(frozen=True)
 class Opened:
     """A model with a method applied to it."""
 
     loaded: LoadedModel
-    sparsity: Sparsity
+    sparsity: Sparsified
     source: str = ""
     mlp_bytes: int | None = None  # of the dense MLP weights that a token uses, in the grid of the source
-    calibration_sha256: str | None = None
+    calibration: dict[str, str] = field(default_factory=dict)  # sha256 of the files it was calibrated by
 
     @property
     def model(self) -> Any:
@@ -114,6 +92,7 @@ def open_sparse(
     dtype: str | None = None,
     context: int | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    calibration_text: str | os.PathLike[str] | None = None,
 ) -> Iterator[Opened]:
     """Loads a model and applies a method to it.
 
@@ -123,7 +102,8 @@ def open_sparse(
         device: of PyTorch, such as cpu, cuda or cuda:1.
         dtype: one of `DTYPES`; None: fp32.
         context: positions that will be used, where the rotary embedding depends on them.
-        calibration: a UTF-8 text, for methods that must see some first: 8 windows of 1024 positions are shown.
+        calibration: file of `dipper calibrate`, for its densities by layer.
+        calibration_text: UTF-8, for methods that must see some first: 8 windows of 1024 positions are shown.
 
     Yields:
         The model, sparse until the context ends.
@@ -131,25 +111,37 @@ def open_sparse(
     Raises:
         ConfigError: the dtype, the method or an option of it is unknown, or the model has no GLU layers.
     """
-    from dipper.methods import MethodConfig
-    from dipper.sparsify import find_glus, sparsify_
-    from dipper.torch_model import load_model
-
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}' is unknown: choose {', '.join(DTYPES)}")
     config = MethodConfig(**method)
-    text = None if calibration is None else read_text(calibration)
+    fitted = None if calibration is None else Calibration.load(Path(calibration))
+    text = None if calibration_text is None else read_text(calibration_text)
     given = Path(source) if Path(source).exists() else os.fspath(source)
     loaded = load_model(given, device=device, dtype=DTYPES[dtype or "fp32"], context=context)
     windows = None if text is None else _calibration_windows(loaded, text.text)
-    with sparsify_(loaded.model, config, calibration=windows) as sparsity:
+    densities = None if fitted is None else _densities(fitted, loaded, config.density)
+    with sparsify_(loaded.model, config, calibration=windows, densities=densities) as sparsity:
         yield Opened(
             loaded,
             sparsity,
             source=os.fspath(source),
             mlp_bytes=_mlp_bytes(given, loaded.model, find_glus(loaded.model)),
-            calibration_sha256=None if text is None else text.sha256,
+            calibration=_told(calibration, calibration_text),
         )
+
+
+def _densities(fitted: Calibration, loaded: LoadedModel, density: float) -> list[tuple[float, ...]]:
+    text, layers = _text_config(loaded.model), fitted.densities(density)
+    if len(layers) != text.num_hidden_layers or fitted.model["hidden"] != text.hidden_size:
+        raise ConfigError(
+            f"The calibration is of {fitted.model['name']} with {len(layers)} layers, not of {loaded.name} with "
+            f"{text.num_hidden_layers}; calibrate this model."
+        )
+    return [tuple(layer) for layer in layers.tolist()]
+
+
+def _told(*paths: str | os.PathLike[str] | None) -> dict[str, str]:
+    return {Path(p).name: sha256(Path(p).read_bytes()).hexdigest() for p in paths if p is not None}
 
 
 def _calibration_windows(loaded: LoadedModel, text: str) -> list[torch.Tensor]:
@@ -245,7 +237,6 @@ class TorchScorer:
                 "computed here: this model cannot be evaluated."
             )
 
-    @torch.inference_mode()
     def score(self, windows: Sequence[Sequence[int]]) -> list[WindowScore]:
         """Scores ids[1:] of every window.
 
@@ -258,7 +249,10 @@ class TorchScorer:
         Raises:
             DipperError: the logits are not finite; the message names the module.
         """
-        ids = torch.tensor([list(w) for w in windows], device=self._device)
+        with torch.inference_mode():
+            return self._score(torch.tensor([list(w) for w in windows], device=self._device))
+
+    def _score(self, ids: torch.Tensor) -> list[WindowScore]:
         inputs, targets = ids[:, :-1], ids[:, 1:]
         dense = None
         if self._against_dense:
@@ -270,11 +264,11 @@ class TorchScorer:
         hidden = self._hidden(inputs)
         hits = sum(rule.meter.hits for rule in sparsity.rules)
         misses = sum(rule.meter.selected for rule in sparsity.rules) - hits
-        sums = [self._sums(hidden[i], targets[i], None if dense is None else dense[i]) for i in range(len(windows))]
+        sums = [self._sums(hidden[i], targets[i], None if dense is None else dense[i]) for i in range(len(ids))]
         if not all(np.isfinite(window["nll"]) for window in sums):
             self._blame(inputs)
         traffic = [Traffic(n_tokens=inputs.numel(), hits=int(hits), misses=int(misses))]
-        traffic += [Traffic() for _ in windows[1:]]
+        traffic += [Traffic() for _ in ids[1:]]
         return [
             WindowScore(tokens=inputs.shape[1], touched=float(sparsity.touched), traffic=t, **window)
             for window, t in zip(sums, traffic, strict=True)
@@ -297,7 +291,6 @@ class TorchScorer:
             return {"nll": float(nll)}
         return {"nll": float(nll), "dense_nll": float(dense_nll), "kl": float(kl), "same_top1": int(same)}
 
-    @torch.inference_mode()
     def score_pairs(
         self, pairs: Sequence[Pair], progress: Callable[[int, int], None] | None = None
     ) -> list[tuple[float, bool]]:
@@ -324,7 +317,9 @@ class TorchScorer:
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         for at in range(0, len(order), self._batch):
             some = order[at : at + self._batch]
-            for i, scored in zip(some, self._score_batch([pairs[i] for i in some]), strict=True):
+            with torch.inference_mode():
+                scores = self._score_batch([pairs[i] for i in some])
+            for i, scored in zip(some, scores, strict=True):
                 results[i] = scored
             if progress is not None:
                 progress(min(at + self._batch, len(pairs)), len(pairs))
@@ -392,7 +387,7 @@ def _method_fields(config: Any) -> dict[str, Any]:
     named = ("name", "density", "gamma", "cache", *(("densities",) if config.name in ("dip", "dip-ca") else ()))
     is_dip, is_dense = config.name in ("dip", "dip-ca"), config.name == "dense"
     own = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    d_in, d_glu = config.densities or (config.density, config.density)
+    d_in, d_glu = (is_dip and config.densities) or (config.density, config.density)
     density = (2 * d_in + d_glu) / 3 if is_dip else config.density
     return {
         "method": config.name,
@@ -461,7 +456,7 @@ def run_options(opened: Opened) -> dict[str, Any]:
         "engine": "torch",
         "model_sha256": opened.loaded.fingerprint,
         "method": asdict(opened.sparsity.config),
-        "calibration_sha256": opened.calibration_sha256,
+        "calibration": opened.calibration,
         "device": _device_name(parameter.device),
         "dtype": _dtype_name(parameter.dtype),
     }

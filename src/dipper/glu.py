@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,24 @@ import numpy as np
 
 from dipper.checkpoint import Checkpoint, Tensor
 from dipper.errors import CheckpointError
-from dipper.grid import F32, CodedRows, Grid
+from dipper.grid import F32, TILE, CodedRows, Grid, dequantise
 from dipper.rope import Rope, RopeConfig, name_tables, rope_table
 
-__all__ = ["LayerConfig", "Model", "ModelConfig", "Part", "RopeConfig", "matrix_shapes", "read_model", "vector_shapes"]
+__all__ = [
+    "HF_TYPES",
+    "LayerConfig",
+    "Model",
+    "ModelConfig",
+    "Part",
+    "RopeConfig",
+    "matrix_shapes",
+    "read_model",
+    "vector_shapes",
+]
 
 ACTIVATIONS = ("silu", "gelu_tanh")
+# Weights held at a time while rows of a matrix pass through: about 30 MB of codes, fp32 values and planes.
+_SLICE_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +197,13 @@ class Part:
         first = int(wanted.min())
         return self.tensor.rows(first, int(wanted.max()) + 1).take(wanted - first)
 
+    def slices(self) -> Iterator[tuple[int, CodedRows]]:
+        """(first row, rows) of a matrix from top to bottom, in slices of whole tiles."""
+        n_rows, n_inputs = self.shape
+        step = max(_SLICE_WEIGHTS // n_inputs // TILE, 1) * TILE
+        for start in range(0, n_rows, step):
+            yield start, self.rows(start, min(start + step, n_rows))
+
     def vector(self) -> F32:
         """This part of a vector, fp32 ``[n]``."""
         whole = self.tensor.vector()[self.start : self.start + self.shape[0]]
@@ -207,6 +227,28 @@ class Model:
     vectors: dict[str, F32]
     parts: dict[str, Part]
 
+    def dequantise(self, name: str) -> F32:
+        """A tensor as fp32, bit for bit what `Bundle.dequantise` gives when it was packed in its own grid.
+
+        Args:
+            name: of `vectors` or `parts`, or ``embedding`` (tied: the head).
+
+        Returns:
+            ``[R, C]`` of a matrix, ``[n]`` of a vector.
+
+        Raises:
+            CheckpointError: the tensor is of a type that is not read, is cut, or holds NaN.
+        """
+        if name in self.vectors:
+            return self.vectors[name]
+        part = self.parts["head" if name == "embedding" and self.config.tied else name]
+        if len(part.shape) == 1:
+            return part.vector()
+        weights = np.empty(part.shape, np.float32)
+        for start, rows in part.slices():
+            weights[start : start + len(rows.codes)] = dequantise(part.grid, rows)
+        return weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -229,6 +271,9 @@ _ARCHITECTURES = (
     Architecture(name="phi3", hf_types=("phi3",), fused=True),
     Architecture(name="gemma3", hf_types=("gemma3_text",), qk_norm=True, sandwich_norms=True, hf_norm_add=1.0),
 )
+
+HF_TYPES = tuple(name for architecture in _ARCHITECTURES for name in architecture.hf_types)
+"""The `model_type` of every Hugging Face folder that `read_model` understands."""
 
 # Bundle name -> source name inside a layer.
 _HF_NAMES = {
@@ -329,7 +374,7 @@ def _architecture(checkpoint: Checkpoint) -> Architecture:
     else:
         found = checkpoint.metadata.get("model_type")
         matches = [a for a in _ARCHITECTURES if found in a.hf_types]
-        known = ", ".join(t for a in _ARCHITECTURES for t in a.hf_types)
+        known = ", ".join(HF_TYPES)
         n_experts = checkpoint.metadata.get("num_local_experts", 0)
     if not matches:
         raise CheckpointError(

@@ -44,6 +44,7 @@ class DipperLM(LM):  # type: ignore[misc]
         batch_size: int | str = 1,
         max_length: int | None = None,
         calibration: str | None = None,
+        calibration_text: str | None = None,
         opened: Opened | None = None,
         max_batch_size: int | None = None,
         **options: Any,
@@ -57,7 +58,7 @@ class DipperLM(LM):  # type: ignore[misc]
             dtype: fp32, bf16 or fp16; None: fp32.
             batch_size: sequences at once; "auto" is 16.
             max_length: positions at most; None: the model's.
-            calibration: a text, for methods that must see some.
+            calibration, calibration_text: see `evaluate_torch.open_sparse`.
             opened: a model that is loaded already, in place of all but `batch_size` and `max_length`.
             max_batch_size: the harness gives it, and nothing here needs it.
 
@@ -76,7 +77,15 @@ class DipperLM(LM):  # type: ignore[misc]
             wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
             given = {"name": method, **options}
             opened = self._open.enter_context(
-                open_sparse(source, given, device=wanted, dtype=dtype, context=max_length, calibration=calibration)
+                open_sparse(
+                    source,
+                    given,
+                    device=wanted,
+                    dtype=dtype,
+                    context=max_length,
+                    calibration=calibration,
+                    calibration_text=calibration_text,
+                )
             )
         batch = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.scorer = TorchScorer(opened, batch=batch, context=max_length)
@@ -127,7 +136,8 @@ class DipperLM(LM):  # type: ignore[misc]
         from tqdm import tqdm
 
         with tqdm(total=len(pairs), disable=silent) as bar:
-            return self.scorer.score_pairs(pairs, lambda done, _: bar.update(done - bar.n))
+            scored: list[tuple[float, bool]] = self.scorer.score_pairs(pairs, lambda done, _: bar.update(done - bar.n))
+        return scored
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy text up to a stop string, an end of text or `max_gen_toks` tokens."""

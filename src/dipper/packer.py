@@ -33,7 +33,6 @@ from dipper.checkpoint import Checkpoint, open_checkpoint
 from dipper.errors import BundleError, CheckpointError, ConfigError
 from dipper.glu import Model, Part, read_model
 from dipper.grid import (
-    TILE,
     Array,
     CodedRows,
     Grid,
@@ -52,8 +51,6 @@ __all__ = ["Progress", "write_bundle"]
 Progress = Callable[[int, int], None]
 
 BITS = ("source", "4", "8", "16")
-# Weights held at a time while rows pass through: about 30 MB of codes, fp32 values and planes.
-_SLICE_WEIGHTS = 1 << 20
 
 
 def write_bundle(
@@ -131,10 +128,8 @@ def _recode(rows: CodedRows, source: Grid, target: Grid, part: Part) -> CodedRow
 
 def _recoded_slices(part: Part, target: Grid) -> Iterator[tuple[int, CodedRows]]:
     """(first row, rows in the target grid), in slices of whole tiles."""
-    n_rows, n_inputs = part.shape
-    step = max(_SLICE_WEIGHTS // n_inputs // TILE, 1) * TILE
-    for start in range(0, n_rows, step):
-        yield start, _recode(part.rows(start, min(start + step, n_rows)), part.grid, target, part)
+    for start, rows in part.slices():
+        yield start, _recode(rows, part.grid, target, part)
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------

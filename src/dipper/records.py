@@ -15,12 +15,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dipper import __version__
 from dipper.errors import ConfigError
@@ -46,6 +47,7 @@ __all__ = [
     "provenance",
     "ratio",
     "run_record",
+    "whole_file",
     "write_json",
 ]
 
@@ -124,6 +126,8 @@ class Provenance:
     n_cpus: int
     system: str
     time: str  # UTC, ISO 8601
+    calibration: str | None = None  # file
+    calibration_sha256: str | None = None
     torch: str | None = None  # None: not used
 
 
@@ -168,8 +172,12 @@ def header_sha256(bundle: str | os.PathLike[str]) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
-def provenance(bundle: str | os.PathLike[str]) -> Provenance:
-    """Describes this process and the bundle that it read."""
+def provenance(
+    bundle: str | os.PathLike[str],
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_sha256: str | None = None,
+) -> Provenance:
+    """Describes this process, the bundle that it read and the calibration, where there was one."""
     import numpy as np
 
     commit, dirty = _checkout()
@@ -185,6 +193,8 @@ def provenance(bundle: str | os.PathLike[str]) -> Provenance:
         n_cpus=os.cpu_count() or 1,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        calibration=None if calibration is None else os.fspath(calibration),
+        calibration_sha256=calibration_sha256,
         torch=getattr(sys.modules.get("torch"), "__version__", None),
     )
 
@@ -392,12 +402,17 @@ def _mean_stddev(values: Sequence[float]) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------ from an engine
 
 
-def method_fields(config: EngineConfig) -> dict[str, Any]:
-    """The keys that name a method, with None where a knob does not act."""
-    d_in, d_glu = config.densities if config.prunes else (None, None)
+def method_fields(config: EngineConfig, densities: tuple[float, float] | None = None) -> dict[str, Any]:
+    """The keys that name a method, with None where a knob does not act.
+
+    Args:
+        config: the engine's.
+        densities: of the input and the GLU columns, where a calibration has its own: means over the layers.
+    """
+    d_in, d_glu = (densities or config.densities) if config.prunes else (None, None)
     return {
         "method": config.method,
-        "density": config.mlp_density if config.prunes else None,
+        "density": None if d_in is None or d_glu is None else (2 * d_in + d_glu) / 3,
         "d_in": d_in,
         "d_glu": d_glu,
         "gamma": config.effective_gamma if config.prunes else None,
@@ -444,7 +459,7 @@ class Traffic:
 def engine_fields(engine: Engine) -> dict[str, Any]:
     """The keys that name an engine and what it holds, shared by all records."""
     return {
-        **method_fields(engine.config),
+        **method_fields(engine.config, engine.densities),
         "dram_bytes": dict(engine.plan.parts),
         "dram_budget_bytes": engine.plan.budget_bytes,
         "mlp_bits_per_weight": engine.plan.mlp_bits_per_weight,
@@ -452,7 +467,7 @@ def engine_fields(engine: Engine) -> dict[str, Any]:
         "isa": engine.isa,
         "n_threads": engine.n_threads,
         "notes": list(engine.notes),
-        "provenance": provenance(engine.bundle.path),
+        "provenance": provenance(engine.bundle.path, engine.config.calibration, engine.calibration_sha256),
     }
 
 
@@ -510,7 +525,18 @@ def json_line(value: Mapping[str, Any]) -> str:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Writes a JSON file that is whole or absent: built beside its place, flushed, renamed.
+    """Writes a JSON file that is whole or absent.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    with whole_file(path) as out:
+        out.write((json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode())
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write that is whole or absent: built beside its place, flushed, renamed when the block ends well.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -520,9 +546,8 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
         raise ConfigError(f"Cannot write {target}: the folder {target.parent} does not exist. Create it first.")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as out:
-            json.dump(value, out, ensure_ascii=False, allow_nan=False, indent=1)
-            out.write("\n")
+        with open(partial, "wb") as out:
+            yield out
             out.flush()
             os.fsync(out.fileno())
         os.replace(partial, target)

@@ -1,7 +1,8 @@
 """Text to token ids and back, and the chat template.
 
-`write_tokenizer` runs once, when a model is packed; `Tokenizer` is what the engine holds. Opening one imports neither
-torch, transformers nor gguf, and jinja2 only when a chat is rendered, since all of it would stand beside the budget.
+`write_tokenizer` runs once, when a model is packed; `Tokenizer` is what the engine holds: `open` takes a bundle's,
+`of_checkpoint` a GGUF's or Hugging Face folder's, the same one without packing. Opening one imports neither torch,
+transformers nor gguf, and jinja2 only when a chat is rendered, since all of it would stand beside the budget.
 
 Special tokens in text. `encode(special=True)` reads `<|im_end|>` in a text as that token, as other engines do: right
 for a prompt the caller wrote in full. `encode_chat` reads special tokens of the *template* only; the same characters
@@ -20,12 +21,15 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 
 from .chat_template import ChatTemplate
 from .errors import BundleError, CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from .vocabulary import Vocabulary
 
 __all__ = ["DecodeStream", "Tokenizer", "write_tokenizer"]
 
@@ -53,18 +57,22 @@ def write_tokenizer(source: Path, out_dir: Path) -> dict[str, Any]:
         CheckpointError: the source has no tokenizer, a malformed one, or one of a kind that is not known.
     """
     source, out_dir = Path(source), Path(out_dir)
+    vocabulary = _read_vocabulary(source)
     if source.is_dir():
-        return _write_from_folder(source, out_dir)
-    from .vocabulary import read_gguf_vocabulary
-
-    vocabulary = read_gguf_vocabulary(source)
-    vocabulary.tokenizer.save(str(out_dir / TOKENIZER_FILE), pretty=False)
+        shutil.copyfile(source / TOKENIZER_FILE, out_dir / TOKENIZER_FILE)
+    else:
+        vocabulary.tokenizer.save(str(out_dir / TOKENIZER_FILE), pretty=False)
     if vocabulary.chat_template is not None:
         (out_dir / TEMPLATE_FILE).write_text(vocabulary.chat_template, encoding="utf-8", newline="")
     return {"bos_id": vocabulary.bos_id, "eos_ids": vocabulary.eos_ids, "add_bos": vocabulary.add_bos}
 
 
-def _write_from_folder(source: Path, out_dir: Path) -> dict[str, Any]:
+def _read_vocabulary(source: Path) -> Vocabulary:
+    """The tokenizer of a GGUF file or a Hugging Face folder, and how it is used."""
+    from .vocabulary import Vocabulary, read_gguf_vocabulary
+
+    if not source.is_dir():
+        return read_gguf_vocabulary(source)
     path = source / TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(_how_to_make_tokenizer_json(source))
@@ -73,16 +81,18 @@ def _write_from_folder(source: Path, out_dir: Path) -> dict[str, Any]:
     settings = _read_json(source / "tokenizer_config.json")
     config, generation = _read_json(source / "config.json"), _read_json(source / "generation_config.json")
     config = {**(config.get("text_config") or {}), **config}
-    shutil.copyfile(path, out_dir / TOKENIZER_FILE)
-    template = _folder_template(source, settings)
-    if template is not None:
-        (out_dir / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="")
     bos = _named_id(tokenizer, settings.get("bos_token"))
     if bos is None:
         bos = next(iter(_ids(config.get("bos_token_id")) + _ids(generation.get("bos_token_id"))), None)
     named_eos = _named_id(tokenizer, settings.get("eos_token"))
     eos = _ids(generation.get("eos_token_id")) + _ids(config.get("eos_token_id")) + _ids(named_eos)
-    return {"bos_id": bos, "eos_ids": list(dict.fromkeys(eos)), "add_bos": _adds_bos(tokenizer, settings, bos)}
+    return Vocabulary(
+        tokenizer=tokenizer,
+        bos_id=bos,
+        eos_ids=list(dict.fromkeys(eos)),
+        add_bos=_adds_bos(tokenizer, settings, bos),
+        chat_template=_folder_template(source, settings),
+    )
 
 
 def _how_to_make_tokenizer_json(source: Path) -> str:
@@ -90,9 +100,9 @@ def _how_to_make_tokenizer_json(source: Path) -> str:
         return (
             f"{source} has a SentencePiece tokenizer.model but no {TOKENIZER_FILE}: make one with "
             f"`python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{source}').save_pretrained("
-            f"'{source}')\"` (needs transformers and sentencepiece), then pack again"
+            f"'{source}')\"` (needs transformers and sentencepiece), then try again"
         )
-    return f"{source} has no {TOKENIZER_FILE}: download the tokenizer files of the model into it, then pack again"
+    return f"{source} has no {TOKENIZER_FILE}: download the tokenizer files of the model into it, then try again"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -200,6 +210,24 @@ class Tokenizer:
             bos_id=header.get("bos_id") if bos_id is None else bos_id,
             eos_ids=header.get("eos_ids") or () if eos_ids is None else eos_ids,
             add_bos=bool(header.get("add_bos")) if add_bos is None else add_bos,
+        )
+
+    @classmethod
+    def of_checkpoint(cls, source: Path | str) -> Tokenizer:
+        """The tokenizer of a GGUF file or a Hugging Face folder: the one that a bundle packed from it has.
+
+        Raises:
+            CheckpointError: the source has no tokenizer, a malformed one, or one of a kind that is not known.
+        """
+        source = Path(source)
+        vocabulary = _read_vocabulary(source)
+        return cls(
+            vocabulary.tokenizer,
+            _decoder_of(vocabulary.tokenizer, source, CheckpointError),
+            template=vocabulary.chat_template,
+            bos_id=vocabulary.bos_id,
+            eos_ids=vocabulary.eos_ids,
+            add_bos=vocabulary.add_bos,
         )
 
     @property

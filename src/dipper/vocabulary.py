@@ -2,8 +2,8 @@
 
 A GGUF carries pieces, scores or merges, and the *name* of a pre-tokenizer, not the tokenizer itself. What the names
 mean (the splitting pattern, whether whole words skip the merges) is in `_PRE_TOKENIZERS`; a name that is not there is
-an error, since a wrong split changes ids without a sign. Only `write_tokenizer` comes here: at run time a bundle has
-`tokenizer.json` and this module is not imported.
+an error, since a wrong split changes ids without a sign. Only what reads a model's source comes here: at run time a
+bundle has `tokenizer.json` and this module is not imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from .errors import CheckpointError
 
-__all__ = ["GgufVocabulary", "read_gguf_metadata", "read_gguf_vocabulary"]
+__all__ = ["Vocabulary", "read_gguf_metadata", "read_gguf_vocabulary"]
 
 # Token types of the GGUF format.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -85,8 +85,8 @@ _PRE_TOKENIZERS = {
 
 
 @dataclass(frozen=True)
-class GgufVocabulary:
-    """A tokenizer and what the GGUF says about using it."""
+class Vocabulary:
+    """A tokenizer and what its source, a GGUF or a Hugging Face folder, says about using it."""
 
     tokenizer: tokenizers.Tokenizer
     bos_id: int | None
@@ -95,7 +95,7 @@ class GgufVocabulary:
     chat_template: str | None
 
 
-def read_gguf_vocabulary(path: Path) -> GgufVocabulary:
+def read_gguf_vocabulary(path: Path) -> Vocabulary:
     """Build the tokenizer of a GGUF file.
 
     Raises:
@@ -121,7 +121,7 @@ def read_gguf_vocabulary(path: Path) -> GgufVocabulary:
     default_bos = True if model == "llama" else _pre_tokenizer(meta, path).add_bos
     add_bos = bool(meta.get("tokenizer.ggml.add_bos_token", default_bos)) and pieces.bos is not None
     template = meta.get("tokenizer.chat_template")
-    return GgufVocabulary(tokenizer, pieces.bos, pieces.ends, add_bos, template if isinstance(template, str) else None)
+    return Vocabulary(tokenizer, pieces.bos, pieces.ends, add_bos, template if isinstance(template, str) else None)
 
 
 @dataclass(frozen=True)

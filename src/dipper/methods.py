@@ -1,0 +1,1040 @@
+"""Pruning rules for GLU MLPs, in PyTorch: which columns a token uses, and what the others are replaced by.
+
+A method is one class that sees one layer's weights (`Glu`) and the layer's inputs. It may look at calibration tokens
+first (`collect`, then `fit`), and then maps inputs to outputs with its masks, metering the weights it touched. Adding a
+rule is one class and one line in `METHODS`; `dipper.sparsify` puts it into a model, and the tests pick it up from the
+registry.
+
+    rule = METHODS["dip"](MethodConfig("dip", density=0.6), glu, layer=0)
+    y = rule(x)                      # x [..., D] -> y [..., D]
+    rule.meter.touched               # share of the layer's MLP weight bits that a token touched: 0.6
+
+Equal bytes: `density` is the share of the dense MLP's weight bits that a token touches, whatever the rule. DIP touches
+(2 d_in + d_glu) / 3 of them (arXiv 2412.01380), a rule that must read W_up whole to choose touches a third and twice
+its columns' share of the rest, and so on: each class says how its own densities follow. Weights beyond the model's that
+a rule needs (predictors, low-rank factors, masks of fixed patterns) count as touched where a token reads them, and as
+`extra_dram_bits` where they must be held.
+
+Selection follows the engine: k = floor(d n + 1/2) in [1, n], scores in fp32, ties to the lower column.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dipper.cache import ColumnCache, n_selected, scan_many
+from dipper.errors import ConfigError
+
+__all__ = ["METHODS", "Glu", "Meter", "Method", "MethodConfig", "Selector", "top_k_mask"]
+
+F32 = npt.NDArray[np.float32]
+
+# Tokens whose scores a selector keeps to fit a threshold: quantiles of 512 tokens x 1000s of columns are good to 1e-3.
+_SAMPLE_TOKENS = 512
+SELECTIONS = ("topk", "threshold", "topp")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What is pruned, and how.
+
+    Attributes:
+        name: a key of `METHODS`.
+        density: share of the dense MLP's weight bits that a token touches, in (0, 1].
+        densities: a rule's own densities in place of equal ones: (input, glu) of DIP, (gate, up, down) of TEAL and WINA.
+            `density` is then ignored.
+        select: "topk" per token, "threshold" (calibrated, so that the mean density is the asked one), or "topp" (the
+            fewest columns that hold a calibrated share of the scores' sum). None: what the rule's paper does.
+        norms: DIP ranks |x| times the column's norm.
+        compensate: an unselected column contributes its mean over the calibration text instead of nothing.
+        gamma: of cache-aware masking, in (0, 1]; `dip-ca` alone.
+        cache, decay: policy of the column caches; `dip` and `dip-ca`.
+        capacity: share of each region's columns that its cache holds; None: no cache is simulated.
+        rank: of predictors and low-rank parts, as a share of the hidden size.
+        pattern: of fixed masks: "unstructured" or "2:4".
+        linears: TEAL and WINA: "mlp", or "all" for the attention's projections too.
+    """
+
+    name: str = "dip"
+    density: float = 1.0
+    densities: tuple[float, ...] | None = None
+    select: str | None = None
+    norms: bool = False
+    compensate: bool = False
+    gamma: float | None = None
+    cache: str = "lfu"
+    decay: float = 0.99
+    capacity: float | None = None
+    rank: float = 0.125
+    pattern: str = "unstructured"
+    linears: str = "mlp"
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise ConfigError(f"method '{self.name}' is not known: choose one of {', '.join(sorted(METHODS))}")
+        for value in (self.density, *(self.densities or ())):
+            if not 0 < value <= 1:
+                raise ConfigError(f"density is {value:g}, but must be above 0 and at most 1")
+        if self.select is not None and self.select not in SELECTIONS:
+            raise ConfigError(f"select is '{self.select}', known are {', '.join(SELECTIONS)}")
+        if self.gamma is not None and not 0 < self.gamma <= 1:
+            raise ConfigError(f"gamma is {self.gamma:g}, but must be above 0 and at most 1")
+        if self.capacity is not None and not 0 <= self.capacity <= 1:
+            raise ConfigError(f"capacity is {self.capacity:g}, but must be a share of the columns, 0 to 1")
+        METHODS[self.name].check(self)
+
+    @property
+    def selection(self) -> str:
+        """`select`, or the rule's own way where that is None."""
+        return self.select or METHODS[self.name].selection
+
+
+@dataclass
+class Glu:
+    """One layer's GLU MLP: y = down(act(gate x) * (up x)).
+
+    Attributes:
+        gate, up: [I, D].
+        down: [D, I].
+        act: of the gate.
+        gate_bias, up_bias: [I] or None; down_bias: [D] or None.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    act: Callable[[Tensor], Tensor]
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.gate.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.gate.shape[0]
+
+    def hidden(self, x: Tensor, x_up: Tensor | None = None) -> Tensor:
+        """act(gate x) * (up x), [..., I]; `x_up` [..., D] where up has an input of its own."""
+        gate = functional.linear(x, self.gate, self.gate_bias)
+        return self.act(gate) * functional.linear(x if x_up is None else x_up, self.up, self.up_bias)
+
+    def output(self, h: Tensor) -> Tensor:
+        """down h, [..., D]."""
+        return functional.linear(h, self.down, self.down_bias)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The MLP as it is."""
+        return self.output(self.hidden(x))
+
+
+class Meter:
+    """Weights touched: shares of each matrix, summed over tokens on the device they were counted on."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.n_tokens = 0
+        self._sum: Tensor | float = 0.0
+        self.selected = 0
+        self.hits = 0
+        self.missed_share = 0.0
+
+    def add(self, n_tokens: int, share: Tensor | float) -> None:
+        """`share`: of the layer's weight bits, the mean of these tokens."""
+        self.n_tokens += n_tokens
+        self._sum = self._sum + share * n_tokens
+
+    @property
+    def touched(self) -> float:
+        """Mean share of the dense MLP's weight bits that a token touched; NaN before the first token."""
+        return float(self._sum) / self.n_tokens if self.n_tokens else math.nan
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over selected columns; None where no cache is simulated."""
+        return self.hits / self.selected if self.selected else None
+
+    @property
+    def flash_share(self) -> float | None:
+        """Share of the MLP's weight bits that a token reads from flash: those of missed columns."""
+        return self.missed_share / self.n_tokens if self.selected else None
+
+
+def top_k_mask(scores: Tensor, k: int) -> Tensor:
+    """The k largest scores of each row, exactly k: ties go to the lower column.
+
+    Args:
+        scores: [..., n] fp32, not NaN.
+        k: in [1, n].
+
+    Returns:
+        bool [..., n].
+    """
+    if k >= scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    border = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above = scores > border
+    ties = scores == border
+    wanted = k - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= wanted))
+
+
+class Selector:
+    """One mask from one score: top-k per token, a calibrated threshold, or a calibrated share of the sum.
+
+    Args:
+        n: columns.
+        density: share of them to use, in (0, 1].
+        select: one of `SELECTIONS`.
+    """
+
+    def __init__(self, n: int, density: float, select: str = "topk") -> None:
+        self.n, self.density, self.select = n, density, select
+        self.level: float | None = None  # the threshold, or the share of the sum
+        self._sample: list[Tensor] = []
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `mask` must wait for calibration."""
+        return self.select != "topk" and self.density < 1
+
+    def collect(self, scores: Tensor) -> None:
+        """Takes scores [..., n] of calibration tokens into account."""
+        held = sum(len(part) for part in self._sample)
+        if self.needs_fit and held < _SAMPLE_TOKENS:
+            rows = scores.reshape(-1, self.n)
+            self._sample.append(rows[:: max(1, len(rows) // 64)][: _SAMPLE_TOKENS - held].float())
+
+    def fit(self) -> None:
+        """Fixes the level at which the sample has the asked mean density."""
+        if not self.needs_fit:
+            return
+        if not self._sample:
+            raise ConfigError(f"select '{self.select}' needs calibration text, and none was given")
+        sample = torch.cat(self._sample)
+        self._sample = []
+        keep = max(1, round(self.density * sample.numel()))
+        if self.select == "threshold":
+            self.level = float(sample.flatten().kthvalue(sample.numel() - keep + 1).values)
+            return
+        ranked = sample.sort(dim=-1, descending=True).values
+        before = (ranked.cumsum(-1) - ranked) / ranked.sum(-1, keepdim=True).clamp_min(1e-30)
+        # A column is kept while what stands before it holds less than the level: count(before < level) columns.
+        self.level = float(before.flatten().kthvalue(min(keep + 1, before.numel())).values)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """bool [..., n] of scores [..., n]."""
+        if self.density >= 1:
+            return torch.ones_like(scores, dtype=torch.bool)
+        if self.select == "topk":
+            return top_k_mask(scores, n_selected(self.density, self.n))
+        if self.level is None:
+            raise ConfigError(f"select '{self.select}' was not calibrated: give calibration text")
+        if self.select == "threshold":
+            return scores >= self.level
+        ranked, order = scores.sort(dim=-1, descending=True)
+        before = (ranked.cumsum(-1) - ranked) / ranked.sum(-1, keepdim=True).clamp_min(1e-30)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < self.level)
+
+
+class _Mean:
+    """Running mean of vectors [..., n], in fp64."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def collect(self, values: Tensor) -> None:
+        rows = values.reshape(-1, values.shape[-1])
+        total = rows.sum(0, dtype=torch.float64)
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += len(rows)
+
+    def value(self, like: Tensor) -> Tensor:
+        if self._sum is None:
+            raise ConfigError("mean compensation needs calibration text, and none was given")
+        return (self._sum / self._count).to(like.dtype)
+
+
+class Method(ABC):
+    """A rule on one layer.
+
+    Args:
+        config: with this class's `name`.
+        glu: the layer's weights.
+        layer: its number, for messages.
+
+    Attributes:
+        meter: weights touched so far.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]  # one line for tables and --help
+    least: ClassVar[float] = 0.0  # densities at or below cannot be reached
+    selection: ClassVar[str] = "topk"  # the paper's way
+    n_densities: ClassVar[int] = 0  # how many of its own it takes
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        self.config, self.glu, self.layer = config, glu, layer
+        self.meter = Meter()
+        self._means = (_Mean(), _Mean())  # of inputs and of GLU activations
+        self._mean: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """ConfigError if this rule cannot do what `config` asks."""
+        if config.density <= cls.least:
+            raise ConfigError(
+                f"{cls.name} touches more than {cls.least:.3g} of the MLP's weights whatever it drops ({cls.summary}); "
+                f"density {config.density:g} cannot be reached: ask for more"
+            )
+        if config.densities is not None and len(config.densities) != cls.n_densities:
+            raise ConfigError(
+                f"{cls.name} takes {cls.n_densities or 'no'} densities of its own, {len(config.densities)} were given"
+            )
+        if config.gamma is not None and cls is not DipCacheAware:
+            raise ConfigError(f"gamma is dip-ca's alone, and the method is {cls.name}")
+        if config.capacity is not None and not issubclass(cls, Dip):
+            raise ConfigError(f"column caches are simulated for dip and dip-ca, and the method is {cls.name}")
+
+    @classmethod
+    def needs_data(cls, config: MethodConfig) -> bool:
+        """Whether calibration tokens must be shown before the rule works."""
+        return config.selection != "topk" or config.compensate
+
+    @property
+    def extra_dram_bits(self) -> float:
+        """Bits beyond the model's weights that must be held in DRAM for this layer."""
+        return 0.0
+
+    def collect(self, x: Tensor) -> None:
+        """Shows calibration inputs [..., D]; the rule sees the dense model's activations."""
+        if self.config.compensate:
+            self._means[0].collect(x)
+            self._means[1].collect(self.glu.hidden(x))
+
+    def fit(self) -> None:
+        """Ends calibration."""
+        if self.config.compensate:
+            self._mean = (self._means[0].value(self.glu.gate), self._means[1].value(self.glu.gate))
+
+    def dense(self, x: Tensor) -> Tensor:
+        """What the layer gives without the rule."""
+        return self.glu.dense(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y [..., D] of x [..., D]."""
+        return self.forward(x)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., D] of x [..., D], metering what was touched."""
+
+    def reset(self) -> None:
+        """A new sequence begins: state that a rule carries from token to token is dropped."""
+
+    # -- pieces that rules are made of
+
+    def _selector(self, n: int, density: float) -> Selector:
+        return Selector(n, density, self.config.selection)
+
+    def _kept(self, values: Tensor, mask: Tensor, which: int) -> Tensor:
+        """values where selected, else their calibrated mean (0 without compensation); which: 0 inputs, 1 GLU."""
+        if self._mean is None:
+            return values * mask
+        return torch.where(mask, values, self._mean[which])
+
+    def _count(self, x: Tensor, *shares: Tensor | float) -> None:
+        """Meters the mean share of gate, up and down (one number for all, or three)."""
+        n_tokens = x.numel() // x.shape[-1]
+        self.meter.add(n_tokens, sum(shares) / len(shares))
+
+    @property
+    def _mlp_weights(self) -> int:
+        return 3 * self.glu.hidden_size * self.glu.intermediate_size
+
+
+def _share(mask: Tensor) -> Tensor:
+    """Mean density of a mask."""
+    return mask.mean(dtype=torch.float32)
+
+
+class Dense(Method):
+    """Everything is used."""
+
+    name = "dense"
+    summary = "every weight is used"
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """Dense has density 1 and nothing else."""
+        if config.density != 1:
+            raise ConfigError(f"dense uses every weight; density {config.density:g} belongs to another method")
+        super().check(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The MLP as it is."""
+        self._count(x, 1.0)
+        return self.glu.dense(x)
+
+
+class _GluColumns(Method):
+    """Rules that choose among the I hidden units by one score: a unit kept is a column of down and rows of gate and up.
+
+    `whole`: how many of the three matrices are used whole, to compute the score or because the rule does not skip in
+    them. Density d leaves d' = (3 d - whole) / (3 - whole) of the units.
+    """
+
+    whole: ClassVar[int]
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        units = (3 * config.density - self.whole) / (3 - self.whole)
+        self.units = self._selector(glu.intermediate_size, min(units, 1.0))
+
+    @abstractmethod
+    def _scores(self, x: Tensor, h: Tensor) -> Tensor:
+        """fp32 [..., I]; h is act(gate x) * (up x) of these inputs."""
+
+    def collect(self, x: Tensor) -> None:
+        super().collect(x)
+        self.units.collect(self._scores(x, self.glu.hidden(x)))
+
+    def fit(self) -> None:
+        super().fit()
+        self.units.fit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.glu.hidden(x)
+        mask = self.units.mask(self._scores(x, h))
+        share = _share(mask)
+        self._count(x, (self.whole + (3 - self.whole) * share) / 3)
+        return self.glu.output(self._kept(h, mask, 1))
+
+
+class GluOracle(_GluColumns):
+    """Top-k of the true |h|, known beforehand: the bound of any predictor of hidden units."""
+
+    name = "glu-oracle"
+    summary = "the units of largest |h|, told by an oracle; all three matrices skip"
+    whole = 0
+
+    def _scores(self, x: Tensor, h: Tensor) -> Tensor:
+        return h.float().abs()
+
+
+class GluDown(_GluColumns):
+    """Top-k of |h| once it is computed: only W_down is skipped in."""
+
+    name = "glu"
+    summary = "the units of largest |h|; gate and up are read whole"
+    whole = 2
+    least = 2 / 3
+
+    def _scores(self, x: Tensor, h: Tensor) -> Tensor:
+        return h.float().abs()
+
+
+class UpPruning(_GluColumns):
+    """Top-k of |up x|: up is read whole, gate and down skip (arXiv 2412.01380, section 3)."""
+
+    name = "up"
+    summary = "the units of largest |up x|; up is read whole"
+    whole = 1
+    least = 1 / 3
+
+    def _scores(self, x: Tensor, h: Tensor) -> Tensor:
+        return functional.linear(x, self.glu.up, self.glu.up_bias).float().abs()
+
+
+class GatePruning(_GluColumns):
+    """Top-k or, as in CATS (arXiv 2404.08763), a calibrated threshold of |act(gate x)|: gate is read whole."""
+
+    name = "gate"
+    summary = "the units of largest |act(gate x)| (CATS); gate is read whole"
+    whole = 1
+    least = 1 / 3
+
+    def _scores(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.glu.act(functional.linear(x, self.glu.gate, self.glu.gate_bias)).float().abs()
+
+
+class DejaVu(Method):
+    """A trained low-rank predictor of |h|'s top-k chooses the units (after Deja Vu, arXiv 2310.17157).
+
+    The predictor, sigmoid(B relu(A x)) with A [r, D] and B [I, r], is trained on calibration tokens to tell which units
+    are among the true top-k (binary cross-entropy, AdamW). It is held in DRAM as 16-bit weights and read for each token;
+    the units are fewer, so that both together touch `density`.
+    """
+
+    name = "dejavu"
+    summary = "the units that a trained low-rank predictor names; all three matrices skip"
+    weight_bits: ClassVar[int] = 16
+    _tokens: ClassVar[int] = 16384
+    _steps: ClassVar[int] = 400
+    _batch: ClassVar[int] = 256
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        self.rank = max(1, round(config.rank * glu.hidden_size))
+        left = config.density - self._predictor_share
+        if left <= 0:
+            raise ConfigError(
+                f"dejavu's predictor of rank {self.rank} touches {self._predictor_share:.2f} of the weights alone, and "
+                f"density is {config.density:g}: ask for more, or for a smaller rank"
+            )
+        self.units = Selector(glu.intermediate_size, left)
+        self._inputs: list[Tensor] = []
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def needs_data(cls, config: MethodConfig) -> bool:
+        """Always: the predictor is trained."""
+        return True
+
+    @property
+    def _predictor_share(self) -> float:
+        return self.rank * (self.glu.hidden_size + self.glu.intermediate_size) / self._mlp_weights
+
+    @property
+    def extra_dram_bits(self) -> float:
+        """Of the predictor."""
+        return self._predictor_share * self._mlp_weights * self.weight_bits
+
+    def collect(self, x: Tensor) -> None:
+        super().collect(x)
+        if sum(len(part) for part in self._inputs) < self._tokens:
+            self._inputs.append(x.reshape(-1, x.shape[-1]))
+
+    def fit(self) -> None:
+        super().fit()
+        x = torch.cat(self._inputs)[: self._tokens]
+        self._inputs = []
+        random = torch.Generator(device="cpu").manual_seed(self.layer)
+        scale = x.float().square().mean().rsqrt()  # inputs of unit variance: one learning rate for every model
+        a = torch.randn(self.rank, x.shape[1], generator=random) / math.sqrt(x.shape[1])
+        b = torch.randn(self.glu.intermediate_size, self.rank, generator=random) / math.sqrt(self.rank)
+        factors = [w.to(x.device).requires_grad_() for w in (a, b)]
+        optimiser = torch.optim.AdamW(factors, lr=2e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self._steps)
+        positive = torch.tensor((1 - self.units.density) / self.units.density, device=x.device)
+        with torch.enable_grad():
+            for _ in range(self._steps):
+                rows = x[torch.randint(len(x), (self._batch,), generator=random).to(x.device)]
+                with torch.no_grad():
+                    wanted = self.units.mask(self.glu.hidden(rows).float().abs())
+                logits = (rows.float() * scale @ factors[0].T).relu() @ factors[1].T
+                loss = functional.binary_cross_entropy_with_logits(logits, wanted.float(), pos_weight=positive)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+        self._factors = ((factors[0] * scale).detach().to(x.dtype), factors[1].detach().to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._factors is None:
+            raise ConfigError("dejavu's predictor was not trained: give calibration text")
+        scores = (x @ self._factors[0].T).relu() @ self._factors[1].T
+        mask = self.units.mask(scores.float())
+        self._count(x, _share(mask) + self._predictor_share)
+        return self.glu.output(self._kept(self.glu.hidden(x), mask, 1))
+
+
+class _FixedMask(Method):
+    """Rules that drop the same weights for every token: the reference that needs no activations at run time.
+
+    A mask of one bit a weight must be held or read beside the kept weights: `extra_dram_bits`.
+    """
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """2:4 is one density."""
+        super().check(config)
+        if config.pattern not in ("unstructured", "2:4"):
+            raise ConfigError(f"pattern is '{config.pattern}', known are unstructured and 2:4")
+        if config.pattern == "2:4" and config.density != 0.5:
+            raise ConfigError(f"2:4 keeps half of the weights, and density is {config.density:g}: ask for 0.5")
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        self._pruned: Glu | None = None
+        self._correction: tuple[Tensor, ...] | None = None
+
+    @property
+    def extra_dram_bits(self) -> float:
+        """One bit a weight."""
+        return float(self._mlp_weights)
+
+    @abstractmethod
+    def _prune(self, weight: Tensor, which: int) -> Tensor:
+        """The pruned weight; which: 0 for matrices whose input is x, 1 for down."""
+
+    def fit(self) -> None:
+        super().fit()
+        self._make()
+
+    def _make(self) -> Glu:
+        if self._pruned is None:
+            gate, up, down = (self._prune(w, n) for w, n in ((self.glu.gate, 0), (self.glu.up, 0), (self.glu.down, 1)))
+            pruned = replace(self.glu, gate=gate, up=up, down=down)
+            if self._mean is not None:  # what the dropped weights give on the mean input goes into the biases
+                pruned.gate_bias = _with_bias(self.glu.gate_bias, (self.glu.gate - gate) @ self._mean[0])
+                pruned.up_bias = _with_bias(self.glu.up_bias, (self.glu.up - up) @ self._mean[0])
+                pruned.down_bias = _with_bias(self.glu.down_bias, (self.glu.down - down) @ self._mean[1])
+            self._pruned = pruned
+        return self._pruned
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._count(x, self.config.density)
+        return self._make().dense(x)
+
+    def _keep_largest(self, weight: Tensor, scores: Tensor, *, by_row: bool) -> Tensor:
+        """weight with its lowest scores set to zero, row by row or over the matrix."""
+        if self.config.pattern == "2:4":
+            fours = scores.reshape(*scores.shape[:-1], -1, 4)
+            return weight * top_k_mask(fours, 2).reshape(weight.shape)
+        rows = scores if by_row else scores.reshape(1, -1)
+        keep = n_selected(self.config.density, rows.shape[-1])
+        border = rows.kthvalue(rows.shape[-1] - keep + 1, dim=-1, keepdim=True).values
+        return weight * (rows >= border).reshape(weight.shape)
+
+
+def _with_bias(bias: Tensor | None, more: Tensor) -> Tensor:
+    return more if bias is None else bias + more
+
+
+class Magnitude(_FixedMask):
+    """The largest |W| of each matrix."""
+
+    name = "magnitude"
+    summary = "a fixed mask of the largest |W|"
+
+    def _prune(self, weight: Tensor, which: int) -> Tensor:
+        return self._keep_largest(weight, weight.float().abs(), by_row=False)
+
+
+class Wanda(_FixedMask):
+    """The largest |W_ij| ||X_j|| of each output row (arXiv 2306.11695, eq. 1)."""
+
+    name = "wanda"
+    summary = "a fixed mask of the largest |W_ij| times the norm of input j"
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        self._squares = (_Mean(), _Mean())
+
+    @classmethod
+    def needs_data(cls, config: MethodConfig) -> bool:
+        """Always: norms of the inputs."""
+        return True
+
+    def collect(self, x: Tensor) -> None:
+        super().collect(x)
+        self._squares[0].collect(x.float().square())
+        self._squares[1].collect(self.glu.hidden(x).float().square())
+
+    def _prune(self, weight: Tensor, which: int) -> Tensor:
+        norms = self._squares[which].value(weight.float()).sqrt()
+        return self._keep_largest(weight, weight.float().abs() * norms, by_row=True)
+
+
+class SparseGpt(_FixedMask):
+    """Optimal brain surgeon, column by column: what a dropped weight did goes to the later ones (arXiv 2301.00774).
+
+    Hessians are those of the dense model's activations; layers are not pruned one after the other.
+    """
+
+    name = "sparsegpt"
+    summary = "a fixed mask chosen with second-order information, other weights adjusted"
+    _block: ClassVar[int] = 128
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        self._hessian: list[Tensor | None] = [None, None]
+
+    @classmethod
+    def needs_data(cls, config: MethodConfig) -> bool:
+        """Always: Hessians."""
+        return True
+
+    def collect(self, x: Tensor) -> None:
+        super().collect(x)
+        for which, values in enumerate((x, self.glu.hidden(x))):
+            rows = values.reshape(-1, values.shape[-1]).float()
+            hessian = self._hessian[which]
+            self._hessian[which] = rows.T @ rows if hessian is None else hessian.addmm_(rows.T, rows)
+
+    def fit(self) -> None:
+        super().fit()
+        self._hessian = [None, None]
+
+    def _prune(self, weight: Tensor, which: int) -> Tensor:
+        hessian = self._hessian[which]
+        if hessian is None:
+            raise ConfigError("sparsegpt needs calibration text, and none was given")
+        hessian = hessian.clone()
+        dead = hessian.diagonal() == 0
+        hessian.diagonal()[dead] = 1
+        hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+        w = weight.float().clone()
+        w[:, dead] = 0
+        n = w.shape[1]
+        for first in range(0, n, self._block):
+            last = min(n, first + self._block)
+            part, corner = w[:, first:last].clone(), inverse[first:last, first:last]
+            errors = torch.zeros_like(part)
+            scores = (part / corner.diagonal()).square()
+            if self.config.pattern == "unstructured":
+                keep = max(1, round(self.config.density * scores.numel()))
+                kept = scores >= scores.flatten().kthvalue(scores.numel() - keep + 1).values
+            for j in range(last - first):
+                if (
+                    self.config.pattern == "2:4" and j % 4 == 0
+                ):  # chosen when its four are reached: errors have moved them
+                    fours = (part[:, j : j + 4] / corner.diagonal()[j : j + 4]).square()
+                    kept = torch.zeros_like(part, dtype=torch.bool) if j == 0 else kept
+                    kept[:, j : j + 4] = top_k_mask(fours, min(2, fours.shape[1]))
+                column = part[:, j] * kept[:, j]
+                error = (part[:, j] - column) / corner[j, j]
+                part[:, j:] -= error[:, None] * corner[j, j:]
+                part[:, j] = column
+                errors[:, j] = error
+            w[:, first:last] = part
+            w[:, last:] -= errors @ inverse[first:last, last:]
+        return w.to(weight.dtype)
+
+
+class Teal(Method):
+    """Inputs of each matrix below its own calibrated threshold are zero (TEAL, arXiv 2408.14690)."""
+
+    name = "teal"
+    summary = "inputs of each matrix under a calibrated threshold are dropped"
+    selection = "threshold"
+    n_densities = 3
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        gate, up, down = config.densities or (config.density,) * 3
+        self._selectors = (
+            self._selector(glu.hidden_size, gate),
+            self._selector(glu.hidden_size, up),
+            self._selector(glu.intermediate_size, down),
+        )
+        self._factors: tuple[Tensor | None, ...] = tuple(self._factor(w) for w in (glu.gate, glu.up, glu.down))
+
+    @staticmethod
+    def _factor(weight: Tensor) -> Tensor | None:
+        """What |input| is multiplied by in the score, [columns]; None: nothing."""
+        return None
+
+    def _scores(self, values: Tensor, which: int) -> Tensor:
+        factor = self._factors[which]
+        magnitudes = values.float().abs()
+        return magnitudes if factor is None else magnitudes * factor
+
+    def collect(self, x: Tensor) -> None:
+        super().collect(x)
+        for which, values in enumerate((x, x, self.glu.hidden(x))):
+            self._selectors[which].collect(self._scores(values, which))
+
+    def fit(self) -> None:
+        super().fit()
+        for selector in self._selectors:
+            selector.fit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (self._selectors[n].mask(self._scores(x, n)) for n in range(2))
+        h = self.glu.hidden(self._kept(x, gate, 0), self._kept(x, up, 0))
+        down = self._selectors[2].mask(self._scores(h, 2))
+        self._count(x, _share(gate), _share(up), _share(down))
+        return self.glu.output(self._kept(h, down, 1))
+
+
+class Wina(Teal):
+    """As TEAL, with |x_j| times the norm of column j for each matrix, top-k per token (WINA, arXiv 2505.19427)."""
+
+    name = "wina"
+    summary = "inputs of each matrix with the smallest |x_j| times the norm of column j are dropped"
+    selection = "topk"
+
+    @staticmethod
+    def _factor(weight: Tensor) -> Tensor | None:
+        return weight.float().norm(dim=0)
+
+
+class RSparse(Teal):
+    """The inputs that TEAL drops go through a low-rank part of each matrix (after R-Sparse, arXiv 2504.19449).
+
+    y = W (m x) + U V ((1 - m) x), U V the best rank-r approximation of W. The low-rank part is read for every token and
+    held in DRAM beside the model at 16 bits; the selected columns are fewer, so that the sum touches `density`.
+    """
+
+    name = "rsparse"
+    summary = "dropped inputs of each matrix go through a low-rank part of it"
+    n_densities = 0
+    weight_bits: ClassVar[int] = 16
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        self.rank = max(1, round(config.rank * glu.hidden_size))
+        share = self.rank * (glu.hidden_size + glu.intermediate_size) / (glu.hidden_size * glu.intermediate_size)
+        left = config.density - share
+        if config.density < 1 and left <= 0:
+            raise ConfigError(
+                f"rsparse's low-rank part of rank {self.rank} touches {share:.2f} of the weights alone, and density is "
+                f"{config.density:g}: ask for more, or for a smaller rank"
+            )
+        self.low_rank_share = share if config.density < 1 else 0.0
+        super().__init__(replace(config, densities=None, density=left if config.density < 1 else 1.0), glu, layer)
+        self._low_rank = [self._factorise(w) for w in (glu.gate, glu.up, glu.down)] if config.density < 1 else None
+
+    @property
+    def extra_dram_bits(self) -> float:
+        """Of the low-rank parts."""
+        return self.low_rank_share * self._mlp_weights * self.weight_bits
+
+    def _factorise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+        root = s[: self.rank].sqrt()
+        return (u[:, : self.rank] * root).to(weight.dtype), (root[:, None] * v[: self.rank]).to(weight.dtype)
+
+    def _linear(self, values: Tensor, which: int) -> tuple[Tensor, Tensor]:
+        weight = (self.glu.gate, self.glu.up, self.glu.down)[which]
+        bias = (self.glu.gate_bias, self.glu.up_bias, self.glu.down_bias)[which]
+        mask = self._selectors[which].mask(self._scores(values, which))
+        y = functional.linear(self._kept(values, mask, which // 2), weight, bias)
+        if self._low_rank is not None and self._mean is None:
+            u, v = self._low_rank[which]
+            y = y + functional.linear(functional.linear(values * ~mask, v), u)
+        elif self._low_rank is not None:
+            u, v = self._low_rank[which]
+            mean = self._mean[which // 2]  # type: ignore[index]
+            y = y + functional.linear(functional.linear((values - mean) * ~mask, v), u)
+        return y, _share(mask) + self.low_rank_share
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, gate_share = self._linear(x, 0)
+        up, up_share = self._linear(x, 1)
+        y, down_share = self._linear(self.glu.act(gate) * up, 2)
+        self._count(x, gate_share, up_share, down_share)
+        return y
+
+
+class Dip(Method):
+    """Dynamic Input Pruning (arXiv 2412.01380, section 4): top-k of |x| for gate and up together, top-k of |h| for down.
+
+    h is formed from the pruned inputs. With `capacity` a column cache per region and sequence is simulated beside it;
+    x must then be [batch, tokens, D].
+    """
+
+    name = "dip"
+    summary = "the largest |x| of the inputs and the largest |h| of the GLU; no predictor"
+    n_densities = 2
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        d_in, d_glu = config.densities or (config.density,) * 2
+        self._selectors = (self._selector(glu.hidden_size, d_in), self._selector(glu.intermediate_size, d_glu))
+        self._factors: tuple[Tensor, Tensor] | None = None
+        if config.norms:
+            both = torch.cat((glu.gate, glu.up))  # one record holds both matrices' columns
+            self._factors = (both.float().norm(dim=0), glu.down.float().norm(dim=0))
+        self._caches: list[tuple[ColumnCache, ColumnCache]] = []
+        self.used: Tensor | None = None  # [batch, tokens] bool: tokens that are not padding; None: all
+
+    def set_densities(self, d_in: float, d_glu: float) -> None:
+        """Other densities from now on; thresholds must be fitted again, top-k needs nothing."""
+        for selector, density in zip(self._selectors, (d_in, d_glu), strict=True):
+            selector.density = density
+
+    def factors(self) -> tuple[F32, F32]:
+        """What |x| is multiplied by in the scores: norms of the input columns [D] and of the GLU columns [I]."""
+        if self._factors is None:
+            raise ConfigError("this dip ranks without norms")
+        return self._factors[0].cpu().numpy(), self._factors[1].cpu().numpy()
+
+    def means(self) -> tuple[F32, F32]:
+        """Means of the inputs [D] and of the GLU activations [I] over the calibration text."""
+        if self._mean is None:
+            raise ConfigError("this dip does not compensate means")
+        return self._mean[0].float().cpu().numpy(), self._mean[1].float().cpu().numpy()
+
+    def mean_products(self) -> tuple[F32, F32, F32]:
+        """gate [I], up [I] and down [D] times these means, fp32."""
+        if self._mean is None:
+            raise ConfigError("this dip does not compensate means")
+        inputs, hidden = (mean.float() for mean in self._mean)
+        products = (self.glu.gate.float() @ inputs, self.glu.up.float() @ inputs, self.glu.down.float() @ hidden)
+        gate, up, down = (product.cpu().numpy() for product in products)
+        return gate, up, down
+
+    def scores(self, values: Tensor, which: int) -> Tensor:
+        """fp32 scores of values [..., n]: of inputs (which = 0) or GLU activations (1)."""
+        magnitudes = values.float().abs()
+        return magnitudes if self._factors is None else magnitudes * self._factors[which]
+
+    def collect(self, x: Tensor) -> None:
+        super().collect(x)
+        self._selectors[0].collect(self.scores(x, 0))
+        self._selectors[1].collect(self.scores(self.glu.hidden(x), 1))
+
+    def fit(self) -> None:
+        super().fit()
+        for selector in self._selectors:
+            selector.fit()
+
+    def reset(self) -> None:
+        self._caches = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = self.masks(self.scores(x, 0), 0)
+        h = self.glu.hidden(self._kept(x, inputs, 0))
+        glu = self.masks(self.scores(h, 1), 1)
+        share = _share(inputs)
+        self._count(x, share, share, _share(glu))
+        return self.glu.output(self._kept(h, glu, 1))
+
+    def masks(self, scores: Tensor, which: int) -> Tensor:
+        """bool [..., n] of scores [..., n], of the input region (which = 0) or the GLU region (1)."""
+        if self.config.capacity is None:
+            return self._selectors[which].mask(scores)
+        return self._closed_loop(scores, which)
+
+    @property
+    def _gamma(self) -> float:
+        return 1.0 if self.config.gamma is None else self.config.gamma
+
+    def _closed_loop(self, scores: Tensor, which: int) -> Tensor:
+        """The native scan over each sequence, its caches going on from call to call."""
+        if scores.ndim != 3:
+            raise ConfigError(
+                f"a column cache follows sequences, and layer {self.layer} got inputs of shape {tuple(scores.shape)}, "
+                "not [batch, tokens, columns]: experts see tokens without their order, use a method without caches"
+            )
+        n = scores.shape[-1]
+        selector = self._selectors[which]
+        k = n_selected(selector.density, n)
+        if not self._caches:
+            self._caches = [(self._cache(0), self._cache(1)) for _ in range(len(scores))]
+        if len(self._caches) != len(scores):
+            raise ConfigError(
+                f"a batch of {len(scores)} follows one of {len(self._caches)} without reset(): caches belong to sequences"
+            )
+        used = self.used if self.used is not None and self.used.shape == scores.shape[:2] else None
+        host = scores.detach().float().cpu().numpy()
+        rows = [host[b] if used is None else host[b][used[b].cpu().numpy()] for b in range(len(host))]
+        caches = [pair[which] for pair in self._caches]
+        mask = torch.zeros(scores.shape, dtype=torch.bool)
+        per_column = (2 if which == 0 else 1) / (3 * n)  # a column's share of the MLP's weights
+        for b, (selected, hits) in enumerate(scan_many(rows, k, self._gamma, caches)):
+            at = torch.arange(scores.shape[1]) if used is None else used[b].cpu().nonzero()[:, 0]
+            mask[b, at[:, None], torch.from_numpy(selected.astype("int64"))] = True
+            self.meter.selected += selected.size
+            self.meter.hits += int(hits.sum())
+            self.meter.missed_share += (selected.size - int(hits.sum())) * per_column
+        return mask.to(scores.device)
+
+    def _cache(self, which: int) -> ColumnCache:
+        n = self._selectors[which].n
+        share = self.config.capacity or 0.0
+        return ColumnCache(n, math.floor(share * n + 0.5), self.config.cache, self.config.decay)
+
+
+class DipCacheAware(Dip):
+    """DIP with cache-aware masking (arXiv 2412.01380, section 5): scores of columns that are not cached times gamma."""
+
+    name = "dip-ca"
+    summary = "dip whose scores favour cached columns by 1 / gamma"
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """Masks are exact top-k against a cache."""
+        super().check(config)
+        if config.capacity is None:
+            raise ConfigError("dip-ca needs a cache: give its capacity, a share of the columns")
+        if config.select is not None and config.select != "topk":
+            raise ConfigError(
+                f"dip-ca ranks each token's columns against its cache: select is '{config.select}', use topk"
+            )
+
+    @property
+    def _gamma(self) -> float:
+        return 0.5 if self.config.gamma is None else self.config.gamma
+
+
+class PrunedLinear:
+    """One linear layer outside the MLP whose small inputs are dropped: TEAL's and WINA's "all linear layers".
+
+    Args:
+        config: of `teal` or `wina`.
+        weight: [out, in].
+        bias: [out] or None.
+    """
+
+    def __init__(self, config: MethodConfig, weight: Tensor, bias: Tensor | None) -> None:
+        rule = METHODS[config.name]
+        if not issubclass(rule, Teal):
+            raise ConfigError(f"{config.name} prunes MLPs only; of all linear layers teal and wina take inputs away")
+        self.weight, self.bias = weight, bias
+        self._factor = rule._factor(weight)
+        self._selector = Selector(weight.shape[1], config.density, config.selection)
+        self.meter = Meter()
+
+    def _scores(self, x: Tensor) -> Tensor:
+        return x.float().abs() if self._factor is None else x.float().abs() * self._factor
+
+    def collect(self, x: Tensor) -> None:
+        """Shows calibration inputs [..., in]."""
+        self._selector.collect(self._scores(x))
+
+    def fit(self) -> None:
+        """Ends calibration."""
+        self._selector.fit()
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The layer as it is."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in]."""
+        mask = self._selector.mask(self._scores(x))
+        self.meter.add(x.numel() // x.shape[-1], _share(mask))
+        return functional.linear(x * mask, self.weight, self.bias)
+
+
+METHODS: dict[str, type[Method]] = {
+    rule.name: rule
+    for rule in (
+        Dense,
+        GluOracle,
+        GluDown,
+        UpPruning,
+        GatePruning,
+        DejaVu,
+        Magnitude,
+        Wanda,
+        SparseGpt,
+        Teal,
+        Wina,
+        RSparse,
+        Dip,
+        DipCacheAware,
+    )
+}
