@@ -72,7 +72,7 @@ class FakeEngine:
         self.config = config or EngineConfig(method="dip", density=0.6)
         self.context, self.vocab_size = context, vocab_size
         self.script, self.clock, self.losses = list(script), clock or Clock(), losses
-        self.bundle = SimpleNamespace(path=Path(path))
+        self.bundle = SimpleNamespace(path=Path(path), mlp_bytes=9_000_000, model=SimpleNamespace(name="fake"))
         self.plan = Plan(
             parts={"host": 70_000_000, "resident": 30_000_000, "slots": 5_000_000, "kv": 0},
             budget_bytes=120_000_000,

@@ -580,13 +580,17 @@ class Bundle:
         """Weights of all MLPs, without padding: what "bits per MLP weight" divides by."""
         return 3 * self.model.n_layers * self.model.hidden_size * self.model.intermediate_size
 
+    @property
+    def mlp_bytes(self) -> int:
+        """Bytes of all MLPs, scales included: what a token of the dense model reads of them."""
+        parts = self.bytes_by_part()
+        return parts["resident"]["mlp_scales"] + parts["flash"]["input_records"] + parts["flash"]["glu_records"]
+
     def describe(self) -> dict[str, Any]:
         """What `dipper inspect` shows: model, source, grids by kind of tensor, and bytes."""
         grids: dict[str, set[str]] = {}
         for name, entry in self._grid_entries():
             grids.setdefault(name, set()).add(_grid_label(_grid_of(entry)))
-        parts = self.bytes_by_part()
-        mlp_bytes = parts["resident"]["mlp_scales"] + parts["flash"]["input_records"] + parts["flash"]["glu_records"]
         return {
             "path": str(self.path),
             "version": self.header["version"],
@@ -594,10 +598,10 @@ class Bundle:
             "source": self.header["source"],
             "model": self.header["model"],
             "grids": {name: sorted(labels) for name, labels in grids.items()},
-            "bytes": parts,
+            "bytes": self.bytes_by_part(),
             "files": {name: entry["bytes"] for name, entry in self.header["files"].items()},
             "mlp_weights": self.mlp_weights,
-            "bits_per_mlp_weight": 8 * mlp_bytes / self.mlp_weights,
+            "bits_per_mlp_weight": 8 * self.mlp_bytes / self.mlp_weights,
             "record_bytes": {
                 kind: sorted({r["record_bytes"] for r in self.header["regions"] if r["kind"] == kind})
                 for kind in REGION_MATRICES

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dipper.bench import BenchCase
     from dipper.engine import Engine, EngineConfig, Plan
     from dipper.generate import GenerationStep, Sampling
-    from dipper.records import RunRecord
+    from dipper.records import EvalRecord, RunRecord
     from dipper.sources import Progress
     from dipper.tokenizer import Tokenizer
 
@@ -424,13 +424,22 @@ def _turn(conversation: Any, line: str, **options: Any) -> None:
     _say(turn_line(record))
 
 
-# ------------------------------------------------------------------------------------------------ eval
+# ------------------------------------------------------------------------------------------------ eval, compare
 
 
 @app.command("eval")
 def evaluate(
-    bundle: Bundle,
-    text: Annotated[Path, typer.Option("--text", help="The text to score, UTF-8.", metavar="FILE")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A bundle, a GGUF file, a Hugging Face folder, or a name `dipper pull` knows."
+        ),
+    ],
+    text: Annotated[Path | None, typer.Option("--text", help="The text to score, UTF-8.", metavar="FILE")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Or tasks to answer, with commas (PyTorch).", metavar="A,B")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.", metavar="DIR")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of a task at most (default: all).", metavar="N")] = None,
+    shots: Annotated[int, typer.Option(help="Answered questions before each (mmlu).", metavar="N")] = 0,
     window: Annotated[int, typer.Option(help="Positions of a window.", metavar="N")] = 1024,
     tokens: Annotated[
         int | None, typer.Option(help="Use at most N positions, whole windows only (default: all).", metavar="N")
@@ -444,47 +453,238 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Score this method as well and show the change, e.g. dense.", metavar="NAME")
     ] = None,
-    method: Method = None,
+    kl: Annotated[
+        bool, typer.Option("--kl", help="As --against dense, with KL and same-top-1 to the dense model (PyTorch).")
+    ] = False,
+    engine: Annotated[
+        bool | None, typer.Option("--engine/--torch", help="The native engine (default for bundles), or PyTorch.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Native: as for `dipper run`; PyTorch: any of `dipper.methods` (default dip).", metavar="NAME"
+        ),
+    ] = None,
     density: Density = None,
     d_in: DIn = None,
     d_glu: DGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
+    select: Annotated[
+        str | None, typer.Option(help="PyTorch: topk, threshold or topp (default: the method's).", metavar="HOW")
+    ] = None,
+    norms: Annotated[bool, typer.Option("--norms", help="PyTorch: dip ranks |x| times the column's norm.")] = False,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="PyTorch: a dropped column contributes its mean.")
+    ] = False,
+    capacity: Annotated[
+        float | None, typer.Option(help="PyTorch: simulate caches of this share of the columns.", metavar="C")
+    ] = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="PyTorch: a text for methods that must see some.", metavar="FILE")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="PyTorch: cpu, cuda or cuda:1 (default cpu).", metavar="NAME")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="PyTorch: fp32, bf16 or fp16 (default fp32).", metavar="NAME")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="PyTorch: sequences at once (default 1).", metavar="N")] = None,
     dram: Dram = None,
     mlp_dram: MlpDram = None,
     threads: Threads = None,
     reader: Reader = None,
     isa: Isa = None,
-    seed: Annotated[int, typer.Option(help="Of the error bar's resampling.", metavar="N")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the result here; an interrupted run continues from it.", metavar="FILE")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the error bar's resampling, and of which items --limit takes.", metavar="N")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of the native engine, every token through its own mask and cache step.
+    """Perplexity of a text, or right answers to tasks, for any method.
+
+    The native engine takes every token through its own mask and cache step; PyTorch knows more methods.
 
     \b
     Examples:
       dipper eval smollm2.dipper --text wiki.test.raw --tokens 32768
       dipper eval smollm2.dipper --text wiki.test.raw --method dip --density 0.6 --against dense
+      dipper eval smollm2 --text wiki.test.raw --method up --density 0.7 --kl --device cuda --out up.json
+      dipper eval smollm2 --tasks arc_easy,piqa --data eval --limit 500 --method dip --density 0.5
     """
-    from dipper.evaluate import evaluate_bundle
-    from dipper.records import json_line
-    from dipper.tables import eval_table
-
-    options: dict[str, Any] = {
-        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache, "calibration": calibration,
-        "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa,
+    if (text is None) == (tasks is None):
+        raise ConfigError("give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR.")
+    common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
+    files = {"calibration": calibration}
+    native = {"dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa}
+    torch_method = {
+        "select": select, "norms": norms or None, "compensate": compensate or None, "capacity": capacity,
     }  # fmt: skip
+    torch_run = {"calibration_text": calibration_text, "device": device, "dtype": dtype, "batch": batch}
+    torch_only = {**torch_method, **torch_run, "kl": kl or None, "tasks": tasks}
+    scoring = {"window": window, "limit": tokens, "rows_joined": wikitext, "seed": seed or 0, "out": out}
+    if _on_engine(source, method, engine, torch_only):
+        assert text is not None, "tasks are for PyTorch"
+        _refuse(torch_only, "on the native engine", "use --torch")
+        _eval_native(Path(source), text, method, {**common, **files, **native}, against, scoring, as_json)
+        return
+    _refuse(native, "in PyTorch", "use --engine")
+    if against not in (None, "dense"):
+        raise ConfigError(f"--against {against} is for the native engine; in PyTorch it is --against dense.")
+    options = _torch_method(method or "dip", {**common, **torch_method})
+    torch_run |= files
+    if text is not None:
+        _eval_torch(source, text, options, torch_run, {**scoring, "kl": kl or against is not None}, as_json)
+    else:
+        asked = {"limit": limit, "seed": seed, "shots": shots, "out": out}
+        _eval_tasks(source, str(tasks).split(","), data, options, torch_run, asked, as_json)
+
+
+def _on_engine(source: str, method: str | None, asked: bool | None, torch_only: dict[str, Any]) -> bool:
+    """Whether the native engine evaluates: as asked, else for bundles and what it can do."""
+    if asked is not None:
+        return asked
+    if any(value is not None for value in torch_only.values()):
+        return False
+    from dipper.engine import METHODS
+
+    return _is_bundle(source) and (method is None or method in METHODS)
+
+
+def _is_bundle(source: str) -> bool:
+    """Whether a source is, or would be, a bundle: what is neither a checkpoint nor a name is, so that errors say so."""
+    path = Path(source)
+    if path.exists():
+        return not path.is_file() and not ((path / "config.json").exists() and not (path / "bundle.json").exists())
+    from dipper.sources import PACKAGED_MODELS
+
+    is_name = source.lower() in PACKAGED_MODELS or ("/" in source and path.suffix != ".dipper")
+    return not is_name and path.suffix != ".gguf"
+
+
+def _refuse(options: dict[str, Any], where: str, instead: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect {where}: drop it, or {instead}.")
+
+
+def _eval_native(
+    bundle: Path,
+    text: Path,
+    method: str | None,
+    options: dict[str, Any],
+    against: str | None,
+    scoring: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from dipper.evaluate import evaluate_bundle
+
+    window = scoring["window"]
     _check_context(bundle, f"--window {window}", window, "a smaller one")
     configs = [_config(method=method, **options, context=window)]
     if against is not None:
         other = "dense-stream" if against == "dense" else against
         configs.append(_config(**_for_method(other, options), context=window))
-    record = evaluate_bundle(
-        bundle, text, configs, window=window, limit=tokens, rows_joined=wikitext, seed=seed,
-        on_plan=_print_plan, progress=_say_progress,
+    _print_eval(evaluate_bundle(bundle, text, configs, **scoring, on_plan=_print_plan, progress=_say_progress), as_json)
+
+
+def _torch_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a `MethodConfig`, those that were given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    d_in, d_glu = given.pop("d_in", None), given.pop("d_glu", None)
+    if (d_in is None) != (d_glu is None):
+        raise ConfigError("d_in and d_glu go together: give both or neither")
+    if d_in is not None:
+        given |= {"densities": (d_in, d_glu), "density": (2 * d_in + d_glu) / 3}
+    elif method != "dense":
+        given.setdefault("density", 0.7)
+    return {"name": method, **given}
+
+
+def _open_sparse(source: str, method: dict[str, Any], run: dict[str, Any], context: int | None) -> Any:
+    import dipper.torch_model  # noqa: F401 - first, since it says what to install where PyTorch is missing
+    from dipper.evaluate_torch import open_sparse
+
+    return open_sparse(
+        source, method, device=run["device"] or "cpu", dtype=run["dtype"], context=context,
+        calibration=run["calibration"], calibration_text=run["calibration_text"],
     )  # fmt: skip
+
+
+def _eval_torch(
+    source: str,
+    text: Path,
+    method: dict[str, Any],
+    run: dict[str, Any],
+    scoring: dict[str, Any],
+    as_json: bool,
+) -> None:
+    with _open_sparse(source, method, run, scoring["window"]) as opened:
+        from dipper.evaluate_torch import evaluate_torch
+
+        record = evaluate_torch(opened, text, **scoring, batch=run["batch"] or 1, progress=_say_progress)
+    _print_eval(record, as_json)
+
+
+def _print_eval(record: EvalRecord, as_json: bool) -> None:
+    from dipper.records import json_line
+    from dipper.tables import eval_table
+
     print(json_line(record.as_dict()) if as_json else eval_table(record))
+
+
+def _eval_tasks(
+    source: str,
+    names: list[str],
+    data: Path | None,
+    method: dict[str, Any],
+    run: dict[str, Any],
+    asked: dict[str, Any],
+    as_json: bool,
+) -> None:
+    if data is None:
+        raise ConfigError("--tasks needs the folder of their files; give it with --data DIR.")
+    from dipper.records import json_line
+    from dipper.tables import tasks_table
+
+    with _open_sparse(source, method, run, None) as opened:
+        from dipper.evaluate_torch import answer_tasks
+
+        result = answer_tasks(opened, names, data, batch=run["batch"] or 1, progress=_say_answers, **asked)
+    print(json_line(result) if as_json else tasks_table([result]))
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Results that `dipper eval --out` kept.")],
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw perplexity against MLP bytes, as .svg, .png or .pdf.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show results side by side, perplexities with their change to dense on the same tokens.
+
+    \b
+    Examples:
+      dipper compare results/*.json --figure perplexity.svg
+    """
+    from dipper.compare import compare_evals, draw, read_results
+    from dipper.records import json_line
+    from dipper.tables import evals_table, tasks_table
+
+    evals, answers = read_results(results)
+    rows = compare_evals(evals)
+    if figure is not None:
+        draw(rows, figure)
+    if as_json:
+        print(json_line({"schema": "dipper-compare/1", "evals": [row.as_dict() for row in rows], "tasks": answers}))
+        return
+    print("\n\n".join([*([evals_table(rows)] if rows else []), *([tasks_table(answers)] if answers else [])]))
 
 
 # ------------------------------------------------------------------------------------------------ bench, doctor
@@ -662,6 +862,12 @@ def _say_progress(done: int, total: int, value: float) -> None:
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
         print(f"\rwindow {done}/{total}, perplexity {value:.3f}", end=end, file=sys.stderr, flush=True)
+
+
+def _say_answers(task: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r{task}: {done}/{total} continuations", end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Perplexity of the native engine: what a bundle and a method cost in quality.
+"""Perplexity: what a method costs in quality. Windows, error bars and records, whatever computes the scores.
+
+A `Scorer` turns windows into sums over their tokens: `EngineScorer` here is the native engine, `TorchScorer` of
+`evaluate_torch` a PyTorch model. Everything else is written once.
 
 The convention is that of the usual Hugging Face scripts: the text is tokenised once, without BOS, and cut into windows
 that do not overlap; every window is scored from an empty context and its first token is not scored. Where the model's
@@ -17,33 +20,47 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from dipper.errors import ConfigError, DipperError
-from dipper.records import EvalRecord, Traffic, engine_fields
+from dipper.records import EvalRecord, Traffic, engine_fields, header_sha256, method_fields, write_json
 
 if TYPE_CHECKING:
     from dipper.engine import Engine, EngineConfig, Plan
 
 __all__ = [
+    "EngineScorer",
     "PerplexityResult",
+    "ResultFile",
+    "Scorer",
     "TextSource",
+    "WindowScore",
     "cut_windows",
     "eval_record",
     "evaluate_bundle",
+    "ids_sha256",
+    "paired_change",
     "perplexity",
     "read_text",
     "relative_change",
+    "score_text",
+    "text_windows",
     "wikitext_rows_joined",
 ]
+
+F64 = npt.NDArray[np.float64]
+Progress = Callable[[int, int, float], None]
 
 # 1000 resamples give the standard error to about 2 %.
 _N_RESAMPLES = 1000
@@ -148,22 +165,134 @@ def cut_windows(
     return [head + ids[i * chunk : (i + 1) * chunk].tolist() for i in range(n_windows)]
 
 
+def text_windows(
+    source: TextSource, tokens: npt.NDArray[Any], window: int, *, bos_id: int | None, limit: int | None
+) -> list[list[int]]:
+    """`cut_windows` of a text that fills at least one window; what is scored in part says so in no table.
+
+    Raises:
+        ConfigError: as `cut_windows`, or the text is shorter than one window.
+    """
+    windows = cut_windows(tokens, window, bos_id=bos_id, limit=limit)
+    if len(windows[0]) < window:
+        raise ConfigError(
+            f"{source.path} has {len(tokens)} tokens, less than one window of {window}; use --window "
+            f"{len(windows[0])} or a longer text."
+        )
+    return windows
+
+
+# ------------------------------------------------------------------------------------------------ scorers
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowScore:
+    """What one window gave: sums over its scored tokens."""
+
+    nll: float  # nats
+    tokens: int  # scored
+    dense_nll: float | None = None  # of the dense model on the same tokens; the next two are against it as well
+    kl: float | None = None  # KL(dense || method), nats
+    same_top1: int | None = None  # tokens after which both find the same token likeliest
+    touched: float | None = None  # share of the dense MLP's weight bits that a token reads, mean over the tokens
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> WindowScore:
+        """The score that `dataclasses.asdict` gave, after a way through JSON."""
+        return cls(**{**value, "traffic": Traffic(**value["traffic"])})
+
+
+class Scorer(Protocol):
+    """Scores windows, each from an empty context and with empty column caches."""
+
+    @property
+    def context(self) -> int:
+        """Positions that a window may have."""
+
+    @property
+    def batch(self) -> int:
+        """Windows that `score` takes at once."""
+
+    def score(self, windows: Sequence[Sequence[int]]) -> list[WindowScore]:
+        """Scores ids[1:] of every window; at most `batch` windows of one length."""
+
+    def fields(self) -> dict[str, Any]:
+        """The keys of an `EvalRecord` that say what scored."""
+
+
+class EngineScorer:
+    """The native engine, real cache and all."""
+
+    batch = 1
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def context(self) -> int:
+        """Positions of the engine's KV cache."""
+        return self.engine.context
+
+    def score(self, windows: Sequence[Sequence[int]]) -> list[WindowScore]:
+        """See `Scorer`."""
+        return [self._score_cold(list(ids)) for ids in windows]
+
+    def _score_cold(self, ids: list[int]) -> WindowScore:
+        engine = self.engine
+        engine.reset()
+        engine.reset_cache()
+        engine.reset_counters()
+        nll = engine.score(ids)
+        if not np.isfinite(nll).all():
+            at = int(np.flatnonzero(~np.isfinite(nll))[0]) + 1
+            raise DipperError(
+                f"The score of token {at} of a window is {nll[at - 1]}: the weights or the computation are broken. "
+                "Check the bundle with `dipper inspect`."
+            )
+        return WindowScore(
+            nll=math.fsum(nll.tolist()),
+            tokens=len(nll),
+            touched=method_fields(engine.config, engine.densities)["density"] or 1.0,
+            traffic=Traffic().add(engine.counters()),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """See `Scorer`."""
+        bundle = self.engine.bundle
+        return {
+            "engine": "native",
+            "model": bundle.model.name,
+            "device": "cpu",
+            "dtype": None,
+            "mlp_bytes": bundle.mlp_bytes,
+            **engine_fields(self.engine),
+        }
+
+
 # ------------------------------------------------------------------------------------------------ perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityResult:
-    """Scores of all windows of a text by one engine."""
+    """Scores of all windows of a text. Error bars are bootstraps over windows, None for a single one."""
 
-    window_nll: list[float]  # sum over a window's scored tokens, nats
-    window_tokens: list[int]  # scored
+    windows: list[WindowScore]
     window: int
     bos_id: int | None
     tokens_sha256: str
-    stderr: float | None
-    ci95: tuple[float, float] | None
     seconds: float
-    traffic: Traffic
+    seed: int = 0
+
+    @property
+    def window_nll(self) -> list[float]:
+        """Sum over each window's scored tokens, nats."""
+        return [w.nll for w in self.windows]
+
+    @property
+    def window_tokens(self) -> list[int]:
+        """Scored tokens of each window."""
+        return [w.tokens for w in self.windows]
 
     @property
     def n_tokens(self) -> int:
@@ -171,89 +300,129 @@ class PerplexityResult:
         return sum(self.window_tokens)
 
     @property
+    def traffic(self) -> Traffic:
+        """Cache and flash counters over all windows."""
+        total = Traffic()
+        for window in self.windows:
+            total.add(window.traffic)
+        return total
+
+    @property
     def nll_per_token(self) -> float:
         """Mean negative log likelihood, nats."""
         return math.fsum(self.window_nll) / self.n_tokens
+
+    @property
+    def nll_stderr(self) -> float | None:
+        """Standard error of `nll_per_token`."""
+        return _stderr(_resampled_means(self.window_nll, self.window_tokens, self.seed))
 
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log likelihood."""
         return _exp(self.nll_per_token)
 
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the perplexity."""
+        return _stderr(self._resampled_perplexities())
 
-def perplexity(
-    engine: Engine,
-    tokens: Sequence[int] | np.ndarray,
+    @property
+    def ci95(self) -> tuple[float, float] | None:
+        """95 % interval of the perplexity."""
+        values = self._resampled_perplexities()
+        if values is None:
+            return None
+        low, high = np.quantile(values, [0.025, 0.975])
+        return float(low), float(high)
+
+    def _resampled_perplexities(self) -> F64 | None:
+        means = _resampled_means(self.window_nll, self.window_tokens, self.seed)
+        return None if means is None else np.exp(np.minimum(means, _LARGEST_NLL))
+
+    @property
+    def touched(self) -> float | None:
+        """Share of the dense MLP's weight bits that a token reads, mean over tokens."""
+        shares = [w.touched for w in self.windows]
+        return None if None in shares else float(np.average(np.array(shares, np.float64), weights=self.window_tokens))
+
+    def against_dense(self, name: str) -> tuple[float | None, float | None]:
+        """Mean per token of `kl` or `same_top1` and its standard error; (None, None) where no dense model ran."""
+        sums = [getattr(w, name) for w in self.windows]
+        if None in sums:
+            return None, None
+        return math.fsum(sums) / self.n_tokens, _stderr(_resampled_means(sums, self.window_tokens, self.seed))
+
+    def dense(self) -> PerplexityResult | None:
+        """The dense model's scores of the same windows, where it ran side by side."""
+        if any(w.dense_nll is None for w in self.windows):
+            return None
+        return replace(self, windows=[WindowScore(nll=w.dense_nll or 0.0, tokens=w.tokens) for w in self.windows])
+
+
+def score_text(
+    scorer: Scorer,
+    tokens: Sequence[int] | npt.NDArray[Any],
     *,
     window: int = 1024,
     bos_id: int | None = None,
     limit: int | None = None,
     seed: int = 0,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
+    earlier: tuple[Sequence[WindowScore], float] = ((), 0.0),
+    save: Callable[[list[WindowScore], float], None] | None = None,
 ) -> PerplexityResult:
     """Scores a text window by window.
 
     Args:
-        engine: an open engine whose context is at least `window`.
+        scorer: what scores; its context is at least `window`.
         tokens: of the whole text, without BOS.
         window: positions of a window, BOS included.
         bos_id: put before every window, not scored; None where the model wants none.
         limit: use at most this many positions, whole windows only.
         seed: of the bootstrap.
         progress: called with (windows done, windows in all, perplexity so far).
+        earlier: first windows that were scored before, and the seconds they took.
+        save: called with all windows and seconds so far, after every batch.
 
     Returns:
-        The scores, with a bootstrap error over windows where there are at least two.
+        The scores.
 
     Raises:
-        ConfigError: the window does not fit into the engine's context, or nothing would be scored.
+        ConfigError: the window does not fit into the scorer's context, or nothing would be scored.
+        DipperError: a score is not finite.
     """
     windows = cut_windows(tokens, window, bos_id=bos_id, limit=limit)
-    if len(windows[0]) > engine.context:
+    if len(windows[0]) > scorer.context:
         raise ConfigError(
-            f"The window is {len(windows[0])}, the context {engine.context}; use --window {engine.context}."
+            f"The window is {len(windows[0])}, the context {scorer.context}; use --window {scorer.context}."
         )
-    sums: list[float] = []
-    counts: list[int] = []
-    traffic = Traffic()
-    start_s = time.perf_counter()
-    for ids in windows:
-        nll = _score_cold(engine, ids)
-        traffic.add(engine.counters())
-        sums.append(math.fsum(nll.tolist()))
-        counts.append(len(nll))
+    scores, before_s = list(earlier[0]), earlier[1]
+    start_s = time.perf_counter() - before_s
+    while len(scores) < len(windows):
+        scores += scorer.score(windows[len(scores) : len(scores) + scorer.batch])
+        if save is not None:
+            save(scores, time.perf_counter() - start_s)
         if progress is not None:
-            progress(len(sums), len(windows), _exp(math.fsum(sums) / sum(counts)))
-    stderr, ci95 = _bootstrap(np.array(sums), np.array(counts), seed)
+            mean = math.fsum(s.nll for s in scores) / sum(s.tokens for s in scores)
+            progress(len(scores), len(windows), _exp(mean))
     return PerplexityResult(
-        window_nll=sums,
-        window_tokens=counts,
+        windows=scores,
         window=window,
         bos_id=bos_id,
-        tokens_sha256=_ids_sha256(windows, bos_id),
-        stderr=stderr,
-        ci95=ci95,
+        tokens_sha256=ids_sha256(windows, bos_id),
         seconds=time.perf_counter() - start_s,
-        traffic=traffic,
+        seed=seed,
     )
 
 
-def _score_cold(engine: Engine, ids: list[int]) -> np.ndarray:
-    """Negative log likelihoods of ids[1:], KV and column caches empty before."""
-    engine.reset()
-    engine.reset_cache()
-    engine.reset_counters()
-    nll = engine.score(ids)
-    if not np.isfinite(nll).all():
-        at = int(np.flatnonzero(~np.isfinite(nll))[0]) + 1
-        raise DipperError(
-            f"The score of token {at} of a window is {nll[at - 1]}: the weights or the computation are broken. "
-            "Check the bundle with `dipper inspect`."
-        )
-    return nll
+def perplexity(engine: Engine, tokens: Sequence[int] | npt.NDArray[Any], **options: Any) -> PerplexityResult:
+    """Scores a text with an open native engine: `score_text` and its options."""
+    return score_text(EngineScorer(engine), tokens, **options)
 
 
-def _ids_sha256(windows: list[list[int]], bos_id: int | None) -> str:
+def ids_sha256(windows: Sequence[Sequence[int]], bos_id: int | None) -> str:
+    """Of the text's ids in all windows, int32 little-endian, without BOS."""
     skip = 0 if bos_id is None else 1
     digest = hashlib.sha256()
     for ids in windows:
@@ -261,64 +430,88 @@ def _ids_sha256(windows: list[list[int]], bos_id: int | None) -> str:
     return digest.hexdigest()
 
 
+# ------------------------------------------------------------------------------------------------ error bars
+
+_LARGEST_NLL = 700.0  # its exponential is about the largest that a double and JSON hold
+
+
 def _exp(nll: float) -> float:
-    return math.exp(min(nll, 700.0))  # the largest that a double and JSON hold
+    return math.exp(min(nll, _LARGEST_NLL))
 
 
-def _resample(n_windows: int, seed: int) -> np.ndarray:
-    """Window indices of every resample, [_N_RESAMPLES, n_windows]."""
-    random = np.random.Generator(np.random.PCG64(seed))
-    return random.integers(0, n_windows, size=(_N_RESAMPLES, n_windows))
-
-
-def _bootstrap(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float | None, tuple[float, float] | None]:
-    """Standard error and 95 % interval of the perplexity over resampled windows."""
+def _resampled_means(sums: Sequence[float], counts: Sequence[int], seed: int) -> F64 | None:
+    """Means per token of `_N_RESAMPLES` draws of windows with replacement; None for a single window."""
     if len(sums) < 2:
-        return None, None
-    picks = _resample(len(sums), seed)
-    values = np.exp(sums[picks].sum(axis=1) / counts[picks].sum(axis=1))
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(values.std(ddof=1)), (float(low), float(high))
+        return None
+    random = np.random.Generator(np.random.PCG64(seed))
+    picks = random.integers(0, len(sums), size=(_N_RESAMPLES, len(sums)))
+    means: F64 = np.array(sums, np.float64)[picks].sum(axis=1) / np.array(counts)[picks].sum(axis=1)
+    return means
+
+
+def _stderr(values: F64 | None) -> float | None:
+    return None if values is None else float(values.std(ddof=1))
+
+
+def paired_change(
+    nll: Sequence[float], reference_nll: Sequence[float], counts: Sequence[int], seed: int = 0
+) -> dict[str, float | None]:
+    """How much higher a perplexity is than a reference's on the same windows.
+
+    Args:
+        nll: sum over each window, nats.
+        reference_nll: of the reference, on the same tokens.
+        counts: scored tokens of each window.
+        seed: of the bootstrap.
+
+    Returns:
+        `relative` (0.05: 5 % higher) and `relative_stderr` of the paired difference, None for one window.
+    """
+    differences = [a - b for a, b in zip(nll, reference_nll, strict=True)]
+    means = _resampled_means(differences, counts, seed)
+    return {
+        "relative": math.expm1(min(math.fsum(differences) / sum(counts), _LARGEST_NLL)),
+        "relative_stderr": None if means is None else _stderr(np.expm1(np.minimum(means, _LARGEST_NLL))),
+    }
 
 
 def relative_change(result: PerplexityResult, reference: PerplexityResult, seed: int = 0) -> dict[str, Any]:
-    """How much worse a result is than a reference on the same tokens; the error is of the paired difference.
-
-    Returns:
-        `relative` (0.05: 5 % higher perplexity) and `relative_stderr` (None for one window).
+    """`paired_change` of two results.
 
     Raises:
         ConfigError: the two were taken on different tokens.
     """
     if result.tokens_sha256 != reference.tokens_sha256 or result.window_tokens != reference.window_tokens:
         raise ConfigError("The two perplexities were taken on different tokens; they cannot be compared.")
-    change = math.expm1(result.nll_per_token - reference.nll_per_token)
-    if len(result.window_nll) < 2:
-        return {"relative": change, "relative_stderr": None}
-    picks = _resample(len(result.window_nll), seed)
-    difference = np.array(result.window_nll) - np.array(reference.window_nll)
-    changes = np.expm1(difference[picks].sum(axis=1) / np.array(result.window_tokens)[picks].sum(axis=1))
-    return {"relative": change, "relative_stderr": float(changes.std(ddof=1))}
+    return paired_change(result.window_nll, reference.window_nll, result.window_tokens, seed)
 
 
-def eval_record(engine: Engine, source: TextSource, result: PerplexityResult) -> EvalRecord:
+# ------------------------------------------------------------------------------------------------ results
+
+
+def eval_record(scorer: Scorer, source: TextSource, result: PerplexityResult) -> EvalRecord:
     """The record of a perplexity.
 
     Args:
-        engine: what scored.
+        scorer: what scored.
         source: the text.
         result: the scores.
 
     Returns:
         The record.
     """
+    kl, kl_stderr = result.against_dense("kl")
+    same_top1, same_top1_stderr = result.against_dense("same_top1")
+    touched, fields = result.touched, scorer.fields()
+    dense_bytes = fields["mlp_bytes"]
     return EvalRecord(
         perplexity=result.perplexity,
         stderr=result.stderr,
         ci95=result.ci95,
         nll_per_token=result.nll_per_token,
+        nll_stderr=result.nll_stderr,
         n_tokens=result.n_tokens,
-        n_windows=len(result.window_nll),
+        n_windows=len(result.windows),
         window=result.window,
         bos_id=result.bos_id,
         tokens_sha256=result.tokens_sha256,
@@ -327,9 +520,95 @@ def eval_record(engine: Engine, source: TextSource, result: PerplexityResult) ->
         rows_joined=source.rows_joined,
         seconds=result.seconds,
         window_nll=result.window_nll,
+        window_tokens=result.window_tokens,
         hit_rate=result.traffic.hit_rate,
-        **engine_fields(engine),
+        touched=touched,
+        mlp_bytes_per_token=None if touched is None or dense_bytes is None else touched * dense_bytes,
+        kl=kl,
+        kl_stderr=kl_stderr,
+        same_top1=same_top1,
+        same_top1_stderr=same_top1_stderr,
+        **fields,
     )
+
+
+class ResultFile:
+    """A result on disk that grows while it is computed, so that an interrupted run continues.
+
+    The file is always whole: `{..., "config", "parts": {name: ...}}`, until `finish` puts a record in its place that
+    holds the same `config`. Only a run with that configuration may continue or replace it.
+
+        file = ResultFile("results/dip.json", config)
+        if "0" not in file.parts:
+            file.save("0", compute())
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        config: Mapping[str, Any],
+        *,
+        key: str = "parts",
+        head: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Opens a result.
+
+        Args:
+            path: where the result is kept; None: nowhere.
+            config: JSON types; what must be equal for parts to belong together.
+            key: what the parts are called in the file.
+            head: what else is in the file beside the parts.
+
+        Raises:
+            ConfigError: the file is another run's, or no result at all.
+        """
+        self.path = None if path is None else Path(path)
+        self.config: dict[str, Any] = json.loads(json.dumps(config))  # as it will be read back
+        self._key, self._head = key, head or {"schema": "dipper-part/1"}
+        self.parts: dict[str, Any] = {}
+        self.record: dict[str, Any] | None = None
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            config = held["config"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} holds no result of dipper's; give another --out, or remove it.") from None
+        if config != self.config:
+            names = sorted(k for k in {*config, *self.config} if config.get(k) != self.config.get(k))
+            seen = ", ".join(f"{k} {config.get(k)!r}, not {self.config.get(k)!r}" for k in names[:3])
+            raise ConfigError(f"{path} was made with another configuration ({seen}); give another --out, or remove it.")
+        if self._key in held:
+            self.parts = held[self._key]
+        else:
+            self.record = held
+
+    def save(self, name: str, part: Any) -> None:
+        """Keeps what was computed of one part."""
+        self.parts[name] = part
+        if self.path is not None:
+            write_json(self.path, self.content())
+
+    def content(self) -> dict[str, Any]:
+        """The file as it is while there are parts."""
+        return {**self._head, "config": self.config, self._key: self.parts}
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Puts the finished record, whose `config` is this file's, in the place of the parts."""
+        self.record = dict(record)
+        if self.path is not None:
+            write_json(self.path, record)
+
+    def windows(self, name: str) -> tuple[list[WindowScore], float]:
+        """Windows of a part that are already scored, and the seconds they took."""
+        part = self.parts.get(name, {"windows": [], "seconds": 0.0})
+        return [WindowScore.from_dict(w) for w in part["windows"]], part["seconds"]
+
+    def save_windows(self, name: str, windows: Sequence[WindowScore], seconds: float) -> None:
+        """Keeps the windows of a part that are scored so far."""
+        self.save(name, {"seconds": seconds, "windows": [asdict(w) for w in windows]})
 
 
 def _return_free_memory() -> None:
@@ -365,8 +644,9 @@ def evaluate_bundle(
     limit: int | None = None,
     rows_joined: bool | None = None,
     seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
     on_plan: Callable[[Plan], None] | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> EvalRecord:
     """Scores a text with one engine, or with two, one after the other, to compare.
 
@@ -378,14 +658,15 @@ def evaluate_bundle(
         limit: use at most this many positions.
         rows_joined: see `read_text`.
         seed: of the bootstrap.
+        out: keep the result here; a run that was interrupted continues from it.
         on_plan: called with each engine's plan before it loads.
-        progress: see `perplexity`.
+        progress: see `score_text`.
 
     Returns:
         The record of the first configuration; `against` holds the second's.
 
     Raises:
-        ConfigError: the text, the window or a configuration cannot be used.
+        ConfigError: the text, the window or a configuration cannot be used, or `out` holds another run's result.
     """
     for config in configs:
         _check_config(config)
@@ -397,14 +678,43 @@ def evaluate_bundle(
     tokens = np.asarray(tokenizer.encode(source.text, add_bos=False), dtype=np.int32)
     _return_free_memory()
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
-    cut_windows(tokens, window, bos_id=bos_id, limit=limit)  # an error comes before anything is loaded
+    windows = text_windows(source, tokens, window, bos_id=bos_id, limit=limit)  # before anything is loaded
+    file = ResultFile(
+        out,
+        {
+            "engine": "native",
+            "model_sha256": header_sha256(bundle),
+            "tokens_sha256": ids_sha256(windows, bos_id),
+            "window": window,
+            "methods": [_scoring(config) for config in configs],
+            "seed": seed,
+        },
+    )
+    if file.record is not None:
+        return EvalRecord.from_dict(file.record)
     scored = []
-    for config in configs:
+    for i, config in enumerate(configs):
         with Engine.open(bundle, config, on_plan=on_plan) as engine:
-            result = perplexity(engine, tokens, window=window, bos_id=bos_id, limit=limit, seed=seed, progress=progress)
-            scored.append((result, eval_record(engine, source, result)))
+            scorer = EngineScorer(engine)
+            result = score_text(
+                scorer, tokens, window=window, bos_id=bos_id, limit=limit, seed=seed, progress=progress,
+                earlier=file.windows(str(i)), save=partial(file.save_windows, str(i)),
+            )  # fmt: skip
+            scored.append((result, eval_record(scorer, source, result)))
         _return_free_memory()  # so that the next engine's budget does not pay for this one
-    if len(scored) == 1:
-        return scored[0][1]
-    (result, record), (reference, other) = scored
-    return replace(record, against={"record": other.as_dict(), **relative_change(result, reference, seed)})
+    (result, record), *others = scored
+    against = None
+    for reference, other in others:
+        against = {"record": other.as_dict(), **relative_change(result, reference, seed)}
+    record = replace(record, config=file.config, against=against)
+    file.finish(record.as_dict())
+    return record
+
+
+def _scoring(config: EngineConfig) -> dict[str, Any]:
+    """The options that can change a score; reader, kernels and threads cannot."""
+    same = ("threads", "reader", "isa", "trace", "cold")
+    options = {name: value for name, value in asdict(config).items() if name not in same}
+    if config.calibration is not None:
+        options["calibration"] = hashlib.sha256(Path(config.calibration).read_bytes()).hexdigest()
+    return options

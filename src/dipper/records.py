@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -127,6 +128,7 @@ class Provenance:
     time: str  # UTC, ISO 8601
     calibration: str | None = None  # file
     calibration_sha256: str | None = None
+    torch: str | None = None  # None: not used
 
 
 def _git(root: Path, *args: str) -> str | None:
@@ -193,6 +195,7 @@ def provenance(
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         calibration=None if calibration is None else os.fspath(calibration),
         calibration_sha256=calibration_sha256,
+        torch=getattr(sys.modules.get("torch"), "__version__", None),
     )
 
 
@@ -315,12 +318,13 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord:
-    """One perplexity of one method over one text."""
+    """One perplexity of one method over one text. None: not measured, or there is no such thing on that engine."""
 
     perplexity: float
-    stderr: float | None  # bootstrap over windows; None for a single window
+    stderr: float | None  # of the perplexity: bootstrap over windows; None for a single window
     ci95: tuple[float, float] | None
     nll_per_token: float
+    nll_stderr: float | None
     n_tokens: int  # scored
     n_windows: int
     window: int
@@ -329,32 +333,56 @@ class EvalRecord:
     text: str  # path
     text_sha256: str  # of the text as tokenised, UTF-8
     rows_joined: bool  # True: one row a line, joined by blank lines; False: the file as it is
+    engine: str  # native | torch
+    model: str
+    device: str
+    dtype: str | None  # of the arithmetic; the native engine's depends on the grid
     method: str
-    density: float | None
+    density: float | None  # None: dense
     d_in: float | None
     d_glu: float | None
     gamma: float | None
     cache: str | None
+    options: dict[str, Any] = field(default_factory=dict)  # what else of the method is not as by default
     hit_rate: float | None
+    touched: float | None  # share of the dense MLP's weight bits that a token reads from DRAM or flash
+    mlp_bytes: int | None  # of the dense MLP weights that a token uses, in the source's own grid
+    mlp_bytes_per_token: float | None  # touched * mlp_bytes
+    kl: float | None  # KL(dense || method), nats per token
+    kl_stderr: float | None
+    same_top1: float | None  # share of tokens after which both find the same token likeliest
+    same_top1_stderr: float | None
     # Not measured: evaluation works layer by layer and streams whole layers, so its reads are not those of decoding.
     flash_bytes_per_token: float | None = None
     useful_bytes_per_token: float | None = None
     reads_per_token: float | None = None
     seconds: float
-    dram_bytes: dict[str, int]
-    dram_budget_bytes: int | None
-    mlp_bits_per_weight: float
+    dram_bytes: dict[str, int] | None = None
+    dram_budget_bytes: int | None = None
+    mlp_bits_per_weight: float | None = None
     peak_rss_bytes: int
-    isa: str
+    isa: str | None = None
     n_threads: int
     window_nll: list[float]  # sum over each window, nats
+    window_tokens: list[int]  # scored in each window
     notes: list[str] = field(default_factory=list)
     provenance: Provenance | None = None
-    against: dict[str, Any] | None = None  # the other engine's record and the relative change
+    config: dict[str, Any] = field(default_factory=dict)  # what a rerun must agree in to continue this one
+    against: dict[str, Any] | None = None  # the other method's record and the relative change
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as JSON types, `schema` first."""
-        return {"schema": "dipper-eval/1", **asdict(self)}
+        """The record as JSON types, `schema` first; `tokens` is `n_tokens` by its short name."""
+        return {"schema": "dipper-eval/1", **asdict(self), "tokens": self.n_tokens}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> EvalRecord:
+        """The record that `as_dict` gave, after a way through JSON."""
+        fields = {key: v for key, v in value.items() if key not in ("schema", "tokens")}
+        if fields["provenance"] is not None:
+            fields["provenance"] = Provenance(**fields["provenance"])
+        if fields["ci95"] is not None:
+            fields["ci95"] = tuple(fields["ci95"])
+        return cls(**fields)
 
 
 def _median(values: Sequence[float]) -> float:
@@ -403,7 +431,7 @@ class Traffic:
     useful_bytes: int = 0
     reads: int = 0
 
-    def add(self, counters: Counters) -> Traffic:
+    def add(self, counters: Counters | Traffic) -> Traffic:
         """Adds one reading; returns itself."""
         self.n_tokens += counters.n_tokens
         self.hits += counters.hits

@@ -6,11 +6,24 @@ Plain text on purpose: a table library would stand in the DRAM that a run accoun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dipper.records import LEDGER, BenchRow, EvalRecord, RunRecord
 
-__all__ = ["align", "bench_table", "compare_table", "eval_table", "inspect_table", "run_table", "turn_line"]
+if TYPE_CHECKING:
+    from dipper.compare import Row
+
+__all__ = [
+    "align",
+    "bench_table",
+    "compare_table",
+    "eval_table",
+    "evals_table",
+    "inspect_table",
+    "run_table",
+    "tasks_table",
+    "turn_line",
+]
 
 _NONE = "-"
 
@@ -202,13 +215,17 @@ def eval_table(record: EvalRecord) -> str:
     bos = "no BOS" if record.bos_id is None else f"BOS {record.bos_id} before each"
     rows = [
         ("perplexity", f"{record.perplexity:.4f} ({error})"),
-        ("method", f"{_method(record)}; {record.n_threads} threads, {record.isa}"),
+        ("method", f"{_method(record)}; {_where(record)}"),
         ("text", f"{record.text}, {joined}"),
         ("windows", f"{record.n_windows} of {record.window}, {record.n_tokens} tokens scored, {bos}"),
         ("tokens sha256", record.tokens_sha256),
     ]
     if record.hit_rate is not None:
         rows.append(("hit rate", f"{100 * record.hit_rate:.1f} %"))
+    if record.kl is not None:
+        rows.append(("KL to dense", f"{record.kl:.4f}{_or_none(record.kl_stderr, ' ± {:.4f}')} nats per token"))
+    if record.same_top1 is not None:
+        rows.append(("same top-1", f"{record.same_top1:.2%}{_or_none(record.same_top1_stderr, ' ± {:.2%}')}"))
     rows.append(("time", f"{record.seconds:.1f} s"))
     if record.against is not None:
         other, change = record.against["record"], record.against["relative"]
@@ -216,6 +233,48 @@ def eval_table(record: EvalRecord) -> str:
         rows.append((f"against {other['method']}", f"{other['perplexity']:.4f}; {change:+.2%}{error}"))
     rows += [("note", note) for note in record.notes]
     return _pairs(rows)
+
+
+def _where(record: EvalRecord) -> str:
+    if record.engine == "native":
+        return f"{record.n_threads} threads, {record.isa}"
+    return f"PyTorch, {record.device}, {record.dtype}"
+
+
+def evals_table(rows: Sequence[Row]) -> str:
+    """Perplexities side by side, one a row."""
+    head = ["model", "method", "density", "touched", "MLP MB/token", "perplexity", "±", "to dense", "±", "KL", "top-1"]
+    cells = [
+        [
+            row.model,
+            row.method,
+            _or_none(row.density, "{:.2f}"),
+            _or_none(row.touched, "{:.3f}"),
+            _or_none(None if row.mlp_bytes_per_token is None else row.mlp_bytes_per_token / 1e6, "{:.1f}"),
+            f"{row.perplexity:.3f}",
+            _or_none(row.stderr, "{:.3f}"),
+            _or_none(row.relative, "{:+.2%}"),
+            _or_none(row.relative_stderr, "{:.2%}"),
+            _or_none(row.kl, "{:.4f}"),
+            _or_none(row.same_top1, "{:.2%}"),
+        ]
+        for row in rows
+    ]
+    return align([head, *cells], left=2)
+
+
+def tasks_table(results: Sequence[dict[str, Any]]) -> str:
+    """Answers to tasks, one task of one method a row."""
+    rows = [["model", "method", "density", "task", "n", "acc", "±", "acc_norm", "±", "perplexity", "±"]]
+    for result in results:
+        for name, figures in result["tasks"].items():
+            shares = [
+                _or_none(figures.get(key), "{:.4f}") for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+            ]
+            losses = [_or_none(figures.get(key), "{:.3f}") for key in ("perplexity", "perplexity_stderr")]
+            own = [result["model"], result["method"], _or_none(result["density"], "{:.2f}"), name, str(figures["n"])]
+            rows.append([*own, *shares, *losses])
+    return align(rows, left=2)
 
 
 def inspect_table(description: dict[str, Any], verified: bool) -> str:
