@@ -3,11 +3,11 @@
     python experiments/grid.py experiments/configs/grid.toml MODEL --text wiki.test.raw --calibration c4.txt \\
         -o experiments/results/grid-MODEL.json [--device cuda] [--dtype fp32] [--batch 8] [--only dip@0.6]
 
-MODEL is a bundle, a GGUF file, a Hugging Face folder, or a name that `dipper pull` knows. The configuration names methods
-and densities; a method that cannot reach a density is left out, and the file says so. `fitted` adds what `calibrate` finds
-for DIP (split, densities by layer, norms, means) at the densities of `fit`. The dense model runs beside every setting, so
-changes to it are paired window by window. The output is one file; a run that was interrupted goes on after the settings it
-holds. The text to score is never calibrated on.
+MODEL is a bundle, a GGUF file, a Hugging Face folder, or a name that `dipper pull` knows. The configuration names
+methods and densities; a method that cannot reach a density is left out, and the file says so. `fit` names densities at
+which DIP is also run as `calibrate` fits it (split, densities by layer, norms, means). The dense model runs beside
+every setting, so changes to it are paired window by window. The output is one file; a run that was interrupted goes on
+after the settings it holds. The text to score is never calibrated on.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def run_grid(loaded: LoadedModel, results: Results, args: argparse.Namespace, co
         start = time.perf_counter()
         try:
             with sparsify_(loaded.model, method, calibration=windows, **more) as sparse:
-                opened = Opened(loaded, sparse, source=args.model, mlp_bytes=size, calibration_sha256=calibrated)
+                opened = Opened(loaded, sparse, source=args.model, mlp_bytes=size, calibration={"text": calibrated})
                 record = measure(opened, args, config)
         except ConfigError as error:
             results.content["left_out"].append(f"{key}: {error}")
@@ -181,13 +181,20 @@ def main() -> None:
     try:
         config = tomllib.loads(args.config.read_text(encoding="utf-8"))
         config["tokens"] = args.tokens or config["tokens"]
-        unknown = {m["name"] for part in (config, config.get("few", {})) for m in part.get("methods", [])} - set(METHODS)
+        unknown = {m["name"] for part in (config, config.get("few", {})) for m in part.get("methods", [])} - set(
+            METHODS
+        )
         if unknown:
             raise ConfigError(f"{args.config} names unknown methods: {', '.join(sorted(unknown))}")
         given = Path(args.model) if Path(args.model).exists() else args.model
         loaded = load_model(given, device=args.device, dtype=DTYPES[args.dtype])
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        header = {"config": args.config.name, "model": loaded.name, "fingerprint": loaded.fingerprint, "dtype": args.dtype}
+        header = {
+            "config": args.config.name,
+            "model": loaded.name,
+            "fingerprint": loaded.fingerprint,
+            "dtype": args.dtype,
+        }
         run_grid(loaded, Results(args.output, header), args, config)
     except DipperError as error:
         sys.exit(f"grid: {error}")
