@@ -27,7 +27,7 @@ except ModuleNotFoundError:  # Python 3.10
 import numpy as np
 import torch
 
-from dipper.calibrate import calibrate
+from dipper.calibrate import MEANS_AT, calibrate
 from dipper.errors import ConfigError, DipperError
 from dipper.evaluate import cut_windows, read_text
 from dipper.evaluate_torch import DTYPES, Opened, evaluate_torch, mlp_bytes
@@ -160,7 +160,8 @@ def run_fitted(
     results.content["fit"] = made.provenance["fit"]
     for density in densities:
         pairs = [tuple(row) for row in np.asarray(made.densities(density)).tolist()]
-        method = MethodConfig("dip", density=density, norms=True, compensate=True)
+        how = {name: bool(made.provenance[name]) for name in ("norms", "compensate")}
+        method = MethodConfig("dip", density=MEANS_AT, **how)
         one(key_of({"name": "dip", "fitted": density}), method, densities=pairs)
 
 

@@ -33,13 +33,14 @@ from dipper.errors import ConfigError
 from dipper.methods import Dip, MethodConfig
 from dipper.sparsify import Sparsified, find_glus, sparsify_
 
-__all__ = ["Allocation", "allocate", "calibrate", "mean_loss", "split_of"]
+__all__ = ["MEANS_AT", "Allocation", "allocate", "calibrate", "mean_loss", "split_of"]
 
 Pairs = list[tuple[float, float]]  # (d_in, d_glu) by layer
 Progress = Callable[[str, int, int], None]
 
 _CURVE = (0.2, 0.35, 0.5, 0.65, 0.8)  # densities at which a layer's curve is measured; 1 costs nothing
 _SPLITS = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25)  # of d_in above d
+MEANS_AT = 0.6  # density at which columns are unselected whose means are taken
 _HEAD_ROWS = 256  # positions whose logits are held at once: a vocabulary of 262k makes 1 GiB of 1024
 
 
@@ -169,7 +170,7 @@ class _Pruner:
 
     def __init__(self, model: nn.Module, config: MethodConfig, calibration: Sequence[Tensor]) -> None:
         self.sparse: Sparsified = sparsify_(
-            model, replace(config, density=0.5, densities=None), calibration=calibration
+            model, replace(config, density=MEANS_AT), calibration=calibration
         )
         self.rules: list[Dip] = [rule for rule in self.sparse.rules if isinstance(rule, Dip)]
 
@@ -185,8 +186,8 @@ def calibrate(
     *,
     model_fields: dict[str, Any],
     densities: Sequence[float],
-    norms: bool = True,
-    compensate: bool = True,
+    norms: bool | None = None,
+    compensate: bool | None = None,
     by_layer: bool = True,
     provenance: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -198,8 +199,8 @@ def calibrate(
         windows: ids [B, T] of calibration text on the model's device, at least two; the last half judges.
         model_fields: `Calibration.model`.
         densities: total densities to make tables for, in (0, 1).
-        norms: rank by |x| times the column's norm.
-        compensate: an unselected column contributes its mean.
+        norms: rank by |x| times the column's norm; None: if that is better.
+        compensate: an unselected column contributes its mean (`MethodConfig.compensate`); None: if that is better.
         by_layer: allocate densities by layer; equal ones otherwise.
         provenance: what the text was; figures of the fit are added.
         progress: called with (stage, done, in all).
@@ -216,16 +217,15 @@ def calibrate(
             raise ConfigError(f"density is {density:g}: tables are made for densities above 0 and below 1")
     half = len(windows) // 2
     fitted, judged = windows[:half], windows[half:]
-    config = MethodConfig("dip", norms=norms, compensate=compensate)
     tell = progress or (lambda stage, done, total: None)
     n_layers = sum(len(site.glus) for site in find_glus(model))
     base = mean_loss(model, judged)
     dense = _Dense(model, fitted[: max(1, half // 2)])
+    config, found = _best_options(model, fitted, sorted(densities)[len(densities) // 2], norms, compensate)
     pruner = _Pruner(model, config, fitted)
     try:
         curves: dict[float, np.ndarray] = {}
         tables: dict[str, np.ndarray] = {}
-        found: dict[str, Any] = {}
         for i, density in enumerate(densities):
             tell(f"split at {density:g}", i, len(densities))
             above = _best_split(pruner, fitted, density)
@@ -236,14 +236,33 @@ def calibrate(
             found[f"{density:g}"] = {"above": above, "losses": {"dense": base, **result.losses}}
         return Calibration(
             model=model_fields,
-            provenance={**(provenance or {}), "fit": found, "norms": norms, "compensate": compensate},
+            provenance={**(provenance or {}), "fit": found, "norms": config.norms, "compensate": config.compensate},
             tables=tables,
-            factors=[rule.factors() for rule in pruner.rules] if norms else None,
-            means=[rule.means() for rule in pruner.rules] if compensate else None,
-            biases=[rule.mean_products() for rule in pruner.rules] if compensate else None,
+            factors=[rule.factors() for rule in pruner.rules] if config.norms else None,
+            means=[rule.means() for rule in pruner.rules] if config.compensate else None,
+            biases=[rule.mean_products() for rule in pruner.rules] if config.compensate else None,
         )
     finally:
         pruner.sparse.undo()
+
+
+def _best_options(
+    model: nn.Module, fitted: Sequence[Tensor], density: float, norms: bool | None, compensate: bool | None
+) -> tuple[MethodConfig, dict[str, Any]]:
+    """DIP with or without norms and means, whichever loses least at a density, and the losses.
+
+    Means are taken on the first half of the windows and judged on the second.
+    """
+    half = max(1, len(fitted) // 2)
+    losses: dict[tuple[bool, bool], float] = {}
+    for use_norms in (False, True) if norms is None else (norms,):
+        for use_means in (False, True) if compensate is None else (compensate,):
+            config = MethodConfig("dip", density=density, norms=use_norms, compensate=use_means)
+            with sparsify_(model, config, calibration=fitted[:half]):
+                losses[use_norms, use_means] = mean_loss(model, fitted[half:] or fitted)
+    use_norms, use_means = min(losses, key=lambda options: losses[options])
+    told = {f"{'norms' if n else 'plain'}{' means' if m else ''}": loss for (n, m), loss in losses.items()}
+    return MethodConfig("dip", norms=use_norms, compensate=use_means), {"options": told}
 
 
 def _best_split(pruner: _Pruner, windows: Sequence[Tensor], density: float) -> float:

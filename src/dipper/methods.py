@@ -56,7 +56,8 @@ class MethodConfig:
         select: "topk" per token, "threshold" (calibrated, so that the mean density is the asked one), or "topp" (the
             fewest columns that hold a calibrated share of the scores' sum). None: what the rule's paper does.
         norms: DIP ranks |x| times the column's norm.
-        compensate: an unselected column contributes its mean over the calibration text instead of nothing.
+        compensate: an unselected column contributes, instead of nothing, the mean that it had on the calibration text
+            at the tokens which did not select it.
         gamma: of cache-aware masking, in (0, 1]; `dip-ca` alone.
         cache, decay: policy of the column caches; `dip` and `dip-ca`.
         capacity: share of each region's columns that its cache holds; None: no cache is simulated.
@@ -239,12 +240,16 @@ class Selector:
         # A column is kept while what stands before it holds less than the level: count(before < level) columns.
         self.level = float(before.flatten().kthvalue(min(keep + 1, before.numel())).values)
 
+    def top_k(self, scores: Tensor) -> Tensor:
+        """The mask of top-k at this density, whatever `select` is: bool [..., n] of scores [..., n]."""
+        return top_k_mask(scores, n_selected(self.density, self.n))
+
     def mask(self, scores: Tensor) -> Tensor:
         """bool [..., n] of scores [..., n]."""
         if self.density >= 1:
             return torch.ones_like(scores, dtype=torch.bool)
         if self.select == "topk":
-            return top_k_mask(scores, n_selected(self.density, self.n))
+            return self.top_k(scores)
         if self.level is None:
             raise ConfigError(f"select '{self.select}' was not calibrated: give calibration text")
         if self.select == "threshold":
@@ -255,22 +260,25 @@ class Selector:
 
 
 class _Mean:
-    """Running mean of vectors [..., n], in fp64."""
+    """Running mean of vectors [..., n] over the tokens where each column counts, in fp64."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
-        self._count = 0
+        self._count: Tensor | int = 0
 
-    def collect(self, values: Tensor) -> None:
+    def collect(self, values: Tensor, counts: Tensor | None = None) -> None:
+        """counts: bool [..., n], which values are taken; None: all."""
         rows = values.reshape(-1, values.shape[-1])
-        total = rows.sum(0, dtype=torch.float64)
+        taken = torch.ones_like(rows, dtype=torch.bool) if counts is None else counts.reshape(rows.shape)
+        total = (rows * taken).sum(0, dtype=torch.float64)
         self._sum = total if self._sum is None else self._sum + total
-        self._count += len(rows)
+        self._count = self._count + taken.sum(0)
 
     def value(self, like: Tensor) -> Tensor:
-        if self._sum is None:
-            raise ConfigError("mean compensation needs calibration text, and none was given")
-        return (self._sum / self._count).to(like.dtype)
+        """[n]; 0 where a column never counted."""
+        if self._sum is None or isinstance(self._count, int):
+            raise ConfigError("calibration text is needed, and none was given")
+        return (self._sum / self._count.clamp_min(1)).to(like.dtype)
 
 
 class Method(ABC):
@@ -327,8 +335,16 @@ class Method(ABC):
     def collect(self, x: Tensor) -> None:
         """Shows calibration inputs [..., D]; the rule sees the dense model's activations."""
         if self.config.compensate:
-            self._means[0].collect(x)
-            self._means[1].collect(self.glu.hidden(x))
+            for which, values in enumerate((x, self.glu.hidden(x))):
+                self._means[which].collect(values, self._dropped(x, values, which))
+
+    def _dropped(self, x: Tensor, values: Tensor, which: int) -> Tensor | None:
+        """Where a column's value would be replaced by its mean, bool like values; None: everywhere.
+
+        The mean that loses least is that of a column's values at the tokens which drop it, and these are small ones.
+        which: 0 inputs (values is x), 1 GLU activations of the dense model.
+        """
+        return None
 
     def fit(self) -> None:
         """Ends calibration."""
@@ -412,6 +428,9 @@ class _GluColumns(Method):
     @abstractmethod
     def _scores(self, x: Tensor, h: Tensor) -> Tensor:
         """fp32 [..., I]; h is act(gate x) * (up x) of these inputs."""
+
+    def _dropped(self, x: Tensor, values: Tensor, which: int) -> Tensor | None:
+        return None if which == 0 else ~self.units.top_k(self._scores(x, values))
 
     def collect(self, x: Tensor) -> None:
         super().collect(x)
@@ -750,6 +769,10 @@ class Teal(Method):
         magnitudes = values.float().abs()
         return magnitudes if factor is None else magnitudes * factor
 
+    def _dropped(self, x: Tensor, values: Tensor, which: int) -> Tensor | None:
+        # Gate and up share one mean of their inputs; gate's mask speaks for both.
+        return ~self._selectors[2 * which].top_k(self._scores(values, 2 * which))
+
     def collect(self, x: Tensor) -> None:
         super().collect(x)
         for which, values in enumerate((x, x, self.glu.hidden(x))):
@@ -889,6 +912,9 @@ class Dip(Method):
         """fp32 scores of values [..., n]: of inputs (which = 0) or GLU activations (1)."""
         magnitudes = values.float().abs()
         return magnitudes if self._factors is None else magnitudes * self._factors[which]
+
+    def _dropped(self, x: Tensor, values: Tensor, which: int) -> Tensor | None:
+        return ~self._selectors[which].top_k(self.scores(values, which))
 
     def collect(self, x: Tensor) -> None:
         super().collect(x)
