@@ -86,8 +86,8 @@ def test_what_is_no_result(tmp_path, content, message):
 
 def test_tables():
     lines = evals_table(compare_evals(RECORDS)).splitlines()
-    assert lines[0].split()[:6] == ["model", "method", "density", "touched", "MLP", "MB/token"]
-    assert lines[2].split()[:5] == ["fake", "dip", "0.70", "0.700", "0.7"]
+    assert lines[0].split()[:7] == ["model", "on", "method", "density", "touched", "MLP", "MB/token"]
+    assert lines[2].split()[:6] == ["fake", "native", "dip", "0.70", "0.700", "0.7"]
     assert "+10.52%" in lines[2]
     tasks = {"piqa": {"n": 9, "acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.75, "acc_norm_stderr": None}}
     shown = tasks_table([{"model": "m", "method": "dense", "density": None, "tasks": tasks}]).splitlines()[1]
