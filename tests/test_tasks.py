@@ -208,3 +208,39 @@ def test_the_harness_comes_to_the_same(data):
             theirs = found[f"local_{name}"]
             for key in ours.keys() & {"acc", "acc_norm", "perplexity"}:
                 assert theirs[f"{key},none"] == pytest.approx(ours[key], rel=1e-6), (name, key)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.torch
+def test_the_adapter_scores_texts_and_generates():
+    pytest.importorskip("lm_eval")
+    torch = pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from dipper.lm_harness import DipperLM
+    from dipper.methods import MethodConfig
+    from dipper.sparsify import sparsify_
+    from test_evaluate_torch import log_probs, opened, tiny
+
+    model = tiny()
+    with sparsify_(model, MethodConfig("dense")) as sparsity:
+        sparse = opened(model, sparsity, bos_id=1)
+        sparse.loaded.tokenizer = SimpleNamespace(eos_ids=[2], decode=lambda ids: "".join(map(chr, ids)))
+        lm = DipperLM(opened=sparse, batch_size="auto", max_length=64)
+        ids = sparse.loaded.encode("some text")
+        q = log_probs(model, [1, *ids])[:-1]
+        (whole,) = lm.loglikelihood_rolling([SimpleNamespace(args=("some text",))], disable_tqdm=True)
+        assert whole == pytest.approx(float(q.gather(1, torch.tensor(ids)[:, None]).sum()), rel=1e-5)
+
+        def generate(**settings):
+            (text,) = lm.generate_until([SimpleNamespace(args=("some text", settings))], disable_tqdm=True)
+            return text
+
+        text = generate(until=[], max_gen_toks=6)
+        held = [1, *ids]
+        for c in text:
+            assert int(log_probs(model, held)[-1].argmax()) == ord(c)
+            held.append(ord(c))
+        assert generate(until=text[2], max_gen_toks=6) == text[: text.index(text[2])]
+        with pytest.raises(ConfigError, match="Only greedy generation"):
+            generate(do_sample=True)
