@@ -1,9 +1,11 @@
-"""Time of selection and cache bookkeeping for one token and region; prints a table, then one JSON line.
+"""Time of selection and cache bookkeeping for one token and region; prints tables, then one JSON line.
 
 Scores follow a log-normal column scale times a normal variable, rounded to bf16 (so that scores tie as in a model).
 `scan` runs native loops over T tokens: without a cache for top_k, with one for top_k + step; each figure is the
 median over repeats of (time / T), a step the difference of the two. The caches hold half of the columns, are warm,
 and see scores that drift (each token keeps 0.7 of the last one's variable), so every step misses and most evict.
+The second table is the closed loop of an evaluation: cache-aware selection at gamma = 0.5 and the policy's step, one
+core, in millions of scored columns per second.
 
     python benchmarks/bench_selection.py [--tokens 16] [--repeats 200]
 """
@@ -18,9 +20,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dipper.cache import ColumnCache, scan
+from dipper.cache import ColumnCache, n_selected, scan
 
 SIZES = [576, 1536, 4864, 14336]
+LOOP_SIZES = [576, 896, 1536, 4864]
+LOOP_DENSITIES = [0.5, 0.6, 0.7]
 POLICIES = ["lru", "lfu", "lfu-decay"]
 
 
@@ -75,6 +79,22 @@ def measure(n: int, n_tokens: int, repeats: int) -> dict[str, object]:
     return {"n": n, "k": k, "top_k": spread(plain), "top_k_gamma_and_static_step": spread(aware), "step": steps}
 
 
+def measure_loop(n: int, policy: str, n_tokens: int, repeats: int) -> dict[str, object]:
+    """Closed loop of one region size and policy, half of the columns cached, over the densities of an evaluation."""
+    mcolumns_per_s = {}
+    for density in LOOP_DENSITIES:
+        k, cache, times = n_selected(density, n), ColumnCache(n, n // 2, policy), []
+        scan(drifting_scores(256, n, seed=0), k, 0.5, cache)
+        for repeat in range(repeats):
+            scores = drifting_scores(n_tokens, n, seed=1 + repeat)
+            times.append(ns_per_token(lambda s=scores, k=k, c=cache: scan(s, k, 0.5, c), n_tokens))
+        p20, median, p80 = np.percentile(times, [20, 50, 80])
+        mcolumns_per_s[str(density)] = {
+            name: round(1e3 * n / ns, 1) for name, ns in (("p20", p80), ("median", median), ("p80", p20))
+        }
+    return {"n": n, "policy": policy, "gamma": 0.5, "capacity": n // 2, "mcolumns_per_s": mcolumns_per_s}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time of selection and cache bookkeeping.")
     parser.add_argument("--tokens", type=int, default=16)
@@ -88,9 +108,15 @@ def main() -> None:
         print(
             *(f"{row['step'][p]['median_ns']:>10.0f} ({row['step'][p]['evictions_per_token']:>5.0f})" for p in POLICIES)
         )
-    print("medians; in brackets evictions per token; * with the step of a static cache (no admissions)")
+    print("medians; in brackets evictions per token; * with the step of a static cache (no admissions)\n")
+    loops = [measure_loop(n, policy, options.tokens, options.repeats) for policy in POLICIES for n in LOOP_SIZES]
+    print(f"{'closed loop':<12} {'n':>6}", *(f"{'density ' + str(d):>14}" for d in LOOP_DENSITIES))
+    for loop in loops:
+        cells = (f"{speed['median']:>14.1f}" for speed in loop["mcolumns_per_s"].values())
+        print(f"{loop['policy']:<12} {loop['n']:>6}", *cells)
+    print("10^6 scored columns per second and core, medians")
     machine = {"machine": platform.machine(), "python": platform.python_version(), "tokens": options.tokens}
-    print(json.dumps({"benchmark": "selection", **machine, "repeats": options.repeats, "rows": rows}))
+    print(json.dumps({"benchmark": "selection", **machine, "repeats": options.repeats, "rows": rows, "loops": loops}))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,10 @@ def lines(capsys):
             "--density has no effect with dense-stream: drop it, or use --method dip or dip-ca.",
         ),
         (
+            ["run", "b", "p", "--method", "dense-resident", "--calibration", "c.npz"],
+            "--calibration has no effect with dense-resident: drop it, or use --method dip or dip-ca.",
+        ),
+        (
             ["run", "b", "p", "--gamma", ".5"],
             "--gamma has no effect with dip: drop it, or use --method dip-ca.",
         ),
@@ -256,10 +260,11 @@ def test_run_verifies_when_asked(opened, header):
 
 def test_run_gives_options_to_the_engine(opened):
     args = "run b hi --method dip-ca --d-in .75 --d-glu .6 --gamma .2 --cache lru --dram 600MB --mlp-dram 2.7b --cold"
-    assert main([*args.split(), "--threads", "1", "--reader", "pread", "--isa", "scalar", "--no-probe"]) == 0
+    args += " --calibration c.npz --threads 1 --reader pread --isa scalar --no-probe"
+    assert main(args.split()) == 0
     config = opened[0].config
     assert (config.method, config.densities, config.gamma, config.cache) == ("dip-ca", (0.75, 0.6), 0.2, "lru")
-    assert (config.dram, config.mlp_dram, config.cold) == ("600MB", "2.7b", True)
+    assert (config.dram, config.mlp_dram, config.cold, str(config.calibration)) == ("600MB", "2.7b", True, "c.npz")
     assert (config.threads, config.reader, config.isa) == (1, "pread", "scalar")
 
 
@@ -406,14 +411,19 @@ BENCH = ("bench", "b", "--reps", "1", "-n", "5", "-p", "3")
 
 
 def test_bench_gives_each_mode_the_options_that_act(measured, capsys):
-    assert main([*BENCH, "--density", ".5", "--gamma", ".2", "--dram", "200MB", "--mlp-dram", "60%"]) == 0
+    args = ["--density", ".5", "--gamma", ".2", "--calibration", "c.npz", "--dram", "200MB", "--mlp-dram", "60%"]
+    assert main([*BENCH, *args]) == 0
     configs = {case.mode: case.config for case in measured}
     assert configs == {
         "dense-resident": {"method": "dense-resident"},
         "dense-stream": {"method": "dense-stream", "dram": "200MB", "mlp_dram": "60%"},
-        "dip": {"method": "dip", "density": 0.5, "dram": "200MB", "mlp_dram": "60%"},
-        "dip-ca": {"method": "dip-ca", "density": 0.5, "gamma": 0.2, "dram": "200MB", "mlp_dram": "60%"},
-    }
+        "dip": {"method": "dip", "density": 0.5, "calibration": "c.npz", "dram": "200MB", "mlp_dram": "60%"},
+        "dip-ca": {
+            "method": "dip-ca", "density": 0.5, "gamma": 0.2, "calibration": "c.npz", "dram": "200MB",
+            "mlp_dram": "60%",
+        },
+    }  # fmt: skip
+    assert all(json.dumps(config) for config in configs.values())  # the measuring process reads them as JSON
     assert measured[0].notes == ["no DRAM limit: the reference that holds everything"]
     out, _ = lines(capsys)
     assert out[0].split()[:4] == ["mode", "state", "test", "tok/s"]

@@ -1,4 +1,4 @@
-"""Every pruning rule of the registry: what it keeps, what it counts, what it refuses; selection against the definition."""
+"""Every pruning rule of the registry: what it keeps, counts and refuses; selection against the definition."""
 
 from __future__ import annotations
 

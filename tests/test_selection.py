@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dipper.cache import ColumnCache, n_selected, reference_top_k, scan, top_k
+from dipper.cache import ColumnCache, ReferenceCache, n_selected, reference_top_k, scan, scan_many, top_k
 from dipper.errors import ConfigError
 
 GAMMAS = [1.0, 0.5, 0.2, 0.1, 1e-30]
@@ -167,3 +167,44 @@ def test_scan_of_no_tokens() -> None:
     masks, hits = scan(np.empty((0, 8)), 3)
     assert masks.shape == (0, 3)
     assert hits.shape == (0,)
+
+
+# --- several sequences at once
+
+
+@given(
+    scores=hnp.arrays(np.float32, st.tuples(*[st.integers(1, 6)] * 3), elements=st.one_of(finite_or_inf, few_values)),
+    gamma=st.sampled_from(GAMMAS),
+    policy=st.sampled_from(["lru", "lfu", "lfu-decay"]),
+    n_threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_many_scans_equal_the_definition(
+    scores: np.ndarray, gamma: float, policy: str, n_threads: int, data: st.DataObject
+) -> None:
+    n = scores.shape[2]
+    k, capacity = data.draw(st.integers(1, n)), data.draw(st.integers(0, n))
+    caches = [ColumnCache(n, capacity, policy) for _ in scores]
+    masks, hits = scan_many(scores, k, gamma, caches, n_threads=n_threads)
+    for rows, cache, sequence_masks, sequence_hits in zip(scores, caches, masks, hits, strict=True):
+        reference = ReferenceCache(n, capacity, policy)
+        for row, mask, n_hits in zip(rows, sequence_masks, sequence_hits, strict=True):
+            cached = np.isin(np.arange(n), list(reference.slots))
+            assert mask.tolist() == reference_top_k(row, k, gamma, cached)
+            assert n_hits == reference.step(mask.tolist())[0]
+        assert (cache.hits, cache.misses, cache.evictions) == (reference.hits, reference.misses, reference.evictions)
+    assert scan_many(scores, k)[0].tolist() == [scan(rows, k)[0].tolist() for rows in scores]
+
+
+def test_many_scans_refuse_what_cannot_be() -> None:
+    scores, cache = np.ones((2, 3, 4), np.float32), ColumnCache(4, 2, "lfu")
+    for caches in ([cache], [cache, cache]):
+        with pytest.raises(ConfigError, match=r"caches for 2 sequences: give each sequence a cache of its own"):
+            scan_many(scores, 2, 0.5, caches)
+    with pytest.raises(ConfigError, match=r"scores has shape \[3, 4\]: it must be \[sequences, tokens, n\]"):
+        scan_many(scores[0], 2)
+    scores[1, 2, 3] = math.nan
+    with pytest.raises(ConfigError, match=r"sequence 1: score of column 3 at token 2 is NaN"):
+        scan_many(scores, 2)
+    masks, hits = scan_many(scores[:0], 2)
+    assert (masks.shape, hits.shape) == ((0, 3, 2), (0, 3))

@@ -3,13 +3,13 @@
     calibration = calibrate(loaded.model, windows, model=fields, densities=[0.6])
     calibration.save("smollm2.npz")            # for the engine, the simulator and `sparsify_`
 
-1. **Split** (arXiv 2412.01380, section 4.3): for a total density d, pairs with (2 d_in + d_glu) / 3 = d are tried on the
-   calibration text and the one of lowest loss is taken.
+1. **Split** (arXiv 2412.01380, section 4.3): for a total density d, pairs with (2 d_in + d_glu) / 3 = d are tried on
+   the calibration text and the one of lowest loss is taken.
 2. **Allocation by layer.** Each layer alone is pruned at several densities, the rest dense, and the divergence of the
-   model's predictions from its dense ones is measured: a curve per layer. Under a common budget the sum of the curves is
-   least where all layers have the same slope; on their lower convex hulls that is found by a greedy walk in order of
-   slope (Lagrangian relaxation). Layers are taken as independent, and the result is kept only if it is better than equal
-   densities on text that was not used for the curves.
+   model's predictions from its dense ones is measured: a curve per layer. Under a common budget the sum of the curves
+   is least where all layers have the same slope; on their lower convex hulls that is found by a greedy walk in order
+   of slope (Lagrangian relaxation). Layers are taken as independent, and the result is kept only if it is better than
+   equal densities on text that was not used for the curves.
 3. **Norms** of the columns as score factors, **means** of the columns' inputs as what an unselected column contributes.
 
 Perplexity on test text is never looked at. Everything is deterministic on one machine.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,12 +54,12 @@ def split_of(density: float, above: float) -> tuple[float, float] | None:
 
 def _logits(model: nn.Module, ids: Tensor) -> Callable[[int], Tensor]:
     """fp32 logits of windows ids [B, T], by chunks of positions: call(start) -> [rows, V]."""
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # type: ignore[operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    head = model.get_output_embeddings()
     return lambda start: head(hidden[start : start + _HEAD_ROWS]).float()
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def mean_loss(model: nn.Module, windows: Sequence[Tensor]) -> float:
     """Mean negative log likelihood of a model as it stands, nats; windows: ids [B, T] each."""
     total, count = 0.0, 0
@@ -84,12 +85,12 @@ class _Dense:
             for ids in windows:
                 self._hidden.append(
                     model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-                )  # type: ignore[operator]
+                )
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def divergence(self) -> float:
         """Mean KL(dense || as the model stands now), nats a token."""
-        head = self._model.get_output_embeddings()  # type: ignore[operator]
+        head = self._model.get_output_embeddings()
         total, count = 0.0, 0
         for ids, dense in zip(self._windows, self._hidden, strict=True):
             chunk_of = _logits(self._model, ids)
@@ -125,7 +126,7 @@ def allocate(curves: np.ndarray, densities: Sequence[float], mean_density: float
     pieces = []  # (gain per density, order, layer, width)
     for layer, curve in enumerate(curves):
         at = _lower_hull(np.asarray(densities), np.minimum.accumulate(curve))
-        for order, (i, j) in enumerate(zip(at[:-1], at[1:], strict=True)):
+        for order, (i, j) in enumerate(pairwise(at)):
             width = densities[j] - densities[i]
             pieces.append(((curve[i] - curve[j]) / width, -order, layer, width))
     result = [float(densities[0])] * n_layers

@@ -87,7 +87,7 @@ def read_text(path: str | os.PathLike[str], rows_joined: bool | None = None) -> 
     """Reads a text, line ends as LF.
 
     Args:
-        path: a UTF-8 file.
+        path: a UTF-8 file; of a `.jsonl` file the `text` of every row, joined by blank lines.
         rows_joined: whether the file has one WikiText row a line, to be joined by blank lines. None: by the name, which
             ends in `.raw` for the files of WikiText; the result says which was done.
 
@@ -98,7 +98,10 @@ def read_text(path: str | os.PathLike[str], rows_joined: bool | None = None) -> 
         ConfigError: the file is absent, not UTF-8 text, or empty.
     """
     joined = Path(path).suffix == ".raw" if rows_joined is None else rows_joined
-    text = wikitext_rows_joined(path) if joined else _read(path)
+    if Path(path).suffix == ".jsonl":
+        text = _texts_of_rows(path)
+    else:
+        text = wikitext_rows_joined(path) if joined else _read(path)
     if not text.strip():
         raise ConfigError(f"{os.fspath(path)} holds no text; give a file to score.")
     return TextSource(path=os.fspath(path), text=text, rows_joined=joined)
@@ -112,6 +115,16 @@ def wikitext_rows_joined(path: str | os.PathLike[str]) -> str:
     """
     rows = io.StringIO(_read(path))  # str.splitlines would also cut at form feeds and their like
     return "\n\n".join(row if row.strip() else "" for row in rows)
+
+
+def _texts_of_rows(path: str | os.PathLike[str]) -> str:
+    try:
+        return "\n\n".join(json.loads(row)["text"] for row in io.StringIO(_read(path)) if row.strip())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'{os.fspath(path)} has a row that is no {{"text": ...}} ({type(error).__name__}: {error}); '
+            "give plain text."
+        ) from None
 
 
 def _read(path: str | os.PathLike[str]) -> str:

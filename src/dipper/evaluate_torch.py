@@ -53,6 +53,7 @@ __all__ = [
     "TorchScorer",
     "answer_tasks",
     "evaluate_torch",
+    "mlp_bytes",
     "open_sparse",
     "perplexity_torch",
     "run_options",
@@ -124,7 +125,7 @@ def open_sparse(
             loaded,
             sparsity,
             source=os.fspath(source),
-            mlp_bytes=_mlp_bytes(given, loaded.model, find_glus(loaded.model)),
+            mlp_bytes=mlp_bytes(given, loaded.model),
             calibration=_told(calibration, calibration_text),
         )
 
@@ -149,14 +150,14 @@ def _calibration_windows(loaded: LoadedModel, text: str) -> list[torch.Tensor]:
     return [torch.tensor(ids) for ids in windows]
 
 
-def _mlp_bytes(source: str | Path, model: Any, sites: Sequence[Any]) -> int:
+def mlp_bytes(source: str | os.PathLike[str], model: Any) -> int:
     """Bytes of the dense MLP weights that a token uses, scales included, in the grid in which the source has them."""
     from dipper.bundle import Bundle
     from dipper.checkpoint import open_checkpoint
     from dipper.glu import read_model
     from dipper.sources import pull
 
-    path = source if isinstance(source, Path) else pull(source)
+    path = Path(source) if Path(source).exists() else pull(os.fspath(source))
     if (path / "bundle.json").is_file():
         return Bundle.open(path).mlp_bytes
     if path.is_file():
@@ -167,7 +168,7 @@ def _mlp_bytes(source: str | Path, model: Any, sites: Sequence[Any]) -> int:
     stored = getattr(model.config, "dtype", None)
     n_used = getattr(_text_config(model), "num_experts_per_tok", 1)
     weights: int = sum(
-        3 * glu.gate.numel() for site in sites for glu in site.glus[: n_used if site.is_experts else None]
+        3 * glu.gate.numel() for site in find_glus(model) for glu in site.glus[: n_used if site.is_experts else None]
     )
     return weights * (stored.itemsize if isinstance(stored, torch.dtype) else 2)
 

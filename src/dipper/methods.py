@@ -51,8 +51,8 @@ class MethodConfig:
     Attributes:
         name: a key of `METHODS`.
         density: share of the dense MLP's weight bits that a token touches, in (0, 1].
-        densities: a rule's own densities in place of equal ones: (input, glu) of DIP, (gate, up, down) of TEAL and WINA.
-            `density` is then ignored.
+        densities: a rule's own densities in place of equal ones: (input, glu) of DIP, (gate, up, down) of TEAL and
+            WINA. `density` is then ignored.
         select: "topk" per token, "threshold" (calibrated, so that the mean density is the asked one), or "topp" (the
             fewest columns that hold a calibrated share of the scores' sum). None: what the rule's paper does.
         norms: DIP ranks |x| times the column's norm.
@@ -121,12 +121,12 @@ class Glu:
     @property
     def hidden_size(self) -> int:
         """D."""
-        return self.gate.shape[1]
+        return int(self.gate.shape[1])
 
     @property
     def intermediate_size(self) -> int:
         """I."""
-        return self.gate.shape[0]
+        return int(self.gate.shape[0])
 
     def hidden(self, x: Tensor, x_up: Tensor | None = None) -> Tensor:
         """act(gate x) * (up x), [..., I]; `x_up` [..., D] where up has an input of its own."""
@@ -347,7 +347,7 @@ class Method(ABC):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., D] of x [..., D], metering what was touched."""
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027  most rules carry nothing
         """A new sequence begins: state that a rule carries from token to token is dropped."""
 
     # -- pieces that rules are made of
@@ -480,8 +480,8 @@ class DejaVu(Method):
     """A trained low-rank predictor of |h|'s top-k chooses the units (after Deja Vu, arXiv 2310.17157).
 
     The predictor, sigmoid(B relu(A x)) with A [r, D] and B [I, r], is trained on calibration tokens to tell which units
-    are among the true top-k (binary cross-entropy, AdamW). It is held in DRAM as 16-bit weights and read for each token;
-    the units are fewer, so that both together touch `density`.
+    are among the true top-k (binary cross-entropy, AdamW). It is held in DRAM as 16-bit weights and read for each
+    token; the units are fewer, so that both together touch `density`.
     """
 
     name = "dejavu"
@@ -838,7 +838,7 @@ class RSparse(Teal):
 
 
 class Dip(Method):
-    """Dynamic Input Pruning (arXiv 2412.01380, section 4): top-k of |x| for gate and up together, top-k of |h| for down.
+    """Dynamic Input Pruning (arXiv 2412.01380, section 4): top-k of |x| for gate and up together, of |h| for down.
 
     h is formed from the pruned inputs. With `capacity` a column cache per region and sequence is simulated beside it;
     x must then be [batch, tokens, D].
@@ -935,7 +935,8 @@ class Dip(Method):
             self._caches = [(self._cache(0), self._cache(1)) for _ in range(len(scores))]
         if len(self._caches) != len(scores):
             raise ConfigError(
-                f"a batch of {len(scores)} follows one of {len(self._caches)} without reset(): caches belong to sequences"
+                f"a batch of {len(scores)} follows one of {len(self._caches)} without reset(): caches belong to "
+                "sequences"
             )
         used = self.used if self.used is not None and self.used.shape == scores.shape[:2] else None
         host = scores.detach().float().cpu().numpy()

@@ -6,16 +6,16 @@
 
 Layers are found by what they have, not by what they are called: a gate, an up and a down projection (or gate and up
 fused), of linear layers or stacked over experts, and an activation. The modules stay where they are and keep their
-parameters; only their `forward` is replaced, on the instance, so `generate`, KV caches, batches and bf16 work as before,
-and `undo` leaves nothing behind.
+parameters; only their `forward` is replaced, on the instance. So `generate`, KV caches, batches and bf16 work as
+before, and `undo` leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,9 +60,9 @@ def _split_glu(module: nn.Module, act: Callable[[Tensor], Tensor]) -> Glu | None
     gate_up, down = (_linear(module, name) for name in _FUSED)
     if gate_up is None or down is None:
         return None
-    biases = (None, None) if gate_up.bias is None else gate_up.bias.chunk(2)
-    gate_weight, up_weight = gate_up.weight.chunk(2)
-    return Glu(gate_weight, up_weight, down.weight, act, *biases, down.bias)
+    gate_bias, up_bias = (None, None) if gate_up.bias is None else gate_up.bias.chunk(2)
+    gate, up = gate_up.weight.chunk(2)
+    return Glu(gate, up, down.weight, act, gate_bias, up_bias, down.bias)
 
 
 def _expert_glus(module: nn.Module, act: Callable[[Tensor], Tensor]) -> list[Glu]:
@@ -70,7 +70,8 @@ def _expert_glus(module: nn.Module, act: Callable[[Tensor], Tensor]) -> list[Glu
     gate_up, down = (getattr(module, name, None) for name in _FUSED)
     if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.ndim != 3:
         return []
-    return [Glu(*fused.chunk(2), single, act) for fused, single in zip(gate_up, down, strict=True)]
+    halves = (fused.chunk(2) for fused in gate_up)
+    return [Glu(gate, up, single, act) for (gate, up), single in zip(halves, down, strict=True)]
 
 
 def find_glus(model: nn.Module) -> list[_Site]:
@@ -91,8 +92,9 @@ def find_glus(model: nn.Module) -> list[_Site]:
             sites.append(_Site(name, module, experts, True))
     if not sites:
         raise ConfigError(
-            f"{type(model).__name__} has no GLU MLP: looked for modules with an activation ({', '.join(_ACTIVATIONS)}) and "
-            f"{' or '.join('/'.join(names) for names in (*_NAMES, _FUSED))}, as linear layers or stacked experts"
+            f"{type(model).__name__} has no GLU MLP: looked for modules with an activation "
+            f"({', '.join(_ACTIVATIONS)}) and {' or '.join('/'.join(names) for names in (*_NAMES, _FUSED))}, as linear "
+            "layers or stacked experts"
         )
     return sites
 
@@ -136,22 +138,17 @@ class Sparsified:
     # -- patching
 
     def _patch(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
-        module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
+        module.forward = forward
         self._patched.append(module)
 
     def _use(self, call_of: Callable[[Method | PrunedLinear], Callable[[Tensor], Tensor]]) -> None:
         """Makes every site compute what `call_of` gives for its rules."""
         self._restore()
         for module, linear in zip(self._linear_modules, self.linears, strict=True):
-            self._patch(module, lambda _, x, call=call_of(linear): call(x))
+            self._patch(module, call_of(linear))
         for site, rules in zip(self._sites, self._site_rules, strict=True):
             calls = [call_of(rule) for rule in rules]
-            if site.is_experts:
-                self._patch(
-                    site.module, lambda _, x, index, weights, calls=calls: _run_experts(calls, x, index, weights)
-                )
-            else:
-                self._patch(site.module, lambda _, x, call=calls[0]: call(x))
+            self._patch(site.module, partial(_run_experts, calls) if site.is_experts else calls[0])
 
     def _restore(self) -> None:
         for module in self._patched:
@@ -206,15 +203,17 @@ class Sparsified:
 
     def reset_meters(self) -> None:
         """Counters start anew."""
-        for part in (*self.rules, *self.linears):
-            part.meter.reset()
+        for rule in self.rules:
+            rule.meter.reset()
+        for linear in self.linears:
+            linear.meter.reset()
 
     @property
     def touched(self) -> float:
         """Share of the MLPs' weight bits that a token touched, the mean over layers by their weights."""
         used = [rule for rule in self.rules if rule.meter.n_tokens]
         weights = [rule.glu.gate.numel() for rule in used]
-        return sum(rule.meter.touched * n for rule, n in zip(used, weights, strict=True)) / max(1, sum(weights))
+        return float(sum(rule.meter.touched * n for rule, n in zip(used, weights, strict=True)) / max(1, sum(weights)))
 
     @property
     def hit_rate(self) -> float | None:
@@ -254,7 +253,7 @@ def _attention_linears(model: nn.Module, config: MethodConfig) -> Iterator[tuple
             yield module, PrunedLinear(config, module.weight, module.bias)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def _calibrate(sparse: Sparsified, windows: Iterable[Tensor]) -> None:
     """Shows every rule the dense model's activations on `windows`."""
 
@@ -290,8 +289,8 @@ def sparsify_(
     Args:
         model: a Hugging Face causal language model (any whose GLU layers `find_glus` finds), in eval mode.
         config: the rule.
-        calibration: token windows, each [T] or [B, T], for rules that look at text first (thresholds, mean compensation,
-            predictors, Wanda, SparseGPT). Dense activations are shown.
+        calibration: token windows, each [T] or [B, T], for rules that look at text first (thresholds, mean
+            compensation, predictors, Wanda, SparseGPT). Dense activations are shown.
         densities: the rule's own densities by layer, in place of equal ones (`MethodConfig.densities`).
 
     Returns:

@@ -56,6 +56,8 @@ def _method(record: RunRecord | EvalRecord) -> str:
         words.append(f"gamma {record.gamma:g}")
     if record.cache is not None:
         words.append(f"cache {record.cache}")
+    if record.provenance is not None and record.provenance.calibration is not None:
+        words.append(f"calibration {record.provenance.calibration}")
     return ", ".join(words)
 
 

@@ -85,19 +85,25 @@ void test_top_k() {
     const auto n = static_cast<int32_t>(1 + random() % 700);
     const bool rounded = random() % 2;  // to bf16: ties at the threshold
     const float gamma = std::vector{1.0f, 0.5f, 0.2f, 1e-30f}[random() % 4];
-    std::vector<float> scores(n), scaled(n);
+    std::vector<float> scores(n), scaled(n), factors(n, 1.0f);
     std::vector<uint8_t> cached(n);
+    const bool weighted = random() % 2;
     for (int32_t i = 0; i < n; ++i) {
+      if (weighted)
+        factors[i] = std::exp(4 * normal(random)) * (random() % 100 ? 1.0f : 1e35f);  // some products are inf
       scores[i] = normal(random) * (random() % 100 ? 1.0f : 1e-35f);
       if (rounded) scores[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(scores[i]) & 0xffff0000u);
       if (random() % 200 == 0) scores[i] = std::numeric_limits<float>::infinity() * (random() % 2 ? 1 : -1);
       if (random() % 200 == 0) scores[i] = -0.0f;
       cached[i] = random() % 2;
-      scaled[i] = cached[i] ? std::abs(scores[i]) : gamma * std::abs(scores[i]);
+      const float score = std::abs(scores[i]) * factors[i];
+      scaled[i] = cached[i] ? score : gamma * score;
     }
     const auto k = static_cast<int32_t>(1 + random() % n);
     const uint8_t* flags = gamma == 1.0f && random() % 2 ? nullptr : cached.data();
-    CHECK(guarded(k, [&](int32_t* out) { top_k(scores, k, gamma, flags, scratch, out); }) == brute_top_k(scaled, k));
+    const float* given = weighted ? factors.data() : nullptr;
+    CHECK(guarded(k, [&](int32_t* out) { top_k(scores, k, gamma, flags, scratch, out, given); }) ==
+          brute_top_k(scaled, k));
   }
 }
 
@@ -317,15 +323,16 @@ void test_scan_is_a_loop() {
   constexpr int32_t kTokens = 50, kN = 64, kK = 20;
   std::mt19937 random(5);
   std::normal_distribution<float> normal;
-  std::vector<float> scores(kTokens * kN);
+  std::vector<float> scores(kTokens * kN), factors(kN);
   for (float& s : scores) s = normal(random);
+  for (float& f : factors) f = std::exp(normal(random));
   ColumnCache scanned(kN, 24, CachePolicy::kLfu), looped(kN, 24, CachePolicy::kLfu);
   Columns masks(kTokens * kK), hits(kTokens);
-  scan(scores.data(), kTokens, kN, kK, 0.3f, &scanned, true, masks.data(), hits.data());
+  scan(scores.data(), kTokens, kN, kK, 0.3f, &scanned, true, masks.data(), hits.data(), factors.data());
   SelectionScratch scratch;
   for (int32_t t = 0; t < kTokens; ++t) {
     Columns mask(kK);
-    top_k({scores.data() + t * kN, kN}, kK, 0.3f, looped.cached(), scratch, mask.data());
+    top_k({scores.data() + t * kN, kN}, kK, 0.3f, looped.cached(), scratch, mask.data(), factors.data());
     CHECK(std::equal(mask.begin(), mask.end(), masks.begin() + t * kK));
     CHECK(looped.step(mask).n_hits == hits[t]);
   }
