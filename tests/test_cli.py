@@ -68,7 +68,7 @@ def lines(capsys):
         (["rnu"], "there is no verb 'rnu'; did you mean `dipper run`?"),
         (
             ["zzz"],
-            "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, bench, doctor.",
+            "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, compare, bench, doctor.",
         ),
         (
             ["run", "b", "p", "--densty", "1"],
@@ -183,7 +183,7 @@ def test_help_has_examples_and_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"dipper {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["pull", "pack", "inspect", "run", "chat", "eval", "bench", "doctor"])
+@pytest.mark.parametrize("verb", ["pull", "pack", "inspect", "run", "chat", "eval", "compare", "bench", "doctor"])
 def test_every_verb_shows_an_example(capsys, verb):
     assert main([verb, "--help"]) == 0
     assert f"dipper {verb}" in capsys.readouterr().out.split("Examples:")[1]
@@ -508,3 +508,105 @@ def test_doctor_prints_what_it_found(monkeypatch, capsys):
     assert capsys.readouterr().out == "at x\n"
     assert main(["doctor", "x", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"path": "x"}
+
+
+# ------------------------------------------------------------------------------------------------ eval in PyTorch
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """What the PyTorch side was asked for, instead of doing it."""
+    pytest.importorskip("torch")
+    from contextlib import contextmanager
+
+    from dipper import evaluate_torch
+
+    asked = []
+
+    @contextmanager
+    def open_sparse(source, method, **options):
+        asked.append((source, method, options))
+        yield "opened"
+
+    def stop(opened, what, *args, **options):
+        asked.append((str(what), options))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(evaluate_torch, "open_sparse", open_sparse)
+    monkeypatch.setattr(evaluate_torch, "evaluate_torch", stop)
+    monkeypatch.setattr(evaluate_torch, "answer_tasks", stop)
+    return asked
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("source", "args"),
+    [
+        ("smollm2", []),
+        ("org/name", []),
+        ("no.gguf", []),
+        ("b", ["--method", "up"]),
+        ("b", ["--device", "cpu"]),
+        ("b", ["--kl"]),
+        ("b", ["--torch"]),
+    ],
+)
+def test_eval_goes_to_pytorch(in_torch, capsys, source, args):
+    assert main(["eval", source, "--text", "t.txt", *args]) == 1
+    assert lines(capsys)[1][-1] == "dipper: enough"
+    assert in_torch[0][0] == source
+
+
+@pytest.mark.torch
+def test_eval_gives_pytorch_its_options(in_torch):
+    main(
+        ["eval", "b", "--text", "t.txt", "--torch", "--d-in", ".5", "--d-glu", ".8", "--norms", "--window", "64",
+         "--tokens", "640", "--against", "dense", "--dtype", "bf16", "--batch", "4", "--out", "o.json"]
+    )  # fmt: skip
+    (_, method, opening), (text, scoring) = in_torch
+    assert method == {"name": "dip", "densities": (0.5, 0.8), "density": pytest.approx(0.6), "norms": True}
+    assert (opening["dtype"], opening["context"], opening["device"]) == ("bf16", 64, "cpu")
+    assert text == "t.txt"
+    assert (scoring["kl"], scoring["limit"], scoring["batch"], str(scoring["out"])) == (True, 640, 4, "o.json")
+
+
+@pytest.mark.torch
+def test_eval_asks_tasks(in_torch):
+    main(["eval", "smollm2", "--tasks", "piqa,arc_easy", "--data", "d", "--limit", "5", "--seed", "3"])
+    assert in_torch[0][1] == {"name": "dip", "density": 0.7}
+    names, options = in_torch[1]
+    assert names == "['piqa', 'arc_easy']"
+    assert (options["limit"], options["seed"], options["shots"], options["batch"]) == (5, 3, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR."),
+        (["--text", "t", "--tasks", "piqa"], "give either a text to score"),
+        (["--tasks", "piqa"], "--tasks needs the folder of their files; give it with --data DIR."),
+        (
+            ["--text", "t", "--engine", "--norms"],
+            "--norms has no effect on the native engine: drop it, or use --torch.",
+        ),
+        (["--text", "t", "--torch", "--dram", "1GB"], "--dram has no effect in PyTorch: drop it, or use --engine."),
+        (["--text", "t", "--torch", "--d-in", ".5"], "d_in and d_glu go together: give both or neither"),
+        (["--text", "t", "--kl", "--against", "dip"], "--against dip is for the native engine; in PyTorch it is"),
+    ],
+)
+def test_eval_refuses(opened, capsys, args, message):
+    assert main(["eval", "b", *args]) == 1
+    assert lines(capsys)[1][-1].startswith(f"dipper: {message}")
+
+
+def test_compare_prints_a_table(tmp_path, capsys):
+    from dipper.records import write_json
+    from test_compare import RECORDS
+
+    for i, record in enumerate(RECORDS):
+        write_json(tmp_path / f"{i}.json", record.as_dict())
+    files = [str(path) for path in sorted(tmp_path.glob("*.json"))]
+    assert main(["compare", *files]) == 0
+    assert len(lines(capsys)[0]) == 1 + len(RECORDS)
+    assert main(["compare", *files, "--json"]) == 0
+    assert len(json.loads(lines(capsys)[0][-1])["evals"]) == len(RECORDS)

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dipper import tokenizer as tokenizer_module
 from dipper.engine import EngineConfig
 from dipper.errors import ConfigError, DipperError
 from dipper.evaluate import (
+    ResultFile,
     cut_windows,
     evaluate_bundle,
     perplexity,
@@ -17,6 +19,7 @@ from dipper.evaluate import (
     relative_change,
     wikitext_rows_joined,
 )
+from dipper.records import EvalRecord
 from fakes import BOS, FakeEngine, FakeTokenizer
 
 
@@ -218,3 +221,57 @@ def test_two_engines_are_compared_one_after_the_other(opened, tmp_path):
     assert record.against["relative"] == pytest.approx(math.expm1(0.1))
     assert record.against["record"]["method"] == "dense-stream"
     assert [e.calls[-1] for e in opened] == ["close", "close"]
+
+
+def test_a_text_shorter_than_a_window_is_refused(opened, tmp_path):
+    (tmp_path / "t.txt").write_text("abc")
+    with pytest.raises(
+        ConfigError, match=r"t\.txt has 3 tokens, less than one window of 9; use --window 4 or a longer"
+    ):
+        evaluate_bundle("m.dipper", tmp_path / "t.txt", [EngineConfig(context=9)], window=9)
+    assert opened == []
+
+
+# ------------------------------------------------------------------------------------------------ results on disk
+
+
+def test_an_interrupted_comparison_continues(opened, tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("abcdefghi")
+    configs = [EngineConfig(method="dip", context=4), EngineConfig(method="dense-stream", context=4)]
+    options = {"window": 4, "out": tmp_path / "r.json"}
+    whole = evaluate_bundle("m.dipper", tmp_path / "t.txt", configs, window=4)
+    score, calls = FakeEngine.score, []
+
+    def fails_at_the_fifth(self, ids):
+        calls.append(ids)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return score(self, ids)
+
+    monkeypatch.setattr(FakeEngine, "score", fails_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_bundle("m.dipper", tmp_path / "t.txt", configs, **options)
+    record = evaluate_bundle("m.dipper", tmp_path / "t.txt", configs, **options)
+    assert len(calls) == 7  # two engines with three windows each, and the one that failed
+    assert (record.window_nll, record.hit_rate) == (whole.window_nll, whole.hit_rate)
+    assert record.against["relative"] == whole.against["relative"]
+    again = evaluate_bundle("m.dipper", tmp_path / "t.txt", configs, **options)
+    assert len(calls) == 7
+    assert again == EvalRecord.from_dict(json.loads(json.dumps(record.as_dict())))
+    with pytest.raises(ConfigError, match=r"made with another configuration \(methods .*give another --out"):
+        evaluate_bundle("m.dipper", tmp_path / "t.txt", configs[:1], **options)
+
+
+def test_a_file_that_is_no_result_is_left_alone(tmp_path):
+    (tmp_path / "r.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"r\.json holds no result of dipper's; give another --out, or remove it"):
+        ResultFile(tmp_path / "r.json", {})
+    assert (tmp_path / "r.json").read_text() == "[1]"
+
+
+def test_errors_of_nll_and_perplexity_belong_together():
+    tokens = [int(t) for t in np.random.default_rng(5).integers(0, 20, 4000)]
+    result = perplexity(FakeEngine(losses=by_token), tokens, window=40)
+    assert result.stderr == pytest.approx(result.nll_stderr * result.perplexity, rel=0.01)
+    assert result.against_dense("kl") == (None, None)
+    assert result.dense() is None

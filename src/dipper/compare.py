@@ -31,6 +31,7 @@ class Row:
     """One perplexity among others; names as in `records.EvalRecord`, `relative` as in `evaluate.paired_change`."""
 
     model: str
+    engine: str
     method: str  # with the options that are not as by default
     density: float | None
     touched: float | None
@@ -119,6 +120,7 @@ def _row(record: EvalRecord, dense: EvalRecord | None, seed: int) -> Row:
         change = paired_change(record.window_nll, dense.window_nll, record.window_tokens, seed)
     return Row(
         model=record.model,
+        engine=record.engine,
         method=_label(record),
         density=record.density,
         touched=record.touched,
@@ -184,8 +186,10 @@ def _draw_model(axes: Any, model: str, rows: Sequence[Row]) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    for method in dict.fromkeys(row.method for row in rows):
-        yield method, sorted((r for r in rows if r.method == method), key=lambda r: r.mlp_bytes_per_token or 0.0)
+    for method, engine in dict.fromkeys((row.method, row.engine) for row in rows):
+        line = [row for row in rows if (row.method, row.engine) == (method, engine)]
+        label = method if engine == "torch" or method in _DENSE else f"{method} ({engine})"
+        yield label, sorted(line, key=lambda row: row.mlp_bytes_per_token or 0.0)
 
 
 def _error(row: Row) -> float:

@@ -189,19 +189,21 @@ def local_tasks(names: Sequence[str], data: str, **options: Any) -> list[Any]:
 
 
 def _harness_task(name: str, items: Sequence[Item]) -> Any:
+    from datasets import Dataset
+
     is_choice = items[0].right is not None
     docs = [{"context": i.context, "texts": [t[1:] for t in i.continuations], "right": i.right} for i in items]
-    metrics = ("acc", "acc_norm") if is_choice else ("perplexity", "acc")
-    target: Callable[[dict[str, Any]], Any] = (lambda d: d["right"]) if is_choice else (lambda d: d["texts"][0])
+    metrics = {"acc": "mean", **({"acc_norm": "mean"} if is_choice else {"perplexity": "perplexity"})}
+    target: Callable[[dict[str, Any]], Any] = (lambda d: d["right"]) if is_choice else (lambda d: " " + d["texts"][0])
     config: dict[str, Any] = {
         "task": name,
-        "custom_dataset": lambda **_: {"test": docs},
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
         "test_split": "test",
         "output_type": "multiple_choice" if is_choice else "loglikelihood",
         "doc_to_text": lambda doc: doc["context"],
         "doc_to_target": target,
-        "target_delimiter": " ",
-        "metric_list": [{"metric": metric} for metric in metrics],
+        "target_delimiter": " ",  # of choices only
+        "metric_list": [{"metric": metric, "aggregation": kind} for metric, kind in metrics.items()],
     }
     if is_choice:
         config["doc_to_choice"] = lambda doc: doc["texts"]

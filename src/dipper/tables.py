@@ -245,10 +245,24 @@ def _where(record: EvalRecord) -> str:
 
 def evals_table(rows: Sequence[Row]) -> str:
     """Perplexities side by side, one a row."""
-    head = ["model", "method", "density", "touched", "MLP MB/token", "perplexity", "±", "to dense", "±", "KL", "top-1"]
+    head = [
+        "model",
+        "on",
+        "method",
+        "density",
+        "touched",
+        "MLP MB/token",
+        "perplexity",
+        "±",
+        "to dense",
+        "±",
+        "KL",
+        "top-1",
+    ]
     cells = [
         [
             row.model,
+            row.engine,
             row.method,
             _or_none(row.density, "{:.2f}"),
             _or_none(row.touched, "{:.3f}"),
@@ -262,7 +276,7 @@ def evals_table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return align([head, *cells], left=2)
+    return align([head, *cells], left=3)
 
 
 def tasks_table(results: Sequence[dict[str, Any]]) -> str:
