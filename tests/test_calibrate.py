@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from dipper.calibrate import allocate, calibrate, mean_loss, split_of  # noqa: E402
+from dipper.calibrate import MEANS_AT, allocate, calibrate, mean_loss, split_of  # noqa: E402
 from dipper.errors import ConfigError  # noqa: E402
 from dipper.methods import MethodConfig  # noqa: E402
 from dipper.sparsify import sparsify_  # noqa: E402
@@ -73,7 +73,7 @@ def test_allocation_below_the_curves_is_refused():
 
 def test_a_calibration_is_used_by_sparsify_and_is_no_worse_than_equal_densities(tmp_path):
     net, text = model(), windows()
-    made = calibrate(net, text, model_fields=FIELDS, densities=[0.4, 0.6])
+    made = calibrate(net, text, model_fields=FIELDS, densities=[0.4, 0.6], norms=True, compensate=True)
     path = tmp_path / "tiny.npz"
     made.save(path)
     loaded = type(made).load(path)
@@ -83,7 +83,7 @@ def test_a_calibration_is_used_by_sparsify_and_is_no_worse_than_equal_densities(
         losses = loaded.provenance["fit"][f"{density:g}"]["losses"]
         assert min(losses["equal"], losses["split"], losses["layers"]) >= losses["dense"] - 0.2
     # The file holds what the rule held.
-    config = MethodConfig("dip", norms=True, compensate=True)
+    config = MethodConfig("dip", density=MEANS_AT, norms=True, compensate=True)
     pairs = [tuple(row) for row in loaded.densities(0.6).tolist()]
     with sparsify_(net, config, densities=pairs, calibration=text[:3]) as sparse:
         mean_loss(net, text[3:])
@@ -93,6 +93,15 @@ def test_a_calibration_is_used_by_sparsify_and_is_no_worse_than_equal_densities(
             ):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     assert not any("forward" in vars(module) for module in net.modules())
+
+
+def test_norms_and_means_are_used_only_where_they_help():
+    made = calibrate(model(), windows(4), model_fields=FIELDS, densities=[0.5], by_layer=False)
+    losses = made.provenance["fit"]["options"]
+    assert set(losses) == {"plain", "plain means", "norms", "norms means"}
+    best = min(losses, key=losses.get)
+    assert (made.factors is not None) == best.startswith("norms")
+    assert (made.means is not None) == best.endswith("means")
 
 
 def test_bad_input():

@@ -169,9 +169,7 @@ class _Pruner:
     """DIP in a model, whose densities change from measurement to measurement without calibrating means anew."""
 
     def __init__(self, model: nn.Module, config: MethodConfig, calibration: Sequence[Tensor]) -> None:
-        self.sparse: Sparsified = sparsify_(
-            model, replace(config, density=MEANS_AT), calibration=calibration
-        )
+        self.sparse: Sparsified = sparsify_(model, replace(config, density=MEANS_AT), calibration=calibration)
         self.rules: list[Dip] = [rule for rule in self.sparse.rules if isinstance(rule, Dip)]
 
     def set(self, pairs: Pairs) -> None:
