@@ -24,13 +24,12 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-import numpy as np
 import torch
 
-from dipper.calibrate import MEANS_AT, calibrate
+from dipper.calibrate import calibrate
 from dipper.errors import ConfigError, DipperError
-from dipper.evaluate import cut_windows, read_text
-from dipper.evaluate_torch import DTYPES, Opened, evaluate_torch, mlp_bytes
+from dipper.evaluate import read_text
+from dipper.evaluate_torch import DTYPES, Opened, calibration_windows, evaluate_torch, mlp_bytes
 from dipper.methods import METHODS, MethodConfig
 from dipper.records import write_json
 from dipper.sparsify import sparsify_
@@ -54,13 +53,6 @@ def settings(config: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
                     continue
                 points.append(point)
     return points, left_out
-
-
-def calibration_windows(loaded: LoadedModel, path: Path, n: int, device: str) -> list[torch.Tensor]:
-    """n windows [1, 1024] from all over a text."""
-    windows = cut_windows(loaded.encode(read_text(path).text), 1024, bos_id=loaded.bos_id)
-    step = max(1, len(windows) // n)
-    return [torch.tensor([ids], device=device) for ids in windows[::step][:n]]
 
 
 def key_of(options: dict[str, Any]) -> str:
@@ -105,9 +97,10 @@ def run_grid(loaded: LoadedModel, results: Results, args: argparse.Namespace, co
     """Every point that the file lacks."""
     points, left_out = settings(config)
     results.content["left_out"] = left_out
-    windows = calibration_windows(loaded, args.calibration, config["calibration_windows"], args.device)
+    text = read_text(args.calibration)
+    windows = calibration_windows(loaded, text.text, config["calibration_windows"])
     size = mlp_bytes(args.model, loaded.model)
-    calibrated = read_text(args.calibration).sha256
+    calibrated = text.sha256
 
     def one(key: str, method: MethodConfig, **more: Any) -> None:
         start = time.perf_counter()
@@ -142,27 +135,15 @@ def run_fitted(
     densities = [d for d in config.get("fit", []) if not results.has(key_of({"name": "dip", "fitted": d}))]
     if not densities:
         return
-    decoder = loaded.model.config.get_text_config()
-    fields = {
-        "name": loaded.name,
-        "architecture": decoder.model_type,
-        "n_layers": decoder.num_hidden_layers,
-        "hidden": decoder.hidden_size,
-        "intermediate": decoder.intermediate_size,
-        "fingerprint": loaded.fingerprint,
-    }
     text = read_text(args.calibration)
     made = calibrate(
-        loaded.model, windows, model_fields=fields, densities=densities,
+        loaded.model, windows, model_fields=loaded.calibration_fields(), densities=densities,
         provenance={"text_sha256": text.sha256, "windows": len(windows), "window": 1024},
     )  # fmt: skip
     made.save(args.output.with_suffix(".npz"))
     results.content["fit"] = made.provenance["fit"]
     for density in densities:
-        pairs = [tuple(row) for row in np.asarray(made.densities(density)).tolist()]
-        how = {name: bool(made.provenance[name]) for name in ("norms", "compensate")}
-        method = MethodConfig("dip", density=MEANS_AT, **how)
-        one(key_of({"name": "dip", "fitted": density}), method, densities=pairs)
+        one(key_of({"name": "dip", "fitted": density}), MethodConfig("dip", density=density), fitted=made)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from dipper.calibrate import MEANS_AT, allocate, calibrate, mean_loss, split_of  # noqa: E402
+from dipper.calibrate import allocate, calibrate, mean_loss, split_of  # noqa: E402
 from dipper.errors import ConfigError  # noqa: E402
 from dipper.methods import MethodConfig  # noqa: E402
 from dipper.sparsify import sparsify_  # noqa: E402
@@ -83,10 +83,8 @@ def test_a_calibration_is_used_by_sparsify_and_is_no_worse_than_equal_densities(
         losses = loaded.provenance["fit"][f"{density:g}"]["losses"]
         assert min(losses["equal"], losses["split"], losses["layers"]) >= losses["dense"] - 0.2
     # The file holds what the rule held.
-    config = MethodConfig("dip", density=MEANS_AT, norms=True, compensate=True)
-    pairs = [tuple(row) for row in loaded.densities(0.6).tolist()]
-    with sparsify_(net, config, densities=pairs, calibration=text[:3]) as sparse:
-        mean_loss(net, text[3:])
+    with sparsify_(net, MethodConfig("dip", density=0.6), fitted=loaded) as sparse:
+        assert mean_loss(net, text[3:]) == pytest.approx(min(losses[name] for name in ("equal", "split", "layers")))
         for rule, factors, means, biases in zip(sparse.rules, loaded.factors, loaded.means, loaded.biases, strict=True):
             for ours, theirs in zip(
                 (*rule.factors(), *rule.means(), *rule.mean_products()), (*factors, *means, *biases), strict=True
@@ -109,3 +107,15 @@ def test_bad_input():
         calibrate(model(), windows(1), model_fields=FIELDS, densities=[0.5])
     with pytest.raises(ConfigError, match="density is 1: tables are made for"):
         calibrate(model(), windows(2), model_fields=FIELDS, densities=[1.0])
+
+
+def test_a_calibration_of_another_model_or_method_is_refused():
+    made = calibrate(model(), windows(2), model_fields=FIELDS, densities=[0.5], by_layer=False)
+    net = model()
+    with pytest.raises(ConfigError, match=r"a calibration holds what dip and dip-ca need, and the method is wina"):
+        sparsify_(net, MethodConfig("wina", density=0.5), fitted=made)
+    with pytest.raises(ConfigError, match=r"has no densities for 0\.7: it has 0\.5"):
+        sparsify_(net, MethodConfig("dip", density=0.7), fitted=made)
+    del net.model.layers[2]
+    with pytest.raises(ConfigError, match=r"tiny with 3 layers, and this model has 2: calibrate this model"):
+        sparsify_(net, MethodConfig("dip", density=0.5), fitted=made)

@@ -13,7 +13,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from dipper.bundle import Bundle, pack  # noqa: E402
 from dipper.cache import ReferenceCache  # noqa: E402
+from dipper.calibrate import calibrate  # noqa: E402
+from dipper.calibration import model_fields  # noqa: E402
 from dipper.engine import Engine, EngineConfig  # noqa: E402
+from dipper.methods import MethodConfig  # noqa: E402
+from dipper.sparsify import sparsify_  # noqa: E402
 from dipper.torch_model import hf_model_from_bundle  # noqa: E402
 from reference import dip, reference_logits, reference_nll  # noqa: E402
 
@@ -133,3 +137,27 @@ def test_scores_are_the_references(kind, tmp_path):
     ids = tokens(N_TOKENS, bundle)
     expected = reference_nll(hf_model_from_bundle(bundle, context=N_TOKENS), ids)
     assert np.allclose(open_engine(bundle).score(ids), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gemma3"])
+@pytest.mark.parametrize("method", ["dip", "dip-ca"])
+def test_one_calibration_for_engine_and_pytorch(kind, method, tmp_path):
+    """Densities by layer, norms and means out of one file: the same logits, so the same masks."""
+    _, bundle = packed(tmp_path, kind)
+    model = hf_model_from_bundle(bundle, context=N_TOKENS)
+    text = [torch.tensor([tokens(N_TOKENS, bundle, seed)]) for seed in range(4)]
+    made = calibrate(
+        model, text, model_fields=model_fields(bundle), densities=[0.6], norms=True, compensate=True, by_layer=True
+    )
+    made.save(tmp_path / "fit.npz")
+    ids = tokens(N_TOKENS, bundle)
+    options = {"gamma": 0.5, "cache": "lfu"} if method == "dip-ca" else {}
+    engine = open_engine(bundle, method, density=0.6, calibration=tmp_path / "fit.npz", **options)
+    config = MethodConfig(method, density=0.6, **({"gamma": 0.5, "capacity": 0.5} if method == "dip-ca" else {}))
+    with sparsify_(model, config, fitted=type(made).load(tmp_path / "fit.npz")) as sparse:
+        if method == "dip-ca":  # the engine's own slots, region by region
+            share = iter(engine.plan.options["capacity"])
+            for rule in sparse.rules:
+                rule.slots = (next(share), next(share))
+        expected = reference_logits(model, ids)
+    assert_close(engine.logits(ids), expected)

@@ -659,6 +659,55 @@ def _eval_tasks(
 
 
 @app.command()
+def calibrate(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Bundle, GGUF file, Hugging Face folder, or name.")],
+    text: Annotated[Path, typer.Option(help="Calibration text (UTF-8, or .jsonl rows with `text`).", metavar="FILE")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The calibration.", metavar="FILE.npz")],
+    density: Annotated[
+        list[float] | None, typer.Option(help="Density of the MLP to fit; may be repeated [0.7].", metavar="D")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of 1024 positions.", metavar="N")] = 8,
+    uniform: Annotated[bool, typer.Option("--uniform", help="The same densities in every layer.")] = False,
+    device: Annotated[str, typer.Option(help="Of PyTorch: cpu, cuda, ...", metavar="NAME")] = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fit DIP to a model on calibration text: split, densities by layer, norms, means. PyTorch; minutes on a CPU.
+
+    \b
+    Examples:
+      dipper calibrate smollm2 --text c4.jsonl --density 0.6 -o smollm2.npz
+      dipper run smollm2.dipper "Hello" --density 0.6 --calibration smollm2.npz
+    """
+    from dipper.evaluate import read_text
+    from dipper.records import json_line
+    from dipper.torch_model import load_model  # first: it says what to install where torch is missing
+
+    from dipper.calibrate import calibrate as fit  # isort: skip
+    from dipper.evaluate_torch import calibration_windows  # isort: skip
+
+    held = read_text(text)
+    loaded = load_model(Path(source) if Path(source).exists() else source, device=device)
+    shown = calibration_windows(loaded, held.text, windows)
+    made = fit(
+        loaded.model,
+        shown,
+        model_fields=loaded.calibration_fields(),
+        densities=density or [0.7],
+        by_layer=not uniform,
+        provenance={"text_sha256": held.sha256, "windows": len(shown)},
+        progress=_fit_progress,
+    )
+    made.save(out)
+    if as_json:
+        print(json_line({"schema": "dipper-calibrate/1", "path": str(out), **made.provenance}))
+        return
+    for name, found in made.provenance["fit"].items():
+        losses = found.get("losses", found)
+        _say(f"{name}: " + ", ".join(f"{what} {loss:.4f}" for what, loss in losses.items()))
+
+
+@app.command()
 def compare(
     results: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Results that `dipper eval --out` kept.")],
     figure: Annotated[
@@ -868,6 +917,11 @@ def _say_answers(task: str, done: int, total: int) -> None:
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
         print(f"\r{task}: {done}/{total} continuations", end=end, file=sys.stderr, flush=True)
+
+
+def _fit_progress(stage: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{stage}: {done}/{total}   ", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -52,6 +52,7 @@ __all__ = [
     "Opened",
     "TorchScorer",
     "answer_tasks",
+    "calibration_windows",
     "evaluate_torch",
     "mlp_bytes",
     "open_sparse",
@@ -63,8 +64,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Rows of logits at once: at a vocabulary of 262,144, 128 rows in fp64 are 268 MB.
 _HEAD_ROWS = 128
-# Positions of a window of calibration text, and windows.
-_CALIBRATION = (1024, 8)
+# Positions of a window of calibration text.
+_CALIBRATION_WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def open_sparse(
         device: of PyTorch, such as cpu, cuda or cuda:1.
         dtype: one of `DTYPES`; None: fp32.
         context: positions that will be used, where the rotary embedding depends on them.
-        calibration: file of `dipper calibrate`, for its densities by layer.
+        calibration: file of `dipper calibrate`: DIP's densities by layer, norms and means.
         calibration_text: UTF-8, for methods that must see some first: 8 windows of 1024 positions are shown.
 
     Yields:
@@ -118,9 +119,8 @@ def open_sparse(
     text = None if calibration_text is None else read_text(calibration_text)
     given = Path(source) if Path(source).exists() else os.fspath(source)
     loaded = load_model(given, device=device, dtype=DTYPES[dtype or "fp32"], context=context)
-    windows = None if text is None else _calibration_windows(loaded, text.text)
-    densities = None if fitted is None else _densities(fitted, loaded, config.density)
-    with sparsify_(loaded.model, config, calibration=windows, densities=densities) as sparsity:
+    windows = None if text is None else calibration_windows(loaded, text.text)
+    with sparsify_(loaded.model, config, calibration=windows, fitted=fitted) as sparsity:
         yield Opened(
             loaded,
             sparsity,
@@ -130,24 +130,15 @@ def open_sparse(
         )
 
 
-def _densities(fitted: Calibration, loaded: LoadedModel, density: float) -> list[tuple[float, ...]]:
-    text, layers = _text_config(loaded.model), fitted.densities(density)
-    if len(layers) != text.num_hidden_layers or fitted.model["hidden"] != text.hidden_size:
-        raise ConfigError(
-            f"The calibration is of {fitted.model['name']} with {len(layers)} layers, not of {loaded.name} with "
-            f"{text.num_hidden_layers}; calibrate this model."
-        )
-    return [tuple(layer) for layer in layers.tolist()]
-
-
 def _told(*paths: str | os.PathLike[str] | None) -> dict[str, str]:
     return {Path(p).name: sha256(Path(p).read_bytes()).hexdigest() for p in paths if p is not None}
 
 
-def _calibration_windows(loaded: LoadedModel, text: str) -> list[torch.Tensor]:
-    size, n_windows = _CALIBRATION
-    windows = cut_windows(loaded.encode(text), size, bos_id=loaded.bos_id)[:n_windows]
-    return [torch.tensor(ids) for ids in windows]
+def calibration_windows(loaded: LoadedModel, text: str, n_windows: int = 8) -> list[torch.Tensor]:
+    """Windows [1, 1024] of ids from all over a text, on the model's device; fewer where the text is short."""
+    windows = cut_windows(loaded.encode(text), _CALIBRATION_WINDOW, bos_id=loaded.bos_id)
+    chosen = windows[:: max(1, len(windows) // n_windows)][:n_windows]
+    return [torch.tensor([ids], device=loaded.model.device) for ids in chosen]
 
 
 def mlp_bytes(source: str | os.PathLike[str], model: Any) -> int:

@@ -31,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "Part",
     "RopeConfig",
+    "architecture_of",
     "matrix_shapes",
     "read_model",
     "vector_shapes",
@@ -274,6 +275,12 @@ _ARCHITECTURES = (
 
 HF_TYPES = tuple(name for architecture in _ARCHITECTURES for name in architecture.hf_types)
 """The `model_type` of every Hugging Face folder that `read_model` understands."""
+
+
+def architecture_of(model_type: str) -> str:
+    """The architecture's name in bundles for a Hugging Face `model_type`; the type itself where dipper has none."""
+    return next((a.name for a in _ARCHITECTURES if model_type in a.hf_types), model_type)
+
 
 # Bundle name -> source name inside a layer.
 _HF_NAMES = {

@@ -879,6 +879,8 @@ class Dip(Method):
         if config.norms:
             both = torch.cat((glu.gate, glu.up))  # one record holds both matrices' columns
             self._factors = (both.float().norm(dim=0), glu.down.float().norm(dim=0))
+        share = config.capacity or 0.0
+        self.slots = tuple(math.floor(share * s.n + 0.5) for s in self._selectors)  # of each sequence's two caches
         self._caches: list[tuple[ColumnCache, ColumnCache]] = []
         self.used: Tensor | None = None  # [batch, tokens] bool: tokens that are not padding; None: all
 
@@ -886,6 +888,23 @@ class Dip(Method):
         """Other densities from now on; thresholds must be fitted again, top-k needs nothing."""
         for selector, density in zip(self._selectors, (d_in, d_glu), strict=True):
             selector.density = density
+
+    def take_fit(self, factors: tuple[F32, F32] | None, means: tuple[F32, F32] | None) -> None:
+        """Score factors and means out of a calibration file, of inputs [D] and GLU activations [I]; None: neither."""
+        like = self.glu.gate
+
+        def on_device(vectors: tuple[F32, F32] | None, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+            if vectors is None:
+                return None
+            inputs, glu = (torch.tensor(vector, dtype=dtype, device=like.device) for vector in vectors)
+            if len(inputs) != self.glu.hidden_size or len(glu) != self.glu.intermediate_size:
+                raise ConfigError(
+                    f"the calibration is for layers of {len(inputs)} x {len(glu)}, and layer {self.layer} has "
+                    f"{self.glu.hidden_size} x {self.glu.intermediate_size}: calibrate this model"
+                )
+            return inputs, glu
+
+        self._factors, self._mean = on_device(factors, torch.float32), on_device(means, like.dtype)
 
     def factors(self) -> tuple[F32, F32]:
         """What |x| is multiplied by in the scores: norms of the input columns [D] and of the GLU columns [I]."""
@@ -979,9 +998,7 @@ class Dip(Method):
         return mask.to(scores.device)
 
     def _cache(self, which: int) -> ColumnCache:
-        n = self._selectors[which].n
-        share = self.config.capacity or 0.0
-        return ColumnCache(n, math.floor(share * n + 0.5), self.config.cache, self.config.decay)
+        return ColumnCache(self._selectors[which].n, self.slots[which], self.config.cache, self.config.decay)
 
 
 class DipCacheAware(Dip):

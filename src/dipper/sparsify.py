@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dipper.calibration import Calibration
 from dipper.errors import ConfigError
 from dipper.methods import METHODS, Dip, Glu, Method, MethodConfig, PrunedLinear
 
@@ -247,6 +248,25 @@ def _rules_of(
         yield rules
 
 
+def _take_fit(rules: Sequence[Method], fitted: Calibration, config: MethodConfig) -> None:
+    """Puts a calibration's densities, norms and means into DIP's rules."""
+    if len(rules) != fitted.model["n_layers"]:
+        raise ConfigError(
+            f"the calibration is for {fitted.model['name']} with {fitted.model['n_layers']} layers, and this model has "
+            f"{len(rules)}: calibrate this model"
+        )
+    table = fitted.densities(config.density) if fitted.tables else None
+    for layer, rule in enumerate(rules):
+        if not isinstance(rule, Dip):
+            raise ConfigError(f"a calibration holds what dip and dip-ca need, and the method is {config.name}")
+        if table is not None:
+            rule.set_densities(*table[layer].tolist())
+        rule.take_fit(
+            None if fitted.factors is None else fitted.factors[layer],
+            None if fitted.means is None else fitted.means[layer],
+        )
+
+
 def _attention_linears(model: nn.Module, config: MethodConfig) -> Iterator[tuple[nn.Module, PrunedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in _ATTENTION:
@@ -283,6 +303,7 @@ def sparsify_(
     *,
     calibration: Iterable[Tensor] | None = None,
     densities: Sequence[tuple[float, ...]] | None = None,
+    fitted: Calibration | None = None,
 ) -> Sparsified:
     """Makes the GLU MLPs of a model use fewer weights, in place.
 
@@ -292,6 +313,8 @@ def sparsify_(
         calibration: token windows, each [T] or [B, T], for rules that look at text first (thresholds, mean
             compensation, predictors, Wanda, SparseGPT). Dense activations are shown.
         densities: the rule's own densities by layer, in place of equal ones (`MethodConfig.densities`).
+        fitted: what `calibrate` found for `config.density`: densities by layer, norms and means, as the engine takes
+            them; `dip` and `dip-ca` alone, and their `norms` and `compensate` are then the file's.
 
     Returns:
         The handle: meters, `reset`, `undo`; a context manager.
@@ -306,7 +329,9 @@ def sparsify_(
     linears = [] if config.linears == "mlp" else list(_attention_linears(model, config))
     sparse = Sparsified(model, config, sites, list(_rules_of(config, sites, densities)), linears)
     try:
-        if METHODS[config.name].needs_data(config):
+        if fitted is not None:
+            _take_fit(sparse.rules, fitted, config)
+        elif METHODS[config.name].needs_data(config):
             if calibration is None:
                 raise ConfigError(f"{config.name} needs calibration text, and none was given")
             _calibrate(sparse, calibration)

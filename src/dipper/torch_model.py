@@ -26,7 +26,7 @@ import numpy as np
 from dipper.bundle import Bundle
 from dipper.checkpoint import open_checkpoint, read_hf_config
 from dipper.errors import CheckpointError, ConfigError
-from dipper.glu import HF_TYPES, ModelConfig, read_model
+from dipper.glu import HF_TYPES, ModelConfig, architecture_of, read_model
 from dipper.grid import F32
 from dipper.sources import pull
 from dipper.tokenizer import Tokenizer
@@ -63,6 +63,18 @@ class LoadedModel:
     name: str
     fingerprint: str
     tokenizer: Tokenizer | None = None
+
+    def calibration_fields(self) -> dict[str, Any]:
+        """The `model` of a calibration made on this model (`calibration.Calibration`)."""
+        config = self.model.config.get_text_config()
+        return {
+            "name": self.name,
+            "architecture": architecture_of(config.model_type),
+            "n_layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "intermediate": config.intermediate_size,
+            "fingerprint": self.fingerprint,
+        }
 
 
 def load_model(
