@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dipper.records import EvalRecord
 
 __all__ = ["Row", "compare_evals", "draw", "read_results"]
 
+_RUINED = 4  # times the dense perplexity: where figures end
 _DENSE = ("dense", "dense-stream", "dense-resident")
 
 
@@ -66,6 +67,8 @@ def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[EvalReco
             raise ConfigError(f"{path} cannot be read as a result ({type(error).__name__}: {error}).") from None
         if schema == "dipper-eval/1":
             evals.append(EvalRecord.from_dict(held))
+        elif schema == "dipper-grid/1":
+            evals += [_of_grid(row) for row in held["results"]]
         elif schema == "dipper-tasks/1":
             answers.append(held)
         elif schema == "dipper-part/1":
@@ -73,6 +76,13 @@ def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[EvalReco
         else:
             raise ConfigError(f"{path} is {schema}, not a result of `dipper eval`.")
     return evals, answers
+
+
+def _of_grid(row: Mapping[str, Any]) -> EvalRecord:
+    """A row of `experiments/grid.py`, with the setting's own words as options: `fitted` is no option of a method."""
+    record = EvalRecord.from_dict(row["record"])
+    setting = json.loads(row["setting"])
+    return replace(record, options={**record.options, "fitted": True}) if "fitted" in setting else record
 
 
 def compare_evals(records: Sequence[EvalRecord], seed: int = 0) -> list[Row]:
@@ -182,7 +192,10 @@ def _draw_model(axes: Any, model: str, rows: Sequence[Row]) -> None:
         else:
             axes.errorbar(x, y, yerr=errors, marker="o", markersize=3, linewidth=1.2, capsize=2, label=method)
     axes.set(title=model, xlabel="MLP MB per token", ylabel="perplexity", yscale="log")
-    axes.legend(fontsize="small")
+    dense = [row.perplexity for row in rows if row.method in _DENSE]
+    if dense:  # a ruined model's perplexity has no upper end, and what is near dense could not be told apart
+        axes.set_ylim(0.97 * min(dense), _RUINED * min(dense))
+    axes.legend(fontsize="x-small")
 
 
 def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
