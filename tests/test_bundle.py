@@ -569,7 +569,8 @@ def test_no_space_is_known_before_writing(tmp_path, monkeypatch):
 # --- stopping midway: in a process of its own
 
 PRELUDE = f"""
-import os, resource, shutil, sys, time
+import os, resource, shutil, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs would inherit its being ignored
 sys.path.insert(0, {SRC!r})
 from dipper.bundle import pack
 source, out = sys.argv[1:3]

@@ -68,7 +68,7 @@ def lines(capsys):
         (["rnu"], "there is no verb 'rnu'; did you mean `dipper run`?"),
         (
             ["zzz"],
-            "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, compare, bench, doctor.",
+            "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, calibrate, compare, bench, doctor.",
         ),
         (
             ["run", "b", "p", "--densty", "1"],
@@ -183,7 +183,9 @@ def test_help_has_examples_and_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"dipper {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["pull", "pack", "inspect", "run", "chat", "eval", "compare", "bench", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["pull", "pack", "inspect", "run", "chat", "eval", "calibrate", "compare", "bench", "doctor"]
+)
 def test_every_verb_shows_an_example(capsys, verb):
     assert main([verb, "--help"]) == 0
     assert f"dipper {verb}" in capsys.readouterr().out.split("Examples:")[1]

@@ -713,6 +713,10 @@ def compare(
     figure: Annotated[
         Path | None, typer.Option(help="Draw perplexity against MLP bytes, as .svg, .png or .pdf.", metavar="FILE")
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help='Only this one, named as in the table ("dip, norms"); may be repeated.', metavar="NAME"),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -723,11 +727,18 @@ def compare(
       dipper compare results/*.json --figure perplexity.svg
     """
     from dipper.compare import compare_evals, draw, read_results
+    from dipper.errors import ConfigError
     from dipper.records import json_line
     from dipper.tables import evals_table, tasks_table
 
     evals, answers = read_results(results)
     rows = compare_evals(evals)
+    if method:
+        known = sorted({row.method for row in rows})
+        for name in method:
+            if name not in known:
+                raise ConfigError(f"no result is of '{name}': there are {'; '.join(known)}")
+        rows = [row for row in rows if row.method in method]
     if figure is not None:
         draw(rows, figure)
     if as_json:

@@ -82,7 +82,9 @@ def _of_grid(row: Mapping[str, Any]) -> EvalRecord:
     """A row of `experiments/grid.py`, with the setting's own words as options: `fitted` is no option of a method."""
     record = EvalRecord.from_dict(row["record"])
     setting = json.loads(row["setting"])
-    return replace(record, options={**record.options, "fitted": True}) if "fitted" in setting else record
+    if "fitted" not in setting:
+        return record
+    return replace(record, density=setting["fitted"], options={**record.options, "fitted": True})
 
 
 def compare_evals(records: Sequence[EvalRecord], seed: int = 0) -> list[Row]:
@@ -132,7 +134,7 @@ def _row(record: EvalRecord, dense: EvalRecord | None, seed: int) -> Row:
         model=record.model,
         engine=record.engine,
         method=_label(record),
-        density=record.density,
+        density=record.density if record.density is None else round(record.density, 3),
         touched=record.touched,
         mlp_bytes_per_token=record.mlp_bytes_per_token,
         perplexity=record.perplexity,
