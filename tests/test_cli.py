@@ -68,7 +68,8 @@ def lines(capsys):
         (["rnu"], "there is no verb 'rnu'; did you mean `dipper run`?"),
         (
             ["zzz"],
-            "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, calibrate, compare, bench, doctor.",
+            "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, calibrate, compare, bench, "
+            "doctor.",
         ),
         (
             ["run", "b", "p", "--densty", "1"],
