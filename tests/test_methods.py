@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 
 from dipper.cache import n_selected, reference_top_k  # noqa: E402
 from dipper.errors import ConfigError  # noqa: E402
-from dipper.methods import METHODS, Glu, Method, MethodConfig, Selector, top_k_mask  # noqa: E402
+from dipper.methods import METHODS, Glu, Method, MethodConfig  # noqa: E402
+from dipper.selector import Selector, top_k_mask  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
