@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def run_grid(loaded: LoadedModel, results: Results, args: argparse.Namespace, co
         if not results.has(key) and (args.only is None or f"{point['name']}@{point.get('density', 1)}" in args.only):
             one(key, MethodConfig(**point))
     if args.only is None:
-        run_fitted(loaded, results, args, config, windows, one)
+        run_fitted(loaded, results, args, config, windows, calibrated, one)
 
 
 def run_fitted(
@@ -129,16 +130,16 @@ def run_fitted(
     args: argparse.Namespace,
     config: dict[str, Any],
     windows: list[torch.Tensor],
-    one: Any,
+    text_sha256: str,
+    one: Callable[..., None],
 ) -> None:
     """DIP as `calibrate` fits it; the calibration lies beside the results."""
     densities = [d for d in config.get("fit", []) if not results.has(key_of({"name": "dip", "fitted": d}))]
     if not densities:
         return
-    text = read_text(args.calibration)
     made = calibrate(
         loaded.model, windows, model_fields=loaded.calibration_fields(), densities=densities,
-        provenance={"text_sha256": text.sha256, "windows": len(windows), "window": 1024},
+        provenance={"text_sha256": text_sha256, "windows": len(windows), "window": 1024},
     )  # fmt: skip
     made.save(args.output.with_suffix(".npz"))
     results.content["fit"] = made.provenance["fit"]

@@ -353,16 +353,13 @@ class GluOracle(_GluColumns):
         return h.float().abs()
 
 
-class GluDown(_GluColumns):
+class GluDown(GluOracle):
     """Top-k of |h| once it is computed: only W_down is skipped in."""
 
     name = "glu"
     summary = "the units of largest |h|; gate and up are read whole"
     whole = 2
     least = 2 / 3
-
-    def _scores(self, x: Tensor, h: Tensor) -> Tensor:
-        return h.float().abs()
 
 
 class UpPruning(_GluColumns):
