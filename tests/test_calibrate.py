@@ -66,14 +66,6 @@ def test_allocation_is_the_best_of_all_on_convex_curves():
         assert cost <= best + 1e-9
 
 
-def test_noise_in_a_curve_draws_no_density():
-    """A layer that seems worse with more columns is flat there, and the other layers get what it would waste."""
-    curves = np.array([[1.0, 0.9, 2.0, 0.0], [4.0, 2.0, 1.0, 0.0]])
-    found = allocate(curves, [0.25, 0.5, 0.75, 1.0], 0.625)
-    assert sum(found) == pytest.approx(1.25)
-    assert found[1] == pytest.approx(1.0)
-
-
 def test_allocation_below_the_curves_is_refused():
     with pytest.raises(ConfigError, match=r"density 0\.1 is below the least that curves were measured at, 0\.25"):
         allocate(np.ones((2, 4)), [0.25, 0.5, 0.75, 1.0], 0.1)

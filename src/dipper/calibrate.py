@@ -111,7 +111,7 @@ def allocate(curves: np.ndarray, densities: Sequence[float], mean_density: float
     taken first, the last one in part. On the hulls this is the optimum (Lagrangian relaxation: one slope for all).
 
     Args:
-        curves: [n_layers, n] divergence with that layer alone at each density.
+        curves: [n_layers, n] divergence with that layer alone at each density, 0 at the last.
         densities: [n] ascending, the last one 1.
         mean_density: of the result.
 
@@ -127,11 +127,10 @@ def allocate(curves: np.ndarray, densities: Sequence[float], mean_density: float
         raise ConfigError(f"density {mean_density:g} is below the least that curves were measured at, {densities[0]:g}")
     pieces = []  # (gain per density, order, layer, width)
     for layer, curve in enumerate(curves):
-        falling = np.minimum.accumulate(curve)  # more density costs nothing; where it seems to, that is noise
-        at = _lower_hull(np.asarray(densities), falling)
+        at = _lower_hull(np.asarray(densities), curve)  # falling, since the last point, 0, is the least
         for order, (i, j) in enumerate(pairwise(at)):
             width = densities[j] - densities[i]
-            pieces.append(((falling[i] - falling[j]) / width, -order, layer, width))
+            pieces.append(((curve[i] - curve[j]) / width, -order, layer, width))
     result = [float(densities[0])] * n_layers
     for _, _, layer, width in sorted(pieces, reverse=True):
         step = min(width, max(0.0, left))
