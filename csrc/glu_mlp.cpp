@@ -172,7 +172,8 @@ bool GluMlp::wait_ticket(int thread, uint64_t ticket, Ledger& ledger) {
 void GluMlp::make_spans(const Grid& grid, Spans& spans) const {
   const bool packed = batch_.x != nullptr && !is_float(grid.codes);
   spans.list.clear();
-  spans.q.resize(packed ? static_cast<size_t>(batch_.n + batch_.n / grid.group + 2) + 16 : 0);
+  // Every span is padded to pairs, and each of the columns may be a span of its own.
+  spans.q.resize(packed ? 2 * static_cast<size_t>(batch_.n) + 16 : 0);
   int32_t first_q = 0;
   for (int32_t i = 0; i < batch_.n;) {
     Span s{batch_.column(i) / grid.group, i, 0, batch_.dense_ticket, first_q, {}};
