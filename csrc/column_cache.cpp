@@ -14,6 +14,7 @@ constexpr std::pair<const char*, CachePolicy> kPolicies[] = {
     {"lfu", CachePolicy::kLfu},
     {"lfu-decay", CachePolicy::kLfuDecay},
     {"static", CachePolicy::kStatic},
+    {"belady", CachePolicy::kBelady},
 };
 
 constexpr float kSmallestCount = 0x1p-100f;
@@ -31,8 +32,32 @@ CachePolicy cache_policy(const std::string& name) {
 
 const char* cache_policy_name(CachePolicy policy) { return kPolicies[static_cast<size_t>(policy)].first; }
 
-ColumnCache::ColumnCache(int32_t n_columns, int32_t capacity, CachePolicy policy, float decay, uint32_t history_limit)
-    : n_columns_(n_columns), capacity_(capacity), policy_(policy), decay_(decay), history_limit_(history_limit) {
+CacheAdmission cache_admission(const std::string& name) {
+  if (name == "best") return CacheAdmission::kBest;
+  if (name == "always") return CacheAdmission::kAlways;
+  throw ConfigError("cache admission '" + name + "' is unknown: use best or always");
+}
+
+void next_uses(std::span<const int32_t> masks, int32_t n_tokens, int32_t k, int32_t n_columns, int32_t* out) {
+  std::vector<int32_t> next(static_cast<size_t>(n_columns), kNeverUsed);
+  for (int32_t t = n_tokens - 1; t >= 0; --t) {
+    const size_t row = static_cast<size_t>(t) * static_cast<size_t>(k);
+    for (size_t i = row; i < row + static_cast<size_t>(k); ++i) {
+      int32_t& of_column = next[static_cast<size_t>(masks[i])];
+      out[i] = of_column;
+      of_column = t;
+    }
+  }
+}
+
+ColumnCache::ColumnCache(int32_t n_columns, int32_t capacity, CachePolicy policy, float decay, uint32_t history_limit,
+                         CacheAdmission admission)
+    : n_columns_(n_columns),
+      capacity_(capacity),
+      policy_(policy),
+      decay_(decay),
+      history_limit_(history_limit),
+      admission_(admission) {
   if (n_columns < 1) {
     throw ConfigError("a cache of a region with " + std::to_string(n_columns) + " columns: a region has at least 1");
   }
@@ -50,6 +75,7 @@ ColumnCache::ColumnCache(int32_t n_columns, int32_t capacity, CachePolicy policy
   }
   const auto n = static_cast<size_t>(n_columns);
   history_.resize(n);
+  if (admission == CacheAdmission::kAlways) last_use_.resize(n);
   cached_.resize(n);
   slots_.resize(n, -1);
   keys_.resize(n);
@@ -60,7 +86,15 @@ ColumnCache::ColumnCache(int32_t n_columns, int32_t capacity, CachePolicy policy
   admitted_.reserve(static_cast<size_t>(capacity));
 }
 
-const ColumnCache::Step& ColumnCache::step(std::span<const int32_t> mask, bool counted) {
+const CacheStep& ColumnCache::step(std::span<const int32_t> mask, bool counted, std::span<const int32_t> next_use) {
+  if (policy_ == CachePolicy::kBelady && next_use.size() != mask.size()) {
+    throw ConfigError("belady was told the next use of " + std::to_string(next_use.size()) + " columns for a mask of " +
+                      std::to_string(mask.size()) + ": it needs each; replay recorded masks, or choose another policy");
+  }
+  if (admission_ == CacheAdmission::kAlways && mask.size() > 1) {
+    throw ConfigError("a mask of " + std::to_string(mask.size()) +
+                      " columns under admission 'always': it takes one column a step");
+  }
   size_t n_misses = 0;
   for (const int32_t column : mask) {
     missed_[n_misses] = column;
@@ -68,11 +102,13 @@ const ColumnCache::Step& ColumnCache::step(std::span<const int32_t> mask, bool c
   }
   step_.n_hits = static_cast<int32_t>(mask.size() - n_misses);
   step_.misses = {missed_.data(), n_misses};
-  record_use(mask);
+  record_use(mask, next_use);
 
   admitted_.clear();
   const int32_t size_before = size_;
-  if (policy_ != CachePolicy::kStatic && capacity_ > 0 && n_misses > 0) admit_best();
+  if (policy_ != CachePolicy::kStatic && capacity_ > 0 && n_misses > 0) {
+    admission_ == CacheAdmission::kBest ? admit_best() : admit_always();
+  }
   step_.admissions = admitted_;
   if (counted) {
     const auto n_filled = static_cast<size_t>(size_ - size_before);
@@ -84,15 +120,18 @@ const ColumnCache::Step& ColumnCache::step(std::span<const int32_t> mask, bool c
   return step_;
 }
 
-void ColumnCache::record_use(std::span<const int32_t> mask) {
+void ColumnCache::record_use(std::span<const int32_t> mask, std::span<const int32_t> next_use) {
+  if (token_ == history_limit_) {
+    const uint32_t half = history_limit_ / 2;
+    for (uint32_t& last : policy_ == CachePolicy::kLru ? history_ : last_use_) last = last > half ? last - half : 0;
+    token_ -= half;
+  }
+  ++token_;
+  if (admission_ == CacheAdmission::kAlways) {
+    for (const int32_t column : mask) last_use_[column] = token_;
+  }
   switch (policy_) {
     case CachePolicy::kLru:
-      if (token_ == history_limit_) {
-        const uint32_t half = history_limit_ / 2;
-        for (uint32_t& last : history_) last = last > half ? last - half : 0;
-        token_ -= half;
-      }
-      ++token_;
       for (const int32_t column : mask) history_[column] = token_;
       break;
     case CachePolicy::kLfu:
@@ -107,9 +146,26 @@ void ColumnCache::record_use(std::span<const int32_t> mask) {
         history_[column] = std::bit_cast<uint32_t>(std::bit_cast<float>(history_[column]) + 1.0f);
       }
       break;
+    case CachePolicy::kBelady:
+      for (size_t i = 0; i < mask.size(); ++i) {
+        const auto token = static_cast<uint32_t>(next_use[i]);
+        history_[mask[i]] = next_use[i] == kNeverUsed || token >= history_limit_ - 1 ? 1 : history_limit_ - token;
+      }
+      break;
     case CachePolicy::kStatic:
       break;
   }
+}
+
+void ColumnCache::admit_always() {
+  const int32_t column = step_.misses.front();
+  if (size_ < capacity_) return admit(column, size_++, -1);
+  const auto worth = [this](int32_t c) { return std::pair(history_[c], last_use_[c]); };
+  const auto worst = std::min_element(column_in_.begin(), column_in_.end(),
+                                      [&](int32_t a, int32_t b) { return worth(a) < worth(b); });
+  const int32_t evicted = *worst;
+  if (policy_ != CachePolicy::kLru) history_[evicted] = 0;  // of columns that are not cached nothing is known
+  admit(column, static_cast<int32_t>(worst - column_in_.begin()), evicted);
 }
 
 void ColumnCache::admit_best() {
@@ -138,7 +194,8 @@ void ColumnCache::admit_best() {
 }
 
 // The best `capacity` of cached and missed columns. The lowest bit of a key prefers the cached among equals; whatever
-// is neither has key 0, below all others: a missed column has a history, a cached one the lowest bit.
+// is neither has key 0, below all others: a missed column has a history (belady gives it one even where its next use
+// never comes), a cached one the lowest bit.
 KeyCut ColumnCache::cut_of_best() {
   for (int32_t column = 0; column < n_columns_; ++column) {
     keys_[column] = (history_[column] << 1 | 1u) & (0u - cached_[column]);
@@ -182,6 +239,7 @@ void ColumnCache::pin(std::span<const int32_t> columns) {
 void ColumnCache::clear() {
   pin({});
   std::fill(history_.begin(), history_.end(), 0);
+  std::fill(last_use_.begin(), last_use_.end(), 0);
   token_ = 0;
   reset_counters();
 }

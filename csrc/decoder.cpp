@@ -351,7 +351,10 @@ void Decoder::run_layers(int32_t n_tokens, const Block* block) {
 void Decoder::run_each_layer(int32_t n_tokens, const Block* block) {
   const Model& m = *model_;
   fill_angles(n_past_, n_tokens);
-  if (block != nullptr) mlp_->begin_block();
+  if (block != nullptr) {
+    mlp_->set_token(static_cast<uint32_t>(n_past_), block->tokens[0]);
+    mlp_->begin_block();
+  }
   for (int32_t i = 0; i < m.n_layers; ++i) {
     const LayerWeights& l = m.layers[static_cast<size_t>(i)];
     const double start = now_s();
@@ -366,6 +369,7 @@ void Decoder::run_each_layer(int32_t n_tokens, const Block* block) {
       BlockMasks masks;
       masks.kind = block->kind;
       masks.touch_cache = block->touch;
+      masks.tokens = block->tokens;
       if (block->kind == BlockMasks::Kind::kForced) {
         masks.input = (*block->forced_input)[static_cast<size_t>(i)] + static_cast<int64_t>(block->first) * m.hidden;
         masks.glu = (*block->forced_glu)[static_cast<size_t>(i)] + static_cast<int64_t>(block->first) * m.intermediate;
@@ -397,7 +401,7 @@ std::span<const float> Decoder::step(int32_t token) {
     return ledger_.select + ledger_.submit + ledger_.wait + ledger_.gemv + ledger_.attention + ledger_.head;
   };
   const double before = accounted();
-  mlp_->set_token(static_cast<uint32_t>(n_past_));
+  mlp_->set_token(static_cast<uint32_t>(n_past_), token);
   embed({&token, 1}, x_);
   run_layers(1, nullptr);
   run_head(x_, 1, logits_);
@@ -413,7 +417,7 @@ std::span<const float> Decoder::prefill(std::span<const int32_t> tokens, bool wa
   for (size_t first = 0; first < tokens.size(); first += static_cast<size_t>(options_.block_tokens)) {
     const size_t n = std::min<size_t>(static_cast<size_t>(options_.block_tokens), tokens.size() - first);
     embed(tokens.subspan(first, n), x_);
-    const Block block{BlockMasks::Kind::kDense, warm, 0, nullptr, nullptr};
+    const Block block{BlockMasks::Kind::kDense, warm, 0, nullptr, nullptr, tokens.data() + first};
     run_layers(static_cast<int32_t>(n), &block);
     n_past_ += static_cast<int32_t>(n);
     if (first + n == tokens.size()) run_head(x_ + static_cast<int64_t>(n - 1) * model_->hidden, 1, logits_);
@@ -428,7 +432,8 @@ void Decoder::forward(std::span<const int32_t> tokens, const ForwardRequest& req
   for (size_t first = 0; first < tokens.size(); first += static_cast<size_t>(options_.block_tokens)) {
     const size_t n = std::min<size_t>(static_cast<size_t>(options_.block_tokens), tokens.size() - first);
     embed(tokens.subspan(first, n), x_);
-    const Block block{request.kind, false, static_cast<int32_t>(first), &request.forced_input, &request.forced_glu};
+    const Block block{request.kind, false, static_cast<int32_t>(first), &request.forced_input, &request.forced_glu,
+                      tokens.data() + first};
     run_layers(static_cast<int32_t>(n), &block);
     n_past_ += static_cast<int32_t>(n);
     for (size_t at = 0; at < n; at += kHeadTokens) {
@@ -472,9 +477,15 @@ ReaderCounters Decoder::flash_total() const {
 
 ReaderCounters Decoder::flash_counters() const {
   ReaderCounters c = flash_total();
-  c.reads -= flash_start_.reads;
-  c.bytes -= flash_start_.bytes;
+  c.reads += mlp_->counters().simulated.reads - flash_start_.reads;
+  c.bytes += mlp_->counters().simulated.bytes - flash_start_.bytes;
   return c;
+}
+
+void Decoder::configure(const std::vector<int32_t>& k, float gamma, CachePolicy policy, float decay,
+                        const std::vector<int32_t>& capacity) {
+  mlp_->configure(k, gamma, policy, decay, capacity);
+  options_.mlp.capacity = capacity;
 }
 
 void Decoder::reset_counters() {

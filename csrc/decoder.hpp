@@ -58,6 +58,9 @@ class Decoder {
 
   void reset();        // forget the KV cache
   void reset_cache();  // empty the column caches
+  // A simulated engine only (GluMlp::configure).
+  void configure(const std::vector<int32_t>& k, float gamma, CachePolicy policy, float decay,
+                 const std::vector<int32_t>& capacity);
   void pin_static();   // static caches: the first columns of each region
   void reset_counters();
   void start_trace(std::unique_ptr<TraceWriter> trace) { mlp_->start_trace(std::move(trace)); }
@@ -81,6 +84,7 @@ class Decoder {
     int32_t first;
     const std::vector<const uint8_t*>* forced_input;
     const std::vector<const uint8_t*>* forced_glu;
+    const int32_t* tokens;  // of the block
   };
   struct Projection {
     const WeightView& weight;

@@ -664,7 +664,7 @@ void plan_reads(std::span<const uint64_t> offsets, uint32_t record_bytes, uint32
       if (extends) {
         plan.ranges.back().bytes += bytes;
       } else {
-        plan.ranges.push_back({end, bytes, staging + position});
+        plan.ranges.push_back({end, bytes, staging == nullptr ? nullptr : staging + position});
       }
       end += bytes;
       position += bytes;
@@ -677,6 +677,13 @@ void plan_reads(std::span<const uint64_t> offsets, uint32_t record_bytes, uint32
     plan.n_ranges_needed[i] = static_cast<uint32_t>(plan.ranges.size());
   }
   plan.staging_bytes = position;
+}
+
+void plan_records(uint64_t region_offset, uint32_t record_bytes, std::span<const int32_t> columns, uint32_t alignment,
+                  uint8_t* staging, std::vector<uint64_t>& offsets, ReadPlan& plan) {
+  offsets.clear();
+  for (const int32_t c : columns) offsets.push_back(region_offset + static_cast<uint64_t>(c) * record_bytes);
+  plan_reads(offsets, record_bytes, alignment, kMaxReadBytes, staging, plan);
 }
 
 uint64_t max_staging_bytes(uint64_t n_records, uint32_t record_bytes, uint64_t region_bytes, uint32_t alignment) {

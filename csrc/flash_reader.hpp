@@ -87,6 +87,11 @@ struct ReadPlan {
 };
 void plan_reads(std::span<const uint64_t> offsets, uint32_t record_bytes, uint32_t alignment, uint32_t max_bytes,
                 uint8_t* staging, ReadPlan& plan);
+// Coalesced reads are cut here, so that products can follow them.
+inline constexpr uint32_t kMaxReadBytes = 256u << 10;
+// The same for columns (ascending) of a region that starts at `region_offset`; `offsets` is scratch.
+void plan_records(uint64_t region_offset, uint32_t record_bytes, std::span<const int32_t> columns, uint32_t alignment,
+                  uint8_t* staging, std::vector<uint64_t>& offsets, ReadPlan& plan);
 // Most staging that any n_records of a region of region_bytes can need; the region starts at a multiple of alignment.
 uint64_t max_staging_bytes(uint64_t n_records, uint32_t record_bytes, uint64_t region_bytes, uint32_t alignment);
 

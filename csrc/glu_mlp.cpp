@@ -12,7 +12,6 @@ namespace dipper {
 namespace {
 
 constexpr uint32_t kAlign = FlashReader::alignment();
-constexpr uint32_t kMaxReadBytes = 256u << 10;  // coalesced reads are cut here, so that products can follow them
 
 uint64_t aligned(uint64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -26,7 +25,7 @@ std::vector<int32_t> all_regions(const Model& model) {
 std::vector<int32_t> streamed_regions(const Model& model, const MlpOptions& options) {
   std::vector<int32_t> regions;
   for (const int32_t r : all_regions(model)) {
-    const bool held = options.residency == Residency::kResident ||
+    const bool held = options.residency == Residency::kResident || options.residency == Residency::kSimulated ||
                       (options.residency == Residency::kStream && options.pinned[static_cast<size_t>(r)]);
     if (!held) regions.push_back(r);
   }
@@ -98,15 +97,40 @@ GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& ker
     if (options.residency == Residency::kCached) {
       slot_base_.push_back(slots);
       slots += static_cast<uint64_t>(options.capacity[r]) * region.record_bytes;
-      caches_.emplace_back(region.n_columns, options.capacity[r], options.policy, options.decay);
     }
   }
+  make_caches();
   if (!streamed.empty()) {
     std::vector<StreamChunk> chunks = make_chunks(model, streamed, options.stream_chunk_bytes);
     const uint32_t slot = ring_slot_bytes(chunks);
     stream_ = std::make_unique<WeightStream>(reader, std::move(chunks), staging_.data(), slot, options.stream_slots);
   }
   load_pinned();
+}
+
+void GluMlp::make_caches() {
+  caches_.clear();
+  if (!has_caches()) return;
+  for (size_t r = 0; r < model_.regions.size(); ++r)
+    caches_.emplace_back(model_.regions[r].n_columns, options_.capacity[r], options_.policy, options_.decay);
+}
+
+void GluMlp::configure(const std::vector<int32_t>& k, float gamma, CachePolicy policy, float decay,
+                       const std::vector<int32_t>& capacity) {
+  if (options_.residency != Residency::kSimulated || options_.fits) {
+    throw ConfigError("only a simulated engine without calibration changes its masks and caches: open another one");
+  }
+  if (k.size() != model_.regions.size() || capacity.size() != model_.regions.size()) {
+    throw ConfigError("k for " + std::to_string(k.size()) + " regions and capacities for " +
+                      std::to_string(capacity.size()) + ": the model has " + std::to_string(model_.regions.size()));
+  }
+  options_.k = k;
+  options_.gamma = gamma;
+  options_.policy = policy;
+  options_.decay = decay;
+  options_.capacity = capacity;
+  make_caches();
+  reset_counters();
 }
 
 GluMlp::~GluMlp() {
@@ -249,6 +273,7 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
   const int32_t k = options_.k[static_cast<size_t>(r)];
   const float* factors = fit(r, &RegionFit::factor);
   const float* means = fit(r, &RegionFit::mean);
+  const uint8_t* pinned = region_base_[static_cast<size_t>(r)];  // kSimulated, else null
   std::span<const float> scores{values, static_cast<size_t>(region.n_columns)};
   {
     const Timed timed(ledger.select);
@@ -266,34 +291,27 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     batch_.ticket.assign(mask_.size(), 0);
     batch_.listed_x.resize(mask_.size());
     batch_.x = batch_.listed_x.data();
-    miss_offsets_.clear();
     const std::span<const int32_t> slots = cache.slots();
     for (size_t i = 0; i < mask_.size(); ++i) {
       const int32_t c = mask_[i];
       batch_.listed_x[i] = means != nullptr ? values[c] - means[c] : values[c];
       const int32_t s = slots[static_cast<size_t>(c)];
-      batch_.record[i] = s >= 0 ? slot(r, s) : nullptr;
-      if (s < 0) miss_offsets_.push_back(region.record_offset(c));
+      const bool held = s >= 0 || pinned != nullptr;
+      batch_.record[i] = pinned != nullptr ? pinned + static_cast<uint64_t>(c) * region.record_bytes
+                         : held            ? slot(r, s)
+                                           : nullptr;
     }
-    const ColumnCache::Step& step = cache.step(mask_);
+    const CacheStep& step = cache.step(mask_);
     admissions_.assign(step.admissions.begin(), step.admissions.end());
     counters_.selected += mask_.size();
     counters_.hits += static_cast<uint64_t>(step.n_hits);
-    counters_.misses += miss_offsets_.size();
-    for (const ColumnCache::Admission& a : admissions_) counters_.evictions += a.evicted >= 0;
-    counters_.useful_bytes += miss_offsets_.size() * region.record_bytes;
-    plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, staging_.data(), plan_);
-    if (trace_) {
-      if (factors != nullptr) {
-        scores_.resize(scores.size());
-        std::transform(scores.begin(), scores.end(), factors, scores_.begin(), std::multiplies<>());
-        scores = scores_;
-      }
-      trace_->write({token_, static_cast<uint32_t>(r), mask_, step.misses, plan_.ranges,
-                     miss_offsets_.size() * region.record_bytes, scores});
-    }
+    counters_.misses += step.misses.size();
+    for (const Admission& a : admissions_) counters_.evictions += a.evicted >= 0;
+    counters_.useful_bytes += step.misses.size() * region.record_bytes;
+    plan_misses(region, step.misses);
+    if (trace_) trace(TraceWriter::Phase::kDecode, position_, token_, r, mask_, step, values);
   }
-  if (miss_offsets_.empty()) return;
+  if (plan_.ranges.empty() || pinned != nullptr) return;
   uint64_t first_ticket = 0;
   {
     const Timed timed(ledger.submit);
@@ -313,6 +331,22 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
   }
 }
 
+void GluMlp::trace(TraceWriter::Phase phase, uint32_t position, int32_t token, int32_t r,
+                   std::span<const int32_t> mask, const CacheStep& step, const float* scores) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  const bool reads = phase == TraceWriter::Phase::kDecode;
+  trace_->write({phase,
+                 position,
+                 token,
+                 static_cast<uint32_t>(r),
+                 mask,
+                 step.misses,
+                 reads ? std::span<const ReadRange>(plan_.ranges) : std::span<const ReadRange>(),
+                 reads ? step.misses.size() * region.record_bytes : 0,
+                 {scores, static_cast<size_t>(region.n_columns)},
+                 fit(r, &RegionFit::factor)});
+}
+
 // After the products: slots of evicted columns may be overwritten now.
 void GluMlp::admit(int32_t region, Ledger& ledger) {
   const Timed timed(ledger.select);
@@ -323,10 +357,10 @@ void GluMlp::admit(int32_t region, Ledger& ledger) {
 
 void GluMlp::step_region(int32_t r, const float* values, float* const* y, Ledger& ledger) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
-  if (options_.residency == Residency::kCached) {
+  if (has_caches()) {
     fetch_cached(r, values, ledger);
     multiply(region, y, ledger);
-    admit(r, ledger);
+    if (options_.residency == Residency::kCached) admit(r, ledger);
     return;
   }
   const auto dense = [&](const uint8_t* base, int32_t first, int32_t last, uint64_t ticket) {
@@ -409,8 +443,17 @@ void GluMlp::mask_block(int32_t r, float* x, int32_t n_tokens, const BlockMasks&
   std::vector<int32_t> hits(static_cast<size_t>(n_tokens));
   try {
     const uint64_t evictions = cache != nullptr ? cache->evictions() : 0;
+    const auto phase = own ? TraceWriter::Phase::kDecode : TraceWriter::Phase::kPrompt;
+    const EachStep each = [&](int32_t t, std::span<const int32_t> mask, const CacheStep& step) {
+      if (own) plan_misses(model_.regions[static_cast<size_t>(r)], step.misses);
+      if (trace_) {
+        trace(phase, position_ + static_cast<uint32_t>(t), masks.tokens[t], r, mask, step,
+              x + static_cast<int64_t>(t) * n);
+      }
+    };
+    const bool told = trace_ != nullptr || (own && options_.residency == Residency::kSimulated);
     scan(x, n_tokens, n, k, own ? options_.gamma : 1.0f, cache, own, block_masks_.data(), hits.data(),
-         fit(r, &RegionFit::factor));
+         fit(r, &RegionFit::factor), told ? each : EachStep());
     if (cache != nullptr) counters_.evictions += cache->evictions() - evictions;
   } catch (const ConfigError& e) {
     throw ConfigError(region_name(r) + ": " + e.what());
@@ -555,6 +598,7 @@ void GluMlp::pin(int32_t r, const std::vector<int32_t>& columns) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
   ColumnCache& cache = caches_[static_cast<size_t>(r)];
   cache.pin(columns);
+  if (options_.residency == Residency::kSimulated) return;
   constexpr size_t kAtOnce = 64;
   for (size_t first = 0; first < columns.size(); first += kAtOnce) {
     const size_t last = std::min(columns.size(), first + kAtOnce);

@@ -23,7 +23,9 @@
 
 namespace dipper {
 
-enum class Residency { kResident, kStream, kCached };
+// kSimulated: everything is pinned, and the caches are books only. Masks, counters and traces are kCached's, the products
+// too, but nothing is read: what the reads would have been is counted.
+enum class Residency { kResident, kStream, kCached, kSimulated };
 
 // What a calibration adds to one pruned region; an empty vector: nothing of its kind.
 struct RegionFit {
@@ -42,7 +44,7 @@ struct MlpOptions {
   float gamma = 1.0f;
   CachePolicy policy = CachePolicy::kLfu;
   float decay = 0.99f;
-  std::vector<int32_t> capacity;  // kCached: slots by region
+  std::vector<int32_t> capacity;  // kCached, kSimulated: slots by region
   std::vector<uint8_t> pinned;    // kStream: regions held in DRAM
   int32_t stream_slots = 8;
   uint32_t stream_chunk_bytes = 1u << 20;
@@ -75,12 +77,14 @@ struct MlpCounters {
   uint64_t misses = 0;
   uint64_t evictions = 0;
   uint64_t useful_bytes = 0;  // records that were read because they were wanted
+  ReaderCounters simulated;   // kSimulated: reads not made
 };
 
 // How a block of tokens goes through the MLP.
 struct BlockMasks {
   enum class Kind { kDense, kOwn, kForced } kind = Kind::kDense;
   bool touch_cache = false;        // kDense: warm the column caches with the masks the tokens would have had
+  const int32_t* tokens = nullptr;  // [n_tokens] their ids, for the trace
   const uint8_t* input = nullptr;  // kForced: [n_tokens, hidden], nonzero = used; and [n_tokens, intermediate]
   const uint8_t* glu = nullptr;
 };
@@ -116,7 +120,14 @@ class GluMlp {
   void finish_trace() {
     if (const std::unique_ptr<TraceWriter> trace = std::move(trace_)) trace->finish();
   }
-  void set_token(uint32_t token) { token_ = token; }
+  // What traces call the next token, or the first of the next block.
+  void set_token(uint32_t position, int32_t token) {
+    position_ = position;
+    token_ = token;
+  }
+  // kSimulated: other masks and caches, empty, from now on. ConfigError where a calibration is in use, or in another mode.
+  void configure(const std::vector<int32_t>& k, float gamma, CachePolicy policy, float decay,
+                 const std::vector<int32_t>& capacity);
   static uint64_t scratch_bytes(const Model& model, int32_t block_tokens);
 
  private:
@@ -169,6 +180,21 @@ class GluMlp {
   void copy_streamed(int32_t region, const StreamChunk& chunk, const uint8_t* data);
   void make_spans(const Grid& grid, Spans& spans) const;
   bool wait_ticket(int thread, uint64_t ticket, Ledger& ledger);
+  bool has_caches() const {
+    return options_.residency == Residency::kCached || options_.residency == Residency::kSimulated;
+  }
+  void make_caches();
+  // The reads for missing columns of a region -> plan_.
+  void plan_misses(const Region& region, std::span<const int32_t> misses) {
+    plan_records(region.offset, region.record_bytes, misses, FlashReader::alignment(), staging_.data(), miss_offsets_,
+                 plan_);
+    if (options_.residency == Residency::kSimulated) {
+      counters_.simulated.reads += plan_.ranges.size();
+      counters_.simulated.bytes += plan_.staging_bytes;
+    }
+  }
+  void trace(TraceWriter::Phase phase, uint32_t position, int32_t token, int32_t region,
+             std::span<const int32_t> mask, const CacheStep& step, const float* scores);
   uint8_t* slot(int32_t region, int32_t slot) const {
     return slot_base_[static_cast<size_t>(region)] +
            static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;
@@ -184,7 +210,7 @@ class GluMlp {
   void take_dense(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket, const float* x);
 
   const Model& model_;
-  const MlpOptions options_;
+  MlpOptions options_;
   const Kernels& kernels_;
   ThreadPool& pool_;
   FlashReader& reader_;
@@ -202,9 +228,8 @@ class GluMlp {
   ReadPlan plan_;
   SelectionScratch selection_;
   std::vector<int32_t> mask_;
-  std::vector<float> scores_;  // of a token, for the trace, where they are not the inputs
   std::vector<uint64_t> miss_offsets_;
-  std::vector<ColumnCache::Admission> admissions_;
+  std::vector<Admission> admissions_;
   std::vector<const uint8_t*> admitted_record_;
   std::vector<int32_t> block_masks_;          // [n_tokens, k]
   std::vector<int16_t> block_q_[2];           // inputs of a block of tokens as integers, by matrix: [n_tokens, padded]
@@ -218,7 +243,8 @@ class GluMlp {
 
   MlpCounters counters_;
   std::unique_ptr<TraceWriter> trace_;
-  uint32_t token_ = 0;
+  uint32_t position_ = 0;
+  int32_t token_ = 0;
 };
 
 }  // namespace dipper

@@ -181,7 +181,7 @@ void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t*
 }
 
 void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gamma, ColumnCache* cache, bool counted,
-          int32_t* masks, int32_t* hits, const float* factors) {
+          int32_t* masks, int32_t* hits, const float* factors, const EachStep& each) {
   check_selection(n, k, gamma, cache != nullptr);
   if (cache && cache->n_columns() != n) {
     throw ConfigError("scores have " + std::to_string(n) + " columns but the cache has " +
@@ -192,8 +192,11 @@ void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gam
   for (int32_t t = 0; t < n_tokens; ++t) {
     int32_t* mask = masks + t * kept;
     select({scores + t * width, width}, factors, k, gamma, cache ? cache->cached() : nullptr, scratch, mask, t);
-    const int32_t n_hits = cache ? cache->step({mask, kept}, counted).n_hits : 0;
-    if (hits) hits[t] = n_hits;
+    if (hits) hits[t] = 0;
+    if (cache == nullptr) continue;
+    const CacheStep& step = cache->step({mask, kept}, counted);
+    if (hits) hits[t] = step.n_hits;
+    if (each) each(t, {mask, kept}, step);
   }
 }
 

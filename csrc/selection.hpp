@@ -2,12 +2,14 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
 namespace dipper {
 
 class ColumnCache;
+struct CacheStep;
 
 // Scratch of the selection, reused from call to call so that decoding allocates nothing. One a thread.
 struct SelectionScratch {
@@ -44,8 +46,9 @@ void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t*
 // cache. masks [n_tokens, k]; hits [n_tokens] (may be null; zeros without a cache). cache may be null when gamma == 1.
 // factors [n] as top_k.
 // counted: false warms the cache without counting (prefill). Errors as top_k, naming the token; the cache then holds
-// the state after the tokens before it.
+// the state after the tokens before it. each: told every token's mask and cache step (not without a cache).
+using EachStep = std::function<void(int32_t token, std::span<const int32_t> mask, const CacheStep& step)>;
 void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gamma, ColumnCache* cache, bool counted,
-          int32_t* masks, int32_t* hits, const float* factors = nullptr);
+          int32_t* masks, int32_t* hits, const float* factors = nullptr, const EachStep& each = {});
 
 }  // namespace dipper

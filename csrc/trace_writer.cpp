@@ -12,10 +12,10 @@
 
 namespace dipper {
 
-TraceWriter::TraceWriter(const std::string& path, const std::string& header_json)
-    : path_(path), file_(std::fopen(path.c_str(), "wb")) {
+TraceWriter::TraceWriter(const std::string& path, const std::string& header_json, bool with_scores)
+    : path_(path), with_scores_(with_scores), file_(std::fopen(path.c_str(), "wb")) {
   if (file_ == nullptr) throw ConfigError("cannot write the trace " + path + ": " + std::strerror(errno));
-  const uint32_t version = 1;
+  const uint32_t version = 2;
   const auto length = static_cast<uint32_t>(header_json.size());
   put("DIPTRACE", 8);
   put(&version, 4);
@@ -47,12 +47,15 @@ void TraceWriter::put(const void* data, size_t bytes) {
 void TraceWriter::write(const Frame& f) {
   uint64_t flash_bytes = 0;
   for (const ReadRange& r : f.reads) flash_bytes += r.bytes;
-  const uint32_t head[6] = {f.token,
+  const size_t n_scores = with_scores_ ? f.scores.size() : 0;
+  const uint32_t head[8] = {static_cast<uint32_t>(f.phase),
+                            f.position,
+                            static_cast<uint32_t>(f.token),
                             f.region,
                             static_cast<uint32_t>(f.mask.size()),
                             static_cast<uint32_t>(f.mask.size() - f.misses.size()),
                             static_cast<uint32_t>(f.reads.size()),
-                            static_cast<uint32_t>(f.scores.size())};
+                            static_cast<uint32_t>(n_scores)};
   const uint64_t bytes[2] = {flash_bytes, f.useful_bytes};
   put(head, sizeof head);
   put(bytes, sizeof bytes);
@@ -69,8 +72,10 @@ void TraceWriter::write(const Frame& f) {
     put(&r.offset, sizeof r.offset);
     put(&r.bytes, sizeof r.bytes);
   }
-  std::vector<float> magnitude(f.scores.size());
-  for (size_t i = 0; i < magnitude.size(); ++i) magnitude[i] = std::fabs(f.scores[i]);
+  std::vector<float> magnitude(n_scores);
+  for (size_t i = 0; i < n_scores; ++i) {
+    magnitude[i] = std::fabs(f.scores[i]) * (f.factors != nullptr ? f.factors[i] : 1.0f);
+  }
   put(magnitude.data(), magnitude.size() * sizeof(float));
 }
 

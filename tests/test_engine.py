@@ -204,7 +204,7 @@ def test_forced_masks_of_a_run_give_its_logits(bundles, tmp_path):
         for i in range(n_layers)
     ]
     for frame in frames:
-        masks[frame.region // 2][frame.region % 2][frame.token, frame.mask] = 1
+        masks[frame.region // 2][frame.region % 2][frame.position, frame.mask] = 1
     with Engine.open(path, EngineConfig(method="dense-resident", context=64)) as engine:
         assert same_bits(engine.logits(PROMPT, masks), rows)
 

@@ -8,10 +8,12 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "arrays.hpp"
 #include "column_cache.hpp"
 #include "errors.hpp"
+#include "replay.hpp"
 #include "selection.hpp"
 
 namespace nb = nanobind;
@@ -22,12 +24,13 @@ namespace {
 
 template <class T, int32_t kDimensions>
 using Input = nb::ndarray<const T, nb::ndim<kDimensions>, nb::c_contig, nb::device::cpu>;
-struct CacheStep {
+struct StepResult {
   int32_t n_hits;
   Output<int32_t> misses, admissions;
 };
 
-CacheStep step(ColumnCache& cache, const Input<int32_t, 1>& mask, bool counted) {
+StepResult step(ColumnCache& cache, const Input<int32_t, 1>& mask, bool counted,
+                const std::optional<Input<int32_t, 1>>& next_use) {
   for (size_t i = 0; i < mask.size(); ++i) {
     const int32_t column = mask.data()[i];
     if (column < 0 || column >= cache.n_columns()) {
@@ -41,7 +44,9 @@ CacheStep step(ColumnCache& cache, const Input<int32_t, 1>& mask, bool counted) 
                         ": a mask ascends without repeats; sort it, np.unique(mask)");
     }
   }
-  const ColumnCache::Step& done = cache.step({mask.data(), mask.size()}, counted);
+  std::span<const int32_t> next;
+  if (next_use) next = {next_use->data(), next_use->size()};
+  const dipper::CacheStep& done = cache.step({mask.data(), mask.size()}, counted, next);
   auto admissions = new_array<int32_t>({done.admissions.size(), 3});
   int32_t* row = admissions.data();
   for (const auto& [column, slot, evicted] : done.admissions) {
@@ -84,25 +89,93 @@ nb::tuple scan(const Input<float, 2>& scores, int32_t k, float gamma, ColumnCach
   return nb::make_tuple(std::move(masks), std::move(hits));
 }
 
+// A replay's masks (where they are new) and traffic by token.
+struct Replayed {
+  explicit Replayed(size_t n_tokens)
+      : hits(new_array<int32_t>({n_tokens})),
+        admissions(new_array<int32_t>({n_tokens})),
+        reads(new_array<int32_t>({n_tokens})),
+        flash_bytes(new_array<int64_t>({n_tokens})) {}
+
+  dipper::Traffic traffic() { return {hits.data(), admissions.data(), reads.data(), flash_bytes.data()}; }
+  nb::dict dict() const {
+    nb::dict d;
+    d["hits"] = hits;
+    d["admissions"] = admissions;
+    d["reads"] = reads;
+    d["flash_bytes"] = flash_bytes;
+    return d;
+  }
+  Output<int32_t> hits, admissions, reads;
+  Output<int64_t> flash_bytes;
+};
+
+nb::dict replay_masks(const Input<int32_t, 2>& masks, uint64_t offset, uint32_t record_bytes, uint32_t alignment,
+                      ColumnCache& cache, bool counted, const std::optional<Input<int32_t, 2>>& next_use) {
+  if (next_use && (next_use->shape(0) != masks.shape(0) || next_use->shape(1) != masks.shape(1))) {
+    throw ConfigError("next uses are for other masks: give one a selected column, next_uses(masks, n_columns)");
+  }
+  Replayed out(masks.shape(0));
+  std::span<const int32_t> next;
+  if (next_use) next = {next_use->data(), next_use->size()};
+  {
+    nb::gil_scoped_release released;
+    dipper::replay_masks({masks.data(), masks.size()}, static_cast<int32_t>(masks.shape(0)),
+                         static_cast<int32_t>(masks.shape(1)), next, {offset, record_bytes, alignment}, cache, counted,
+                         out.traffic());
+  }
+  return out.dict();
+}
+
+nb::dict replay_scores(const Input<float, 2>& scores, int32_t k, float gamma, uint64_t offset, uint32_t record_bytes,
+                       uint32_t alignment, ColumnCache& cache, bool counted) {
+  const size_t n_tokens = scores.shape(0), n = scores.shape(1);
+  Replayed out(n_tokens);
+  std::vector<int32_t> masks(n_tokens * (k < 0 ? 0 : std::min(static_cast<size_t>(k), n)));
+  {
+    nb::gil_scoped_release released;
+    dipper::replay_scores(scores.data(), static_cast<int32_t>(n_tokens), static_cast<int32_t>(n), k, gamma,
+                          {offset, record_bytes, alignment}, cache, counted, masks.data(), out.traffic());
+  }
+  return out.dict();
+}
+
+Output<int32_t> next_uses(const Input<int32_t, 2>& masks, int32_t n_columns) {
+  for (size_t i = 0; i < masks.size(); ++i) {
+    if (masks.data()[i] < 0 || masks.data()[i] >= n_columns) {
+      throw ConfigError("a mask holds column " + std::to_string(masks.data()[i]) + ", but the region has " +
+                        std::to_string(n_columns) + " columns: use the masks of the same region");
+    }
+  }
+  auto out = new_array<int32_t>({masks.shape(0), masks.shape(1)});
+  dipper::next_uses({masks.data(), masks.size()}, static_cast<int32_t>(masks.shape(0)),
+                    static_cast<int32_t>(masks.shape(1)), n_columns, out.data());
+  return out;
+}
+
 }  // namespace
 
 void bind_cache(nb::module_& m) {
   // Arrays that own their memory: a property's default policy would tie them to the object.
   constexpr auto kOwned = nb::rv_policy::automatic;
 
-  nb::class_<CacheStep>(m, "CacheStep")
-      .def_ro("n_hits", &CacheStep::n_hits)
-      .def_ro("misses", &CacheStep::misses, kOwned)
-      .def_ro("admissions", &CacheStep::admissions, kOwned);
+  nb::class_<StepResult>(m, "CacheStep")
+      .def_ro("n_hits", &StepResult::n_hits)
+      .def_ro("misses", &StepResult::misses, kOwned)
+      .def_ro("admissions", &StepResult::admissions, kOwned);
 
   nb::class_<ColumnCache>(m, "ColumnCache")
       .def(
           "__init__",
-          [](ColumnCache* self, int32_t n_columns, int32_t capacity, const std::string& policy, float decay) {
-            new (self) ColumnCache(n_columns, capacity, dipper::cache_policy(policy), decay);
+          [](ColumnCache* self, int32_t n_columns, int32_t capacity, const std::string& policy, float decay,
+             const std::string& admission) {
+            new (self) ColumnCache(n_columns, capacity, dipper::cache_policy(policy), decay, ColumnCache::kHistoryLimit,
+                                   dipper::cache_admission(admission));
           },
-          nb::arg("n_columns"), nb::arg("capacity"), nb::arg("policy"), nb::arg("decay") = 0.99f)
-      .def("step", &step, nb::arg("mask").noconvert(), nb::arg("counted") = true)
+          nb::arg("n_columns"), nb::arg("capacity"), nb::arg("policy"), nb::arg("decay") = 0.99f,
+          nb::arg("admission") = "best")
+      .def("step", &step, nb::arg("mask").noconvert(), nb::arg("counted") = true,
+           nb::arg("next_use").noconvert() = nb::none())
       .def(
           "pin",
           [](ColumnCache& cache, const Input<int32_t, 1>& columns) { cache.pin({columns.data(), columns.size()}); },
@@ -126,4 +199,9 @@ void bind_cache(nb::module_& m) {
         nb::arg("cached").noconvert() = nb::none());
   m.def("scan", &scan, nb::arg("scores").noconvert(), nb::arg("k"), nb::arg("gamma") = 1.0f,
         nb::arg("cache") = nb::none(), nb::arg("counted") = true);
+  m.def("next_uses", &next_uses, nb::arg("masks").noconvert(), nb::arg("n_columns"));
+  m.def("replay_masks", &replay_masks, nb::arg("masks").noconvert(), nb::arg("offset"), nb::arg("record_bytes"),
+        nb::arg("alignment"), nb::arg("cache"), nb::arg("counted") = true, nb::arg("next_use").noconvert() = nb::none());
+  m.def("replay_scores", &replay_scores, nb::arg("scores").noconvert(), nb::arg("k"), nb::arg("gamma"),
+        nb::arg("offset"), nb::arg("record_bytes"), nb::arg("alignment"), nb::arg("cache"), nb::arg("counted") = true);
 }

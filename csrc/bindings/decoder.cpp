@@ -257,8 +257,9 @@ DecoderOptions options_of(const nb::dict& d, const Model& model) {
   DecoderOptions o;
   const auto residency = get<std::string>(d, "residency");
   o.mlp.residency = residency == "resident" ? Residency::kResident
-                    : residency == "stream" ? Residency::kStream
-                                            : Residency::kCached;
+                    : residency == "stream"    ? Residency::kStream
+                    : residency == "simulated" ? Residency::kSimulated
+                                               : Residency::kCached;
   o.mlp.prune = get<bool>(d, "prune");
   o.mlp.k = get<std::vector<int32_t>>(d, "k");
   if (o.mlp.prune) o.mlp.fits = fits_of(d, model);
@@ -421,11 +422,16 @@ void bind_decoder(nb::module_& m) {
       .def("reset", &Decoder::reset)
       .def("reset_cache", &Decoder::reset_cache)
       .def("pin_static", &Decoder::pin_static)
+      .def("configure",
+           [](Decoder& self, const std::vector<int32_t>& k, float gamma, const std::string& cache, float decay,
+              const std::vector<int32_t>& capacity) {
+             self.configure(k, gamma, cache_policy(cache), decay, capacity);
+           })
       .def("reset_counters", &Decoder::reset_counters)
       .def("counters", &counters_dict)
       .def("start_trace",
-           [](Decoder& self, const std::string& path, const std::string& header) {
-             self.start_trace(std::make_unique<TraceWriter>(path, header));
+           [](Decoder& self, const std::string& path, const std::string& header, bool with_scores) {
+             self.start_trace(std::make_unique<TraceWriter>(path, header, with_scores));
            })
       .def("finish_trace", &Decoder::finish_trace)
       .def("resident_bytes",  // a view of resident.bin as loaded, for its checksum

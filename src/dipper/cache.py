@@ -26,7 +26,17 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from .errors import ConfigError
 
-__all__ = ["CacheStep", "ColumnCache", "ReferenceCache", "n_selected", "reference_top_k", "scan", "scan_many", "top_k"]
+__all__ = [
+    "CacheStep",
+    "ColumnCache",
+    "ReferenceCache",
+    "n_selected",
+    "next_uses",
+    "reference_top_k",
+    "scan",
+    "scan_many",
+    "top_k",
+]
 
 CacheStep = _core.CacheStep
 
@@ -126,6 +136,19 @@ def scan_many(
         return [scanned.result() for scanned in [pool.submit(one, b) for b in range(len(scores))]]
 
 
+def next_uses(masks: ArrayLike, n_columns: int) -> NDArray[np.int32]:
+    """For every selected column the next token whose mask has it, -1 where there is none: what `belady` must know.
+
+    Args:
+        masks: [T, k] integers in [0, n_columns).
+        n_columns: columns of the region.
+
+    Raises:
+        ConfigError: a column out of range.
+    """
+    return _core.next_uses(_of_shape("masks", np.ascontiguousarray(masks, dtype=np.int32), 2), n_columns)
+
+
 class ColumnCache(_core.ColumnCache):
     """Which columns of a region are in DRAM slots, and what a policy keeps.
 
@@ -136,6 +159,8 @@ class ColumnCache(_core.ColumnCache):
     - `lfu`: by the count of uses, of all columns, cached or not.
     - `lfu-decay`: the same, every count first multiplied by `decay` at each token (fp32; below 2^-100 it becomes 0).
     - `static`: never admits; contents come from `pin`.
+    - `belady`: by the next token that uses the column, which `step` must be told: the fewest misses possible in a region
+      (L. A. Belady, IBM Systems Journal 5(2), 1966). For recorded masks, which do not depend on the cache.
 
     Admitted columns take, in ascending order, the free slots, lowest first, then the slots freed by this step, lowest
     first. Use counts saturate at 2^31 - 1; `lfu-decay` at decay 1 stops counting at 2^24.
@@ -143,8 +168,11 @@ class ColumnCache(_core.ColumnCache):
     Args:
         n_columns: columns of the region, at least 1.
         capacity: slots, in [0, n_columns].
-        policy: "lru", "lfu", "lfu-decay" or "static".
+        policy: "lru", "lfu", "lfu-decay", "static" or "belady".
         decay: in (0, 1], used by lfu-decay alone.
+        admission: "best", as above; or "always", as textbooks and other simulators have it: one column a step, every miss
+            enters, the worst of those cached before leaves (of equals the least recently used), and uses are counted of
+            cached columns only.
 
     Raises:
         ConfigError: an unknown policy, or capacity or decay out of range.
@@ -153,21 +181,25 @@ class ColumnCache(_core.ColumnCache):
     cached), both copies; counters `hits`, `misses`, `evictions`, `admissions` in columns.
     """
 
-    def step(self, mask: ArrayLike, counted: bool = True) -> CacheStep:
+    def step(self, mask: ArrayLike, counted: bool = True, next_use: ArrayLike | None = None) -> CacheStep:
         """One token that uses the columns of `mask`.
 
         Args:
             mask: [k] integers, ascending, without repeats, in [0, n_columns); k may exceed the capacity.
             counted: False moves contents and history but no counter.
+            next_use: [k], belady alone: the next token that uses each column of the mask, -1 for none (`next_uses`).
 
         Returns:
             `n_hits`; `misses` [m] int32, ascending; `admissions` [a, 3] int32 rows (column, slot, evicted column or -1
             where the slot was free), ascending by column.
 
         Raises:
-            ConfigError: a column out of range or out of order; the cache is as before.
+            ConfigError: a column out of range or out of order, belady without next uses, more than one column under
+                admission `always`; the cache is as before.
         """
-        return super().step(_columns("mask", mask), counted)
+        return super().step(
+            _columns("mask", mask), counted, None if next_use is None else _columns("next_use", next_use)
+        )
 
     def pin(self, columns: ArrayLike) -> None:
         """Replaces the contents by `columns`, in slots 0, 1, ...; history and counters stay.
@@ -219,17 +251,28 @@ def reference_top_k(scores: ArrayLike, k: int, gamma: float = 1.0, cached: Array
 class ReferenceCache:
     """What `ColumnCache` must do, by its definition, in plain Python. The oracle of the tests; no checks."""
 
-    def __init__(self, n_columns: int, capacity: int, policy: str, decay: float = 0.99) -> None:
+    def __init__(
+        self, n_columns: int, capacity: int, policy: str, decay: float = 0.99, admission: str = "best"
+    ) -> None:
         self.capacity, self.policy, self.decay = capacity, policy, np.float32(decay)
+        self.admission = admission
+        self.last_use = [0] * n_columns
         self.slots: dict[int, int] = {}  # column -> slot
         self.value: NDArray[Any] = np.zeros(n_columns, dtype=np.float32 if policy == "lfu-decay" else np.int64)
         self.token = self.hits = self.misses = self.evictions = self.admissions = 0
 
-    def step(self, mask: list[int], counted: bool = True) -> tuple[int, list[int], list[tuple[int, int, int]]]:
+    def step(
+        self, mask: list[int], counted: bool = True, next_use: list[int] | None = None
+    ) -> tuple[int, list[int], list[tuple[int, int, int]]]:
         """(hits, misses, admissions as (column, slot, evicted or -1)) of one token."""
         misses = [j for j in mask if j not in self.slots]
-        self._use(mask)
-        admissions = [] if self.policy == "static" else self._admit(misses)
+        self._use(mask, next_use or [])
+        if self.policy == "static" or self.capacity == 0:
+            admissions = []
+        elif self.admission == "always":
+            admissions = self._admit_always(misses)
+        else:
+            admissions = self._admit(misses)
         if counted:
             self.hits += len(mask) - len(misses)
             self.misses += len(misses)
@@ -237,13 +280,30 @@ class ReferenceCache:
             self.evictions += sum(evicted >= 0 for _, _, evicted in admissions)
         return len(mask) - len(misses), misses, admissions
 
-    def _use(self, mask: list[int]) -> None:
+    def _use(self, mask: list[int], next_use: list[int]) -> None:
         self.token += 1
+        if self.policy == "belady":
+            for j, token in zip(mask, next_use, strict=True):
+                self.value[j] = -token if token >= 0 else -(2**40)  # the nearer, the better; never is the worst
+            return
         if self.policy == "lfu-decay":
             self.value *= self.decay
             self.value[self.value < np.float32(2.0**-100)] = 0
         for j in mask:
             self.value[j] = self.token if self.policy == "lru" else self.value[j] + 1
+            self.last_use[j] = self.token
+
+    def _admit_always(self, misses: list[int]) -> list[tuple[int, int, int]]:
+        if not misses:
+            return []
+        if len(self.slots) < self.capacity:
+            self.slots[misses[0]] = len(self.slots)
+            return [(misses[0], self.slots[misses[0]], -1)]
+        evicted = min(self.slots, key=lambda j: (self.value[j], self.last_use[j]))
+        if self.policy != "lru":
+            self.value[evicted] = 0
+        self.slots[misses[0]] = self.slots.pop(evicted)
+        return [(misses[0], self.slots[misses[0]], evicted)]
 
     def _admit(self, misses: list[int]) -> list[tuple[int, int, int]]:
         best = sorted([*self.slots, *misses], key=lambda j: (-self.value[j], j not in self.slots, j))[: self.capacity]

@@ -50,6 +50,7 @@ DEFAULT_MLP_DRAM = "50%"
 # Tried in this order until the budget holds: tokens a prefill block, buffers of the weight ring.
 _BLOCKS_AND_SLOTS = ((256, 8), (64, 8), (64, 4), (16, 4), (16, 2))
 _CHUNK_BYTES = 1 << 20
+_SLOT_BOOK_BYTES = 20  # of a slot beside its record: `ColumnCache::bytes`
 _MLP_PARTS = ("calibration", "pinned", "slots", "staging", "bookkeeping")  # of the native plan
 
 _Densities = npt.NDArray[np.float64]  # of input and GLU columns by layer, [n_layers, 2]
@@ -103,6 +104,9 @@ class EngineConfig:
         reader, isa: "auto" or a fixed choice.
         cold: prefill leaves the column caches as they are.
         trace: file for what every token did to every region (docs/trace-format.md).
+        trace_scores: whether the trace holds every column's score, several times the size of its masks.
+        split: how slots are shared out, for dip and dip-ca: a weight by region (layer 0 input, layer 0 GLU, ...); the
+            share of its columns that a region caches is proportional to it, up to all. None: the same share everywhere.
     """
 
     method: str = "dip"
@@ -121,6 +125,8 @@ class EngineConfig:
     isa: str = "auto"
     cold: bool = False
     trace: Path | None = None
+    trace_scores: bool = True
+    split: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("method", METHODS), ("cache", CACHES), ("reader", READERS)):
@@ -152,6 +158,12 @@ class EngineConfig:
             )
         if self.trace is not None and not self.prunes:
             raise ConfigError(f"a trace records masks, which {self.method} does not have: use --method dip or dip-ca")
+
+        if self.split is not None:
+            if not self.prunes:
+                raise ConfigError(f"a split shares out column slots, which {self.method} does not have: drop it")
+            if not all(0 <= weight < float("inf") for weight in self.split) or sum(self.split) <= 0:
+                raise ConfigError("a split has weights that are negative or not finite, or all are 0: give one a region")
 
     @property
     def prunes(self) -> bool:
@@ -341,10 +353,34 @@ class _Planner:
             columns = [region["n_columns"] for region in self.regions]
             empty, full = self.parts(options), self.parts({**options, "capacity": columns})
             cost = sum(full[name] - empty[name] for name in ("slots", "bookkeeping"))
-            options["capacity"] = [int(min(1.0, room / cost) * n) for n in columns]
+            if self.config.split is None:
+                options["capacity"] = [int(min(1.0, room / cost) * n) for n in columns]
+            else:
+                options["capacity"] = self.split_slots(self.config.split, room)
         elif self.base["residency"] == "stream":
             options["pinned"] = _spread([-(-region["bytes"] // 4096) * 4096 for region in self.regions], room)
         return options
+
+    def split_slots(self, weights: Sequence[float], room: int) -> list[int]:
+        """Capacities proportional to columns x weight, up to all columns, that together take `room` bytes at most."""
+        if len(weights) != len(self.regions):
+            raise ConfigError(
+                f"the split has {len(weights)} weights and the model {len(self.regions)} regions: it is for another model"
+            )
+        slot = [region["record_bytes"] + _SLOT_BOOK_BYTES for region in self.regions]
+
+        def capacities(scale: float) -> list[int]:
+            return [
+                int(min(1.0, scale * weight) * region["n_columns"])
+                for weight, region in zip(weights, self.regions, strict=True)
+            ]
+
+        low, high = 0.0, 1.0 / min(weight for weight in weights if weight > 0)
+        for _ in range(60):  # the largest scale that fits, to the last bit of the mantissa
+            middle = (low + high) / 2
+            fits = sum(c * b for c, b in zip(capacities(middle), slot, strict=True)) <= room
+            low, high = (middle, high) if fits else (low, middle)
+        return capacities(low)
 
     def settings(self) -> list[dict[str, Any]]:
         """Options to choose from, most comfortable first: tokens a prefill block, buffers of the weight ring."""
@@ -469,7 +505,12 @@ class Engine:
 
     @classmethod
     def open(
-        cls, path: str | Path, config: EngineConfig | None = None, on_plan: Callable[[Plan], None] | None = None
+        cls,
+        path: str | Path,
+        config: EngineConfig | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
+        *,
+        simulated: bool = False,
     ) -> Engine:
         """Plans, then loads.
 
@@ -477,6 +518,8 @@ class Engine:
             path: bundle directory.
             config: how to run it.
             on_plan: called with the plan before anything is loaded.
+            simulated: dip and dip-ca only: masks, caches, counters and traces are those of a run under the budget, but
+                all weights are in DRAM and nothing is read from flash; `configure` then changes masks and caches.
 
         Raises:
             BundleError: damaged or newer bundle.
@@ -496,7 +539,10 @@ class Engine:
         plan = _Planner(bundle, config, _rss_bytes(), densities, vectors).plan()
         if on_plan is not None:
             on_plan(plan)
-        decoder = _core.Decoder(bundle.header, str(bundle.path), plan.options | vectors)
+        if simulated and not config.prunes:
+            raise ConfigError(f"{config.method} has no masks and no caches to simulate: use dip or dip-ca")
+        residency = {"residency": "simulated"} if simulated else {}
+        decoder = _core.Decoder(bundle.header, str(bundle.path), plan.options | vectors | residency)
         digest = hashlib.sha256(decoder.resident_bytes().data).hexdigest()
         if digest != bundle.header["files"]["resident.bin"]["sha256"]:
             raise BundleError(
@@ -510,6 +556,34 @@ class Engine:
             engine._start_trace(config.trace)
         return engine
 
+    def configure(self, config: EngineConfig) -> None:
+        """Other masks and caches for a simulated engine, which then starts anew with empty caches.
+
+        Args:
+            config: of the same context, without calibration. A trace under way is finished, its own begun.
+
+        Raises:
+            ConfigError: the engine is not simulated, or the context differs.
+        """
+        if (config.context, config.calibration) != (self.config.context, None):
+            raise ConfigError(
+                f"a context of {config.context} or a calibration cannot be changed (context {self.config.context}): "
+                "open another engine"
+            )
+        self._finish_trace()
+        densities = _densities(config, self.bundle.model.n_layers, None)
+        plan = _Planner(self.bundle, config, self.plan.parts["host"], densities, _vectors(None)).plan()
+        options = plan.options
+        self._decoder.configure(
+            options["k"], options["gamma"], options["cache"], options["cache_decay"], options["capacity"]
+        )
+        self.config, self.plan, self.densities = config, plan, _mean(densities)
+        self.reset()
+        if config.cache == "static" and config.cold:
+            self._decoder.pin_static()
+        if config.trace is not None:
+            self._start_trace(config.trace)
+
     def _start_trace(self, path: Path) -> None:
         header = {
             "format": "dipper-trace",
@@ -519,6 +593,8 @@ class Engine:
             "gamma": self.config.effective_gamma,
             "densities": self.densities,
             "cache": self.config.cache,
+            "cache_decay": self.config.cache_decay,
+            "block_tokens": self.plan.options["block_tokens"],
             "regions": [
                 {
                     "layer": r["layer"],
@@ -538,7 +614,7 @@ class Engine:
             ],
         }
         self._trace_partial = path.with_name(path.name + ".partial")
-        self._decoder.start_trace(str(self._trace_partial), json.dumps(header))
+        self._decoder.start_trace(str(self._trace_partial), json.dumps(header), self.config.trace_scores)
 
     def __enter__(self) -> Engine:
         return self
@@ -559,14 +635,20 @@ class Engine:
         """
         if self._decoder is None:
             return
-        decoder, self._decoder = self._decoder, None
+        try:
+            self._finish_trace()
+        finally:
+            self._decoder = None
+
+    def _finish_trace(self) -> None:
         if self._trace_partial is None or self.config.trace is None:
             return
+        partial, self._trace_partial = self._trace_partial, None
         try:
-            decoder.finish_trace()
-            os.replace(self._trace_partial, self.config.trace)
+            self._decoder.finish_trace()
+            os.replace(partial, self.config.trace)
         finally:
-            self._trace_partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     @property
     def n_past(self) -> int:

@@ -22,25 +22,29 @@ from .errors import ConfigError
 __all__ = ["Frame", "read_trace"]
 
 _MAGIC = b"DIPTRACE"
-_VERSION = 1
-_FRAME = struct.Struct("<6I2Q")
+_VERSION = 2
+_FRAME = struct.Struct("<2IiI4I2Q")
 _READ = np.dtype([("offset", "<u8"), ("bytes", "<u4")])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Frame:
     """One token at one region.
 
     Attributes:
-        token: position in the sequence.
+        is_prompt: the mask warmed the cache in prefill; nothing was read or counted.
+        position: of the token in its sequence.
+        token: its id.
         region: index into the header's regions.
         mask: selected columns, ascending int32 [n_selected].
         hit: bool [n_selected], cached before the token.
         reads: ranges read, structured [n_reads] of (offset, bytes).
-        scores: magnitudes of every column before gamma, f32 [n_columns].
+        scores: magnitudes of every column before gamma, f32 [n_columns]; empty in a trace without scores.
         flash_bytes, useful_bytes: asked of the disk; records that were missing.
     """
 
+    is_prompt: bool
+    position: int
     token: int
     region: int
     mask: npt.NDArray[np.int32]
@@ -77,7 +81,9 @@ def _frames(file: BinaryIO, path: str | Path) -> Iterator[Frame]:
         while head := file.read(_FRAME.size):
             if len(head) < _FRAME.size:
                 raise ConfigError(f"{path} ends inside a frame: the trace is cut, record it again")
-            token, region, n_selected, _, n_reads, n_scores, flash_bytes, useful_bytes = _FRAME.unpack(head)
+            phase, position, token, region, n_selected, _, n_reads, n_scores, flash_bytes, useful_bytes = _FRAME.unpack(
+                head
+            )
 
             def take(dtype: Any, count: int) -> npt.NDArray[Any]:
                 data = file.read(np.dtype(dtype).itemsize * count)
@@ -88,5 +94,14 @@ def _frames(file: BinaryIO, path: str | Path) -> Iterator[Frame]:
             mask = take("<i4", n_selected)
             hit = take("u1", n_selected).astype(bool)
             yield Frame(
-                token, region, mask, hit, take(_READ, n_reads), take("<f4", n_scores), flash_bytes, useful_bytes
+                is_prompt=phase == 0,
+                position=position,
+                token=token,
+                region=region,
+                mask=mask,
+                hit=hit,
+                reads=take(_READ, n_reads),
+                scores=take("<f4", n_scores),
+                flash_bytes=flash_bytes,
+                useful_bytes=useful_bytes,
             )

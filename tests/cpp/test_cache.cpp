@@ -147,7 +147,7 @@ struct BruteCache {
   struct Result {
     int32_t n_hits = 0;
     Columns misses;
-    std::vector<ColumnCache::Admission> admissions;
+    std::vector<Admission> admissions;
   };
 
   Result step(const Columns& mask) {
