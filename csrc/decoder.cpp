@@ -436,6 +436,7 @@ void Decoder::forward(std::span<const int32_t> tokens, const ForwardRequest& req
                       tokens.data() + first};
     run_layers(static_cast<int32_t>(n), &block);
     n_past_ += static_cast<int32_t>(n);
+    if (request.logits == nullptr && request.nll == nullptr) continue;
     for (size_t at = 0; at < n; at += kHeadTokens) {
       const auto rows = static_cast<int32_t>(std::min<size_t>(kHeadTokens, n - at));
       run_head(x_ + static_cast<int64_t>(at) * m.hidden, rows, logits_);

@@ -61,6 +61,15 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
   return memory;
 }
 
+ReaderCounters stream_reads(const Model& model, const MlpOptions& options) {
+  ReaderCounters c;
+  for (const StreamChunk& chunk : make_chunks(model, streamed_regions(model, options), options.stream_chunk_bytes)) {
+    ++c.reads;
+    c.bytes += chunk.bytes;
+  }
+  return c;
+}
+
 uint64_t GluMlp::scratch_bytes(const Model& model, int32_t block_tokens) {
   const auto wide = static_cast<uint64_t>(padded_rows(model.intermediate));
   const auto columns = static_cast<uint64_t>(std::max(model.intermediate, model.hidden));

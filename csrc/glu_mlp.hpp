@@ -59,6 +59,8 @@ struct MlpMemory {
   uint64_t bookkeeping = 0;
 };
 MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options);
+// What streaming once all that is not held reads from flash.
+ReaderCounters stream_reads(const Model& model, const MlpOptions& options);
 
 // Seconds of the calling thread by stage.
 struct Ledger {

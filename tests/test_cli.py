@@ -503,10 +503,10 @@ def test_pull_prints_the_path(monkeypatch, capsys):
 
 
 def test_doctor_prints_what_it_found(monkeypatch, capsys):
-    from dipper import device
+    from dipper import doctor
 
-    monkeypatch.setattr(device, "doctor", lambda path: {"path": str(path)})
-    monkeypatch.setattr(device, "format_doctor", lambda found: f"at {found['path']}")
+    monkeypatch.setattr(doctor, "doctor", lambda path: {"path": str(path)})
+    monkeypatch.setattr(doctor, "format_doctor", lambda found: f"at {found['path']}")
     assert main(["doctor", "x"]) == 0
     assert capsys.readouterr().out == "at x\n"
     assert main(["doctor", "x", "--json"]) == 0

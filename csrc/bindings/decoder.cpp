@@ -385,7 +385,12 @@ void bind_decoder(nb::module_& m) {
       "plan_memory",
       [](const nb::dict& header, const std::string& directory, const nb::dict& options) {
         const std::unique_ptr<Model> model = Reader(header, directory).read();
-        return plan_dict(plan_memory(*model, options_of(options, *model)));
+        const DecoderOptions o = options_of(options, *model);
+        nb::dict d = plan_dict(plan_memory(*model, o));
+        const ReaderCounters stream = stream_reads(*model, o.mlp);
+        d["stream_reads"] = stream.reads;
+        d["stream_bytes"] = stream.bytes;
+        return d;
       },
       nb::arg("header"), nb::arg("directory"), nb::arg("options"));
 
@@ -419,6 +424,13 @@ void bind_decoder(nb::module_& m) {
            })
       .def("logits", &logits_of)
       .def("losses", &losses_of)
+      .def("advance",
+           [](Decoder& self, const Tokens& tokens) {
+             ForwardRequest request;
+             request.kind = BlockMasks::Kind::kOwn;
+             nb::gil_scoped_release released;
+             self.forward({tokens.data(), tokens.size()}, request);
+           })
       .def("reset", &Decoder::reset)
       .def("reset_cache", &Decoder::reset_cache)
       .def("pin_static", &Decoder::pin_static)

@@ -196,7 +196,7 @@ def measure(case: BenchCase) -> Measurement:
 
 def _drop_page_cache(bundle: Path) -> list[str]:
     """Drops a bundle's files from the page cache; says so where its columns stay there all the same."""
-    from dipper.device import drop_page_cache, page_cache_share
+    from dipper.doctor import drop_page_cache, page_cache_share
 
     for file in sorted(bundle.iterdir()):
         if file.is_file():

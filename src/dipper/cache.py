@@ -159,8 +159,8 @@ class ColumnCache(_core.ColumnCache):
     - `lfu`: by the count of uses, of all columns, cached or not.
     - `lfu-decay`: the same, every count first multiplied by `decay` at each token (fp32; below 2^-100 it becomes 0).
     - `static`: never admits; contents come from `pin`.
-    - `belady`: by the next token that uses the column, which `step` must be told: the fewest misses possible in a region
-      (L. A. Belady, IBM Systems Journal 5(2), 1966). For recorded masks, which do not depend on the cache.
+    - `belady`: by the next token that uses the column, which `step` must be told: the fewest misses possible in a
+      region (L. A. Belady, IBM Systems Journal 5(2), 1966). For recorded masks, which do not depend on the cache.
 
     Admitted columns take, in ascending order, the free slots, lowest first, then the slots freed by this step, lowest
     first. Use counts saturate at 2^31 - 1; `lfu-decay` at decay 1 stops counting at 2^24.
@@ -170,9 +170,9 @@ class ColumnCache(_core.ColumnCache):
         capacity: slots, in [0, n_columns].
         policy: "lru", "lfu", "lfu-decay", "static" or "belady".
         decay: in (0, 1], used by lfu-decay alone.
-        admission: "best", as above; or "always", as textbooks and other simulators have it: one column a step, every miss
-            enters, the worst of those cached before leaves (of equals the least recently used), and uses are counted of
-            cached columns only.
+        admission: "best", as above; or "always", as textbooks and other simulators have it: one column a step, every
+            miss enters, the worst of those cached before leaves (of equals the least recently used), and uses are
+            counted of cached columns only.
 
     Raises:
         ConfigError: an unknown policy, or capacity or decay out of range.

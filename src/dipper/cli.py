@@ -836,15 +836,15 @@ def doctor(
     Examples:
       dipper doctor smollm2.dipper
     """
-    from dipper import device
+    from dipper import doctor as machine
 
-    found = device.doctor(path)
+    found = machine.doctor(path)
     if as_json:
         print(json.dumps(found))
         return
     from rich.console import Console
 
-    Console().print(device.format_doctor(found))
+    Console().print(machine.format_doctor(found))
 
 
 # ------------------------------------------------------------------------------------------------ what verbs share

@@ -39,7 +39,7 @@ from .cache import n_selected
 from .calibration import Calibration
 from .errors import BudgetError, BundleError, ConfigError
 
-__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan", "parse_bytes"]
+__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan", "parse_bytes", "plan_run"]
 
 METHODS = ("dense-resident", "dense-stream", "dip", "dip-ca")
 CACHES = ("lru", "lfu", "lfu-decay", "static")
@@ -163,7 +163,9 @@ class EngineConfig:
             if not self.prunes:
                 raise ConfigError(f"a split shares out column slots, which {self.method} does not have: drop it")
             if not all(0 <= weight < float("inf") for weight in self.split) or sum(self.split) <= 0:
-                raise ConfigError("a split has weights that are negative or not finite, or all are 0: give one a region")
+                raise ConfigError(
+                    "a split has weights that are negative or not finite, or all are 0: give one a region"
+                )
 
     @property
     def prunes(self) -> bool:
@@ -200,6 +202,8 @@ class Plan:
         mlp_bits_per_weight: `mlp_bytes` in bits per MLP weight.
         cached_fraction: share of MLP columns that slots or pinned regions hold.
         minimum_bytes: the smallest process budget that this bundle, method and context work with.
+        stream_reads, stream_bytes: what streaming the MLP once reads from flash: a token of dense-stream, a block of
+            tokens in prefill.
         options: what the native decoder is built with, a calibration's vectors aside.
     """
 
@@ -210,6 +214,8 @@ class Plan:
     mlp_bits_per_weight: float
     cached_fraction: float
     minimum_bytes: int
+    stream_reads: int
+    stream_bytes: int
     options: dict[str, Any] = field(repr=False)
 
     @property
@@ -312,8 +318,11 @@ class _Planner:
         self.region_bytes = sum(region["bytes"] for region in self.regions)
         self.mlp_weights = bundle.mlp_weights
 
+    def native(self, options: dict[str, Any]) -> dict[str, int]:
+        return _core.plan_memory(self.bundle.header, str(self.bundle.path), options | self.vectors)
+
     def parts(self, options: dict[str, Any]) -> dict[str, int]:
-        native = _core.plan_memory(self.bundle.header, str(self.bundle.path), options | self.vectors)
+        native = self.native(options)
         return {
             "host": self.host_bytes,
             "resident": native["resident"] - self.scale_bytes,
@@ -365,7 +374,7 @@ class _Planner:
         """Capacities proportional to columns x weight, up to all columns, that together take `room` bytes at most."""
         if len(weights) != len(self.regions):
             raise ConfigError(
-                f"the split has {len(weights)} weights and the model {len(self.regions)} regions: it is for another model"
+                f"the split has {len(weights)} weights, the model {len(self.regions)} regions: it is for another model"
             )
         slot = [region["record_bytes"] + _SLOT_BOOK_BYTES for region in self.regions]
 
@@ -423,8 +432,13 @@ class _Planner:
             mlp_bits_per_weight=8 * self.mlp_bytes(parts) / self.mlp_weights,
             cached_fraction=held / self.region_bytes,
             minimum_bytes=self.smallest(),
+            **self.streamed(options),
             options=options,
         )
+
+    def streamed(self, options: dict[str, Any]) -> dict[str, int]:
+        native = self.native(options)
+        return {name: native[name] for name in ("stream_reads", "stream_bytes")}
 
     def smallest(self) -> int:
         return sum(self.parts(self.settings()[-1]).values())
@@ -467,6 +481,21 @@ def _spread(sizes: Sequence[int], room: int) -> list[int]:
             pinned[i] = 1
             held += size
     return pinned
+
+
+def plan_run(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) -> Plan:
+    """Every byte that a run would hold, without loading anything; for the simulator also of bundles without weights.
+
+    Args:
+        bundle, config: as `Engine.open`; a calibration is not taken.
+        host_bytes: what the process holds before any weight; None: what this one does.
+
+    Raises:
+        BudgetError: the budget is below the smallest that works.
+    """
+    densities = _densities(config, bundle.model.n_layers, None)
+    host = _rss_bytes() if host_bytes is None else host_bytes
+    return _Planner(bundle, config, host, densities, _vectors(None)).plan()
 
 
 def _rss_bytes() -> int:
@@ -556,11 +585,12 @@ class Engine:
             engine._start_trace(config.trace)
         return engine
 
-    def configure(self, config: EngineConfig) -> None:
+    def configure(self, config: EngineConfig, capacity: Sequence[int] | None = None) -> None:
         """Other masks and caches for a simulated engine, which then starts anew with empty caches.
 
         Args:
             config: of the same context, without calibration. A trace under way is finished, its own begun.
+            capacity: slots by region, instead of what the configuration's budget gives.
 
         Raises:
             ConfigError: the engine is not simulated, or the context differs.
@@ -570,14 +600,14 @@ class Engine:
                 f"a context of {config.context} or a calibration cannot be changed (context {self.config.context}): "
                 "open another engine"
             )
-        self._finish_trace()
-        densities = _densities(config, self.bundle.model.n_layers, None)
-        plan = _Planner(self.bundle, config, self.plan.parts["host"], densities, _vectors(None)).plan()
-        options = plan.options
+        self.finish_trace()
+        plan = plan_run(self.bundle, config, self.plan.parts["host"])
+        options = plan.options | ({} if capacity is None else {"capacity": list(capacity)})
         self._decoder.configure(
             options["k"], options["gamma"], options["cache"], options["cache_decay"], options["capacity"]
         )
-        self.config, self.plan, self.densities = config, plan, _mean(densities)
+        self.config, self.plan = config, plan
+        self.densities = _mean(_densities(config, self.bundle.model.n_layers, None))
         self.reset()
         if config.cache == "static" and config.cold:
             self._decoder.pin_static()
@@ -636,11 +666,16 @@ class Engine:
         if self._decoder is None:
             return
         try:
-            self._finish_trace()
+            self.finish_trace()
         finally:
             self._decoder = None
 
-    def _finish_trace(self) -> None:
+    def finish_trace(self) -> None:
+        """Ends a trace under way before the engine closes: it gets its final name.
+
+        Raises:
+            FlashError: it could not all be written; nothing has its name.
+        """
         if self._trace_partial is None or self.config.trace is None:
             return
         partial, self._trace_partial = self._trace_partial, None
@@ -734,6 +769,10 @@ class Engine:
             inputs, glus = ([np.ascontiguousarray(layer[i], np.uint8) for layer in masks] for i in range(2))
             logits = self._decoder.logits(ids, "forced", inputs, glus)
         return logits
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Takes tokens through their own masks and cache steps, as `logits` does, and tells nothing but counters."""
+        self._decoder.advance(np.asarray(tokens, np.int32))
 
     def score(self, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
         """Negative log-likelihood of tokens[1:], every token through its own mask and cache step, [T - 1].

@@ -20,15 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dipper import __version__
-from dipper.bundle import (
-    ALIGNMENT,
-    REGION_MATRICES,
-    RESIDENT_ALIGNMENT,
-    VERSION,
-    embedding_fields,
-    header_bytes,
-)
+from dipper.bundle import ALIGNMENT, header_bytes
 from dipper.checkpoint import Checkpoint, open_checkpoint
 from dipper.errors import BundleError, CheckpointError, ConfigError
 from dipper.glu import Model, Part, read_model
@@ -45,6 +37,7 @@ from dipper.grid import (
     quantised_grid,
     tile_sizes,
 )
+from dipper.layout import is_mlp, layout, round_up
 
 __all__ = ["Progress", "write_bundle"]
 
@@ -63,7 +56,12 @@ def write_bundle(
     checkpoint = open_checkpoint(source)
     model = read_model(checkpoint)
     targets = _target_grids(checkpoint, model, bits)
-    header = _layout(model, targets)
+    header = layout(
+        model.config,
+        {name: len(vector) for name, vector in model.vectors.items()},
+        {name: part.shape for name, part in model.parts.items()},
+        targets,
+    )
     _check_space(out, header)
     with _partial_directory(out) as partial:
         if tokenizer:  # first: a source without one should fail before minutes of work
@@ -75,10 +73,6 @@ def write_bundle(
 
 
 # --- what each tensor becomes ----------------------------------------------------------------------------------------
-
-
-def _is_mlp(name: str) -> bool:
-    return name.endswith((".gate", ".up", ".down"))
 
 
 def _target_grids(checkpoint: Checkpoint, model: Model, bits: str) -> dict[str, Grid]:
@@ -96,11 +90,11 @@ def _target_grid(name: str, part: Part, bits: str) -> Grid:
     half = own if own.codes == "bf16" else Grid(codes="f16")
     if name == "embedding":
         return half if own.is_float else own
-    if bits == "16" and _is_mlp(name):
+    if bits == "16" and is_mlp(name):
         return half
     if not own.is_float:
         return own
-    return quantised_grid(int(bits) if _is_mlp(name) else 8, part.shape[1])
+    return quantised_grid(int(bits) if is_mlp(name) else 8, part.shape[1])
 
 
 def _refuse_requantising(checkpoint: Checkpoint, matrices: dict[str, Part], bits: str) -> None:
@@ -130,116 +124,6 @@ def _recoded_slices(part: Part, target: Grid) -> Iterator[tuple[int, CodedRows]]
     """(first row, rows in the target grid), in slices of whole tiles."""
     for start, rows in part.slices():
         yield start, _recode(rows, part.grid, target, part)
-
-
-# --- layout ----------------------------------------------------------------------------------------------------------
-
-
-class _Allocator:
-    """Hands out offsets of one file."""
-
-    def __init__(self) -> None:
-        self.end = 0
-
-    def take(self, n_bytes: int, alignment: int) -> int:
-        offset = _round_up(self.end, alignment)
-        self.end = offset + n_bytes
-        return offset
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _layout(model: Model, targets: dict[str, Grid]) -> dict[str, Any]:
-    """The header with every offset and size, before checksums and tokenizer files."""
-    resident, flash = _Allocator(), _Allocator()
-    tensors: dict[str, Any] = {}
-    regions: list[dict[str, Any]] = []
-    names = sorted((n for n in model.parts if "layers" not in n and n != "embedding"), key=lambda n: n == "head")
-    for name, vector in model.vectors.items():
-        tensors[name] = _place_vector(len(vector), resident)
-    for name in names:
-        tensors[name] = _place_tensor(model.parts[name], targets.get(name), resident)
-    for layer in range(model.config.n_layers):
-        prefix = f"layers.{layer}."
-        for name in (n for n in model.parts if n.startswith(prefix) and not _is_mlp(n)):
-            tensors[name] = _place_tensor(model.parts[name], targets.get(name), resident)
-        for kind in REGION_MATRICES:
-            regions.append(_place_region(model, targets, layer, kind, resident, flash))
-    embedding = None if model.config.tied else _place_embedding(model.parts["embedding"], targets["embedding"], flash)
-    files = {
-        "resident.bin": {"bytes": _round_up(resident.end, ALIGNMENT)},
-        "flash.bin": {"bytes": _round_up(flash.end, ALIGNMENT)},
-    }
-    return {
-        "format": "dipper-bundle", "version": VERSION, "created_by": f"dipper {__version__}", "alignment": ALIGNMENT,
-        "model": model.config.to_json(), "files": files, "tensors": tensors, "regions": regions, "embedding": embedding,
-    }  # fmt: skip
-
-
-def _place_vector(length: int, resident: _Allocator) -> dict[str, Any]:
-    return {"kind": "vector", "shape": [length], "offset": resident.take(4 * length, RESIDENT_ALIGNMENT)}
-
-
-def _place_tensor(part: Part, grid: Grid | None, resident: _Allocator) -> dict[str, Any]:
-    if grid is None:
-        return _place_vector(part.shape[0], resident)
-    n_rows, n_inputs = part.shape
-    n_bytes = n_inputs * sum(plane_bytes(n_rows, bits) for bits, _ in grid.planes)
-    return {
-        "kind": "matrix",
-        "shape": [n_rows, n_inputs],
-        **grid.to_json(),
-        "offset": resident.take(n_bytes, RESIDENT_ALIGNMENT),
-        "bytes": n_bytes,
-        "scales": _place_scales(grid, n_rows, n_inputs, resident),
-    }
-
-
-def _place_scales(grid: Grid, n_rows: int, n_inputs: int, resident: _Allocator) -> dict[str, Any]:
-    scales = {}
-    for name, dtype, n_entries in grid.scale_arrays(n_inputs):
-        n_bytes = n_entries * padded_rows(n_rows) * dtype.itemsize
-        scales[name] = {"offset": resident.take(n_bytes, RESIDENT_ALIGNMENT), "bytes": n_bytes}
-    return scales
-
-
-def _place_region(
-    model: Model, targets: dict[str, Grid], layer: int, kind: str, resident: _Allocator, flash: _Allocator
-) -> dict[str, Any]:
-    matrices = []
-    record_bytes = 0
-    for name in REGION_MATRICES[kind]:
-        full = f"layers.{layer}.{name}"
-        grid, (n_rows, n_columns) = targets[full], model.parts[full].shape
-        planes = []
-        for bits, shift in grid.planes:
-            planes.append({"bits": bits, "shift": shift, "kind": "codes", "tier": "flash", "offset": record_bytes})
-            record_bytes += plane_bytes(n_rows, bits)
-        scales = {"tier": "resident", **_place_scales(grid, n_rows, n_columns, resident)}
-        matrices.append({"name": name, "rows": n_rows, **grid.to_json(), "planes": planes, "scales": scales})
-    for matrix in matrices:
-        for plane in matrix["planes"]:
-            plane["stride"] = record_bytes
-    n_bytes = n_columns * record_bytes
-    return {
-        "layer": layer, "kind": kind, "n_columns": n_columns, "columns_per_unit": 1, "order": None,
-        "offset": flash.take(n_bytes, ALIGNMENT), "record_bytes": record_bytes, "bytes": n_bytes, "matrices": matrices,
-    }  # fmt: skip
-
-
-def _place_embedding(part: Part, grid: Grid, flash: _Allocator) -> dict[str, Any]:
-    n_rows, n_inputs = part.shape
-    row_bytes = sum(embedding_fields(grid, n_inputs))
-    n_bytes = n_rows * row_bytes
-    return {
-        "rows": n_rows,
-        "row_bytes": row_bytes,
-        "offset": flash.take(n_bytes, ALIGNMENT),
-        "bytes": n_bytes,
-        **grid.to_json(),
-    }
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -352,7 +236,7 @@ def _write_region(
     flash.pad_to(region["offset"])
     flash.take_digest()
     flash.write(records)
-    flash.pad_to(_round_up(flash.position, ALIGNMENT))
+    flash.pad_to(round_up(flash.position, ALIGNMENT))
     region["sha256"] = flash.take_digest()
 
 
@@ -366,7 +250,7 @@ def _write_embedding(entry: dict[str, Any], part: Part, grid: Grid, flash: _Sink
             np.ascontiguousarray(rows.scales[name]).view(np.uint8) for name, _, _ in grid.scale_arrays(part.shape[1])
         ]
         flash.write(np.ascontiguousarray(np.concatenate(fields, axis=1)))
-    flash.pad_to(_round_up(flash.position, ALIGNMENT))
+    flash.pad_to(round_up(flash.position, ALIGNMENT))
     entry["sha256"] = flash.take_digest()
 
 

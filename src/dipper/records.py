@@ -35,6 +35,7 @@ __all__ = [
     "EvalRecord",
     "Provenance",
     "RunRecord",
+    "SimRecord",
     "Timing",
     "Traffic",
     "engine_fields",
@@ -314,6 +315,45 @@ class BenchRow:
             "of_limit": of_limit,
         }
         return {**self.run.as_dict(), "schema": "dipper-bench/1", **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimRecord:
+    """One setting on one device, simulated: the fields of a `RunRecord` where they mean the same."""
+
+    model: str
+    device: str
+    method: str
+    density: float | None
+    d_in: float | None
+    d_glu: float | None
+    gamma: float | None
+    cache: str | None  # also none and belady, which no engine has
+    split: str  # of the slots over regions: uniform, miss-curve or given
+    tok_per_s: float
+    tok_per_s_flat: float  # the same were a read to cost nothing beyond its bytes
+    ttft_s: float
+    hit_rate: float | None
+    flash_bytes_per_token: float
+    reads_per_token: float
+    dram_bytes: dict[str, int]
+    dram_budget_bytes: int | None
+    mlp_bits_per_weight: float
+    cached_fraction: float
+    joules_per_token: float | None  # of bytes moved; None where the device's figures are not known
+    ledger_s: dict[str, float]  # over the whole decode; see LEDGER
+    io_s: float  # the reads alone
+    products_s: float  # all products alone
+    sustained_s: float  # what the disk's limits in the long run ask for
+    n_prompt: int
+    n_tokens: int
+    workload: dict[str, Any]  # kind: recorded, live, replayed, generated or dense; and where it is from
+    notes: list[str] = field(default_factory=list)
+    provenance: Provenance | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as JSON types, `schema` first."""
+        return {"schema": "dipper-sim/1", **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,780 @@
+"""What a model would do on a device: masks -> cache -> reads -> seconds, token by token and region by region.
+
+Counts come from a *workload*, which says what every token selects:
+
+    recorded    masks of the real model at gamma = 1, recorded once a density: exact for any cache and device, since
+                there masks do not depend on the cache
+    live        the real model run closed-loop under the very cache (gamma < 1): exact for that cache
+    replayed    recorded scores ranked again under another cache, although the activations would have changed: an
+                approximation
+    generated   scores of a generator fitted to real models, for models whose weights are not at hand
+
+Cache, selection, read plans and the DRAM plan are the engine's own, so with a bundle the counts are those that the
+engine would have, exactly. Seconds come from a `Device`, with the engine's overlap: a pruned region waits for what its
+reads take longer than its products, plus the products of its last block; dense streaming, whose reads depend on nothing,
+takes the longer of all reads and all products. Nothing here reads a disk or a clock.
+
+    workload = ModelWorkload(bundle, prompt, n_tokens=128)
+    settings = [Setting.plan(bundle, EngineConfig(density=0.6, mlp_dram=share)) for share in ("40%", "60%")]
+    for setting, traffic in zip(settings, workload.traffic(settings)):
+        predict(setting, traffic, Device.load("snapdragon-8-gen-3")).tok_per_s
+"""
+
+from __future__ import annotations
+
+import heapq
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from .bundle import Bundle
+from .cache import ColumnCache, next_uses, scan
+from .device import Compute, Device
+from .engine import Engine, EngineConfig, Plan, plan_run
+from .errors import ConfigError
+from .records import SimRecord, provenance
+from .trace import read_trace
+
+if TYPE_CHECKING:
+    from .generator import ScoreGenerator
+
+__all__ = [
+    "CACHES",
+    "GeneratedWorkload",
+    "ModelWorkload",
+    "Prediction",
+    "Setting",
+    "TraceWorkload",
+    "Traffic",
+    "Workload",
+    "miss_curve_split",
+    "predict",
+    "sim_record",
+]
+
+CACHES = ("none", "lru", "lfu", "lfu-decay", "static", "belady")
+LAST_BLOCK = 32  # columns whose products follow the last read
+
+_I32 = npt.NDArray[np.int32]
+_F32 = npt.NDArray[np.float32]
+_F64 = npt.NDArray[np.float64]
+
+
+# ------------------------------------------------------------------------------------------------ what is simulated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to run a bundle: the engine's configuration, its DRAM plan, and the cache policy.
+
+    Attributes:
+        bundle: real, or of a published shape.
+        config: the engine's; `config.cache` is `cache` where the engine has that policy.
+        plan: every byte of it, and the capacities.
+        cache: one of `CACHES`; none holds no column, belady knows the future.
+        alignment: bytes that a read is widened to.
+    """
+
+    bundle: Bundle
+    config: EngineConfig
+    plan: Plan
+    cache: str
+    alignment: int = 4096
+
+    @classmethod
+    def plan_for(
+        cls,
+        bundle: Bundle,
+        config: EngineConfig,
+        *,
+        cache: str | None = None,
+        host_bytes: int | None = None,
+        alignment: int = 4096,
+    ) -> Setting:
+        """Plans the DRAM as the engine does.
+
+        Args:
+            bundle, config: what is run.
+            cache: one of `CACHES`, instead of the configuration's.
+            host_bytes: of the process; None: of this one.
+            alignment: of the device's reads.
+
+        Raises:
+            ConfigError: an unknown policy; belady below gamma = 1, where nobody can know the future.
+            BudgetError: the DRAM does not hold the resident part; the smallest that does is named.
+        """
+        cache = config.cache if cache is None else cache
+        if cache not in CACHES:
+            raise ConfigError(f"cache '{cache}' is unknown: choose {', '.join(CACHES)}")
+        if cache == "belady" and config.effective_gamma < 1:
+            raise ConfigError(
+                f"belady with gamma {config.effective_gamma}: masks then depend on the cache, so there is no future "
+                "to know; use gamma 1, or another cache"
+            )
+        return cls(
+            bundle=bundle, config=config, plan=plan_run(bundle, config, host_bytes), cache=cache, alignment=alignment
+        )
+
+    @property
+    def gamma(self) -> float:
+        """Factor on the scores of columns that are not cached."""
+        return self.config.effective_gamma
+
+    @property
+    def k(self) -> tuple[int, ...]:
+        """Columns selected, by region."""
+        return tuple(self.plan.options["k"])
+
+    @property
+    def capacity(self) -> tuple[int, ...]:
+        """Slots, by region."""
+        n_regions = len(self.bundle.header["regions"])
+        return (0,) * n_regions if self.cache == "none" else tuple(self.plan.options["capacity"])
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that prefill takes at once: the first block fills a static cache."""
+        return int(self.plan.options["block_tokens"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What every token did to every region: counts [T, regions], exact integers.
+
+    Attributes:
+        selected: columns of the mask.
+        hits: of them, cached before the token.
+        admissions: columns that entered a cache.
+        reads, flash_bytes: asked of the disk for the misses.
+        embedding_reads, embedding_bytes: [T], of untied input embeddings.
+    """
+
+    selected: npt.NDArray[np.int64]
+    hits: npt.NDArray[np.int64]
+    admissions: npt.NDArray[np.int64]
+    reads: npt.NDArray[np.int64]
+    flash_bytes: npt.NDArray[np.int64]
+    embedding_reads: npt.NDArray[np.int64]
+    embedding_bytes: npt.NDArray[np.int64]
+
+    @property
+    def misses(self) -> npt.NDArray[np.int64]:
+        """Selected and not cached, [T, regions]."""
+        return self.selected - self.hits
+
+    @property
+    def n_tokens(self) -> int:
+        """Decoded tokens."""
+        return len(self.selected)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Sums over tokens and regions, under the names of the engine's counters; reads are the embedding's too."""
+        return {
+            "selected": int(self.selected.sum()),
+            "hits": int(self.hits.sum()),
+            "misses": int(self.misses.sum()),
+            "reads": int(self.reads.sum() + self.embedding_reads.sum()),
+            "flash_bytes": int(self.flash_bytes.sum() + self.embedding_bytes.sum()),
+        }
+
+
+class Workload(Protocol):
+    """What tokens select."""
+
+    n_prompt: int
+    n_tokens: int
+
+    def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
+        """Counts under each setting. Raises ConfigError for settings that this workload cannot tell about."""
+
+    def describe(self, setting: Setting) -> dict[str, Any]:
+        """Where the masks of a setting come from: `kind`, and what a reader of the result must know."""
+
+
+# ------------------------------------------------------------------------------------------------ one region
+
+
+def _cache(setting: Setting, region: int, prompt_masks: _I32 | None) -> ColumnCache:
+    """The region's cache before the first token; a static one is filled as the engine does it."""
+    n_columns, capacity = setting.bundle.header["regions"][region]["n_columns"], setting.capacity[region]
+    policy = "lru" if setting.cache == "none" else setting.cache
+    cache = ColumnCache(n_columns, capacity, policy, setting.config.cache_decay)
+    if policy != "static" or capacity == 0:
+        return cache
+    if setting.config.cold:
+        cache.pin(np.arange(capacity))
+    elif prompt_masks is not None and len(prompt_masks):
+        uses = np.bincount(prompt_masks[: setting.block_tokens].ravel(), minlength=n_columns)
+        cache.pin(np.sort(np.argsort(-uses, kind="stable")[:capacity]))
+    return cache
+
+
+def _layout(setting: Setting, region: int) -> dict[str, Any]:
+    entry = setting.bundle.header["regions"][region]
+    return {"offset": entry["offset"], "record_bytes": entry["record_bytes"], "alignment": setting.alignment}
+
+
+def _replay_masks(setting: Setting, region: int, prompt: _I32, masks: _I32) -> dict[str, Any]:
+    """Counts of one region from its masks [P, k] and [T, k], which are valid for this setting."""
+    warm = prompt[:0] if setting.config.cold else prompt
+    cache = _cache(setting, region, warm)
+    future = None
+    if setting.cache == "belady":
+        future = next_uses(np.concatenate([warm, masks]), cache.n_columns)
+    for part, at in ((warm, 0), (masks, len(warm))):
+        known = None if future is None else np.ascontiguousarray(future[at : at + len(part)])
+        counts = _core.replay_masks(
+            part, **_layout(setting, region), cache=cache, counted=part is masks, next_use=known
+        )
+    return {**counts, "selected": np.full(len(masks), masks.shape[1])}
+
+
+def _replay_scores(setting: Setting, region: int, prompt: _F32, scores: _F32) -> dict[str, Any]:
+    """Counts of one region from scores [P, n] and [T, n], the prompt's masks at gamma = 1."""
+    k = setting.k[region]
+    warm = prompt[:0] if setting.config.cold else prompt
+    if setting.cache == "belady":
+        return _replay_masks(setting, region, scan(warm, k)[0], scan(scores, k)[0])
+    cache = _cache(setting, region, scan(warm[: setting.block_tokens], k)[0] if setting.cache == "static" else None)
+    scan(warm, k, 1.0, cache, counted=False)
+    counts = _core.replay_scores(scores, k, setting.gamma, **_layout(setting, region), cache=cache)
+    return {**counts, "selected": np.full(len(scores), k)}
+
+
+def _stack(columns: Sequence[dict[str, Any]], embedding: tuple[Any, Any]) -> Traffic:
+    """Counts by region -> [T, regions]."""
+    names = ("selected", "hits", "admissions", "reads", "flash_bytes")
+    stacked = {name: np.stack([np.asarray(c[name], np.int64) for c in columns], axis=1) for name in names}
+    return Traffic(**stacked, embedding_reads=embedding[0], embedding_bytes=embedding[1])
+
+
+def _embedding(setting: Setting, tokens: npt.NDArray[Any] | None, n_tokens: int) -> tuple[Any, Any]:
+    """Reads and bytes [T] of an untied embedding: one aligned read a token; ids unknown: rows that straddle nothing."""
+    entry = setting.bundle.header["embedding"]
+    if entry is None:
+        return np.zeros(n_tokens, np.int64), np.zeros(n_tokens, np.int64)
+    step = setting.alignment
+    begin = np.zeros(n_tokens, np.int64) if tokens is None else np.asarray(tokens, np.int64) * entry["row_bytes"]
+    begin = begin + entry["offset"]
+    end = -(-(begin + entry["row_bytes"]) // step) * step
+    return np.ones(n_tokens, np.int64), end - begin // step * step
+
+
+# ------------------------------------------------------------------------------------------------ workloads
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recording:
+    """A run's masks by region: the prompt's [P, k] and the decoded tokens' [T, k]; ids of the latter [T]."""
+
+    prompt: list[_I32]
+    masks: list[_I32]
+    tokens: _I32
+
+    @classmethod
+    def of_trace(cls, path: Path, with_scores: bool = False) -> tuple[dict[str, Any], _Recording, Any]:
+        """A trace's header and masks; with scores also (prompt [P, n], decoded [T, n]) by region."""
+        header, frames = read_trace(path)
+        n = len(header["regions"])
+        masks: list[list[list[Any]]] = [[[], []] for _ in range(n)]
+        scores: list[list[list[Any]]] = [[[], []] for _ in range(n)]
+        tokens = []
+        for frame in frames:
+            if frame.region >= n:
+                raise ConfigError(f"{path} has a frame of region {frame.region}, its header {n} regions: it is damaged")
+            part = 0 if frame.is_prompt else 1
+            masks[frame.region][part].append(frame.mask)
+            if with_scores:
+                scores[frame.region][part].append(frame.scores)
+            if frame.region == 0 and not frame.is_prompt:
+                tokens.append(frame.token)
+        counts = {tuple(map(len, parts)) for parts in masks}
+        if len(counts) != 1 or not tokens:
+            raise ConfigError(f"{path} ends in the middle of a token, or has none: it is cut, record it again")
+        stack: list[list[_I32]] = [[], []]
+        for parts, region in zip(masks, header["regions"], strict=True):
+            for p in range(2):
+                rows = np.stack(parts[p]) if parts[p] else np.empty((0, region["k"]), np.int32)
+                stack[p].append(np.ascontiguousarray(rows, np.int32))
+        recording = cls(prompt=stack[0], masks=stack[1], tokens=np.array(tokens, np.int32))
+        return header, recording, scores
+
+    def traffic(self, setting: Setting) -> Traffic:
+        """Counts under a setting for which the masks are valid."""
+        regions = range(len(self.masks))
+        counts = [_replay_masks(setting, r, self.prompt[r], self.masks[r]) for r in regions]
+        return _stack(counts, _embedding(setting, self.tokens, len(self.tokens)))
+
+
+class ModelWorkload:
+    """A real model over tokens of its own or of a text; its masks are recorded or run live, as the setting needs.
+
+    All weights must fit into DRAM here: nothing is read from flash. At gamma = 1 one recording a density serves every
+    cache and device. Below, each setting is a run; one set of loaded weights serves them all, and a text is taken in
+    blocks of tokens, so that a weight is read once a block whatever the number of settings.
+
+    Args:
+        bundle: the model.
+        prompt: tokens processed dense, which warm the caches.
+        n_tokens: tokens decoded greedily after it, ...
+        text: ... or these, whatever the model would have said. Give one of the two.
+        threads: of the runs; None: all cores.
+
+    Raises:
+        ConfigError: neither or both, no tokens.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        prompt: Sequence[int],
+        *,
+        n_tokens: int | None = None,
+        text: Sequence[int] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if (n_tokens is None) == (text is None):
+            raise ConfigError("give either a number of tokens to decode or the tokens of a text")
+        self.bundle, self.prompt, self.text, self.threads = bundle, list(prompt), text, threads
+        self.n_prompt = len(self.prompt)
+        self.n_tokens = len(text) if text is not None else int(n_tokens or 0)
+        if self.n_prompt < 1 or self.n_tokens < 1:
+            raise ConfigError(f"{self.n_prompt} prompt tokens and {self.n_tokens} after them: each must be at least 1")
+        self._recorded: dict[tuple[int, ...], _Recording] = {}
+
+    def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
+        """Counts under each setting, exact."""
+        result = []
+        engine: Engine | None = None
+        try:
+            for setting in settings:
+                recording = self._recorded.get(setting.k) if setting.gamma == 1 else None
+                if recording is None:
+                    engine, recording = self._run(engine, setting)
+                    if setting.gamma == 1:
+                        self._recorded[setting.k] = recording
+                result.append(recording.traffic(setting))
+        finally:
+            if engine is not None:
+                engine.close()
+        return result
+
+    def describe(self, setting: Setting) -> dict[str, Any]:
+        """`recorded` at gamma 1, `live` below."""
+        return {
+            "kind": "recorded" if setting.gamma == 1 else "live",
+            "model": self.bundle.model.name,
+            "tokens": "greedy" if self.text is None else "text",
+        }
+
+    def _run(self, engine: Engine | None, setting: Setting) -> tuple[Engine, _Recording]:
+        """One closed-loop run under a setting; nothing is read from flash."""
+        known = "lfu" if setting.cache in ("none", "belady") else setting.cache  # of no influence at gamma 1
+        options = {name: getattr(setting.config, name) for name in ("method", "density", "d_in", "d_glu", "gamma")}
+        if setting.gamma < 1:
+            if setting.cache == "none":
+                raise ConfigError("gamma below 1 without a cache favours nothing: use gamma 1, or a cache")
+            options |= {"cold": setting.config.cold, "cache_decay": setting.config.cache_decay}
+        with tempfile.TemporaryDirectory(prefix="dipper-") as folder:
+            trace = Path(folder) / "masks.trace"
+            config = EngineConfig(
+                **options,
+                cache=known,
+                mlp_dram="1000b",
+                context=self.n_prompt + self.n_tokens,
+                threads=self.threads,
+                trace=trace,
+                trace_scores=False,
+            )
+            if engine is None:
+                engine = Engine.open(self.bundle.path, config, simulated=True)
+            capacity = None if setting.gamma == 1 else list(setting.capacity)
+            engine.configure(config, capacity)
+            for first in range(0, self.n_prompt, setting.block_tokens):  # the first fills a static cache
+                logits = engine.prefill(self.prompt[first : first + setting.block_tokens])
+            if self.text is not None:
+                engine.advance(self.text)
+            else:
+                for _ in range(self.n_tokens):
+                    logits = engine.step(int(logits.argmax()))
+            engine.finish_trace()
+            return engine, _Recording.of_trace(trace)[1]
+
+
+class TraceWorkload:
+    """A trace written by `dipper run --trace` at gamma = 1: its masks, and, if it has them, its scores.
+
+    At the trace's own densities and gamma = 1 counts are exact. At others its scores are ranked again (`replayed`), as
+    if the activations stayed what they were: an approximation, and one that grows as gamma falls.
+
+    Raises:
+        ConfigError: no trace, cut, of another bundle, recorded at gamma below 1.
+    """
+
+    def __init__(self, bundle: Bundle, path: Path) -> None:
+        header, self._recording, scores = _Recording.of_trace(path, with_scores=True)
+        if header["bundle"] != bundle.header.get("header_sha256"):
+            raise ConfigError(
+                f"{path} was recorded with another bundle ({header['model']}): use its own, or record anew"
+            )
+        if header["gamma"] != 1:
+            raise ConfigError(
+                f"{path} was recorded at gamma {header['gamma']}: its masks belong to its cache; record at gamma 1"
+            )
+        self._k = tuple(region["k"] for region in header["regions"])
+        self._scores = scores if all(len(s) for s in scores[0][1]) else None
+        self._path = path
+        self.bundle = bundle
+        self.n_prompt, self.n_tokens = len(self._recording.prompt[0]), len(self._recording.tokens)
+
+    def _is_exact(self, setting: Setting) -> bool:
+        return setting.gamma == 1 and setting.k == self._k
+
+    def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
+        """Counts under each setting: exact, or `replayed`."""
+        return [self._recording.traffic(s) if self._is_exact(s) else self._replayed(s) for s in settings]
+
+    def _replayed(self, setting: Setting) -> Traffic:
+        if self._scores is None:
+            raise ConfigError(f"{self._path} has no scores, and its masks are for gamma 1 at its own densities alone")
+        counts = []
+        for region, (prompt, decoded) in enumerate(self._scores):
+            n_columns = setting.bundle.header["regions"][region]["n_columns"]
+            warm = np.array(prompt, np.float32).reshape(len(prompt), n_columns)
+            counts.append(_replay_scores(setting, region, warm, np.array(decoded, np.float32)))
+        return _stack(counts, _embedding(setting, self._recording.tokens, self.n_tokens))
+
+    def describe(self, setting: Setting) -> dict[str, Any]:
+        """`recorded`, or `replayed`."""
+        kind = "recorded" if self._is_exact(setting) else "replayed"
+        return {"kind": kind, "model": self.bundle.model.name, "trace": str(self._path)}
+
+
+class GeneratedWorkload:
+    """Scores of a generator fitted to real models, in the shape of any model.
+
+    Args:
+        bundle: real, or of a published shape.
+        generator: fitted scores.
+        n_prompt, n_tokens: tokens that warm the caches, and decoded tokens.
+        seed: of the scores.
+    """
+
+    def __init__(
+        self, bundle: Bundle, generator: ScoreGenerator, *, n_prompt: int, n_tokens: int, seed: int = 0
+    ) -> None:
+        if n_prompt < 1 or n_tokens < 1:
+            raise ConfigError(f"{n_prompt} prompt tokens and {n_tokens} after them: each must be at least 1")
+        self.bundle, self.generator, self.seed = bundle, generator, seed
+        self.n_prompt, self.n_tokens = n_prompt, n_tokens
+
+    def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
+        """Counts under each setting, region by region: only one region's scores are held."""
+        counts: list[list[dict[str, Any]]] = [[] for _ in settings]
+        for region, (prompt, decoded) in enumerate(self._scores()):
+            for setting, column in zip(settings, counts, strict=True):
+                column.append(_replay_scores(setting, region, prompt, decoded))
+        return [
+            _stack(column, _embedding(setting, None, self.n_tokens))
+            for setting, column in zip(settings, counts, strict=True)
+        ]
+
+    def _scores(self) -> Iterator[tuple[_F32, _F32]]:
+        n_layers = self.bundle.model.n_layers
+        for index, region in enumerate(self.bundle.header["regions"]):
+            depth = region["layer"] / max(n_layers - 1, 1)
+            stream = self.generator.region(region["kind"], depth, region["n_columns"], self.seed + index)
+            yield stream.scores(self.n_prompt), stream.scores(self.n_tokens)
+
+    def describe(self, setting: Setting) -> dict[str, Any]:
+        """`generated`, with what the generator was fitted on."""
+        return {
+            "kind": "generated",
+            "model": self.bundle.model.name,
+            "fitted_on": list(self.generator.fitted_on),
+            "seed": self.seed,
+        }
+
+
+# ------------------------------------------------------------------------------------------------ capacities
+
+
+def miss_curve_split(
+    workload: Workload, setting: Setting, device: Device, *, steps: int = 16
+) -> tuple[tuple[float, ...], _F64]:
+    """Slots where they save the most time: each region's read time against its capacity, shared out greedily.
+
+    The curve of a region is its reads' seconds at capacities 0, 1/steps, ..., 1 of its columns under the setting's
+    policy. Slots are then given to the region whose lower convex hull falls most a byte, which is the best sum of
+    convex curves for the bytes spent.
+
+    Args:
+        workload: at gamma = 1, or `generated`.
+        setting: whose room for slots is shared out.
+        device: whose reads are timed.
+        steps: points of a curve.
+
+    Returns:
+        Weights by region, for `EngineConfig.split`; the curves [steps + 1, regions], seconds a token.
+    """
+    regions = setting.bundle.header["regions"]
+    shares = np.linspace(0.0, 1.0, steps + 1)
+    settings = [_at_share(setting, share) for share in shares]
+    curves = np.stack(
+        [device.flash.batch_s(t.reads, t.flash_bytes).mean(axis=0) for t in workload.traffic(settings)]
+    )  # [steps + 1, regions]
+    room = sum(c * r["record_bytes"] for c, r in zip(setting.capacity, regions, strict=True))
+    held = np.zeros(len(regions))
+    heap = [step for r in range(len(regions)) if (step := _next_step(curves, shares, regions, r, 0)) is not None]
+    heapq.heapify(heap)
+    while heap and room > 0:
+        _, r, i = heapq.heappop(heap)
+        slot_bytes = regions[r]["n_columns"] * regions[r]["record_bytes"]
+        taken = min(shares[i] - held[r], room / slot_bytes)
+        held[r] += taken
+        room -= taken * slot_bytes
+        if (step := _next_step(curves, shares, regions, r, i)) is not None:
+            heapq.heappush(heap, step)
+    if not held.any():
+        raise ConfigError("no region reads less with a larger cache, or there is no room for slots: raise the budget")
+    return tuple(float(h) for h in held), curves
+
+
+def _next_step(
+    curves: _F64, shares: _F64, regions: Sequence[dict[str, Any]], r: int, at: int
+) -> tuple[float, int, int] | None:
+    """The step along a region's lower convex hull: (seconds a byte, negative; region; index it leads to)."""
+    if at + 1 >= len(shares):
+        return None
+    n_bytes = (shares[at + 1 :] - shares[at]) * regions[r]["n_columns"] * regions[r]["record_bytes"]
+    slopes = (curves[at + 1 :, r] - curves[at, r]) / n_bytes
+    best = int(np.argmin(slopes))
+    return None if slopes[best] >= 0 else (float(slopes[best]), r, at + 1 + best)
+
+
+def _at_share(setting: Setting, share: float) -> Setting:
+    """The setting with this share of every region's columns cached, whatever that takes."""
+    capacity = [int(share * region["n_columns"]) for region in setting.bundle.header["regions"]]
+    plan = replace(setting.plan, options={**setting.plan.options, "capacity": capacity})
+    return replace(setting, plan=plan)
+
+
+# ------------------------------------------------------------------------------------------------ seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Seconds of a decode, by the parts of the engine's ledger, and what bounds it.
+
+    Attributes:
+        n_tokens: decoded.
+        ledger_s: over all of them.
+        ttft_s: prefill, one token's head included.
+        io_s: what the reads alone take; products_s: what all products alone take.
+        sustained_s: what the disk's limits in the long run ask for; in the ledger's wait where it is longer.
+    """
+
+    n_tokens: int
+    ledger_s: dict[str, float]
+    ttft_s: float
+    io_s: float
+    products_s: float
+    sustained_s: float
+    joules_per_token: float | None
+
+    @property
+    def decode_s(self) -> float:
+        """Of all decoded tokens."""
+        return sum(self.ledger_s.values())
+
+    @property
+    def tok_per_s(self) -> float:
+        """Decoded tokens a second."""
+        return self.n_tokens / self.decode_s
+
+
+def _model_parts(bundle: Bundle) -> dict[str, Any]:
+    """Weights and bytes that a token touches outside of masks, and by column of each region."""
+    parts = {"attention": [0, 0], "head": [0, 0]}  # weights, bytes
+    for name, entry in bundle.header["tensors"].items():
+        if entry["kind"] == "matrix":
+            part = parts["head" if name == "head" else "attention"]
+            part[0] += entry["shape"][0] * entry["shape"][1]
+            part[1] += entry["bytes"] + sum(span["bytes"] for span in entry["scales"].values())
+    regions = bundle.header["regions"]
+    model = bundle.model
+    return {
+        **parts,
+        "n_columns": np.array([r["n_columns"] for r in regions]),
+        "column_bytes": np.array([r["record_bytes"] for r in regions]),
+        "column_weights": np.array([sum(m["rows"] for m in r["matrices"]) for r in regions]),
+        "scale_bytes": np.array(
+            [sum(s["bytes"] for m in r["matrices"] for n, s in m["scales"].items() if n != "tier") for r in regions]
+        ),
+        "kv_bytes": 2 * 4 * model.n_layers * model.n_kv_heads * model.head_dim,  # of a position, fp32
+        "macs": bundle.mlp_weights + parts["attention"][0],  # of a token in prefill, the head aside
+    }
+
+
+def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prompt: int, n_tokens: int) -> Prediction:
+    """Seconds of a decode on a device.
+
+    Args:
+        setting: what is run.
+        traffic: counts of the decode; None for the dense methods.
+        device: where.
+        n_prompt, n_tokens: tokens processed before the first, and decoded.
+    """
+    parts = _model_parts(setting.bundle)
+    positions = n_prompt + (n_tokens - 1) / 2  # mean position of a decoded token
+    kv = positions * parts["kv_bytes"]
+    ledger = dict.fromkeys(("select", "submit", "wait", "gemv", "attention", "head", "rest"), 0.0)
+    compute = device.compute
+    attention_s = float(_products_s(device, compute.attention_gweights_per_s, *parts["attention"]))
+    ledger["attention"] = n_tokens * (attention_s + kv / (1e9 * device.dram.gbps))
+    ledger["head"] = n_tokens * float(_products_s(device, compute.head_gweights_per_s, *parts["head"]))
+    ledger["rest"] = n_tokens * 1e-6 * compute.token_us
+    if traffic is None:
+        io_s, n_reads, n_bytes = _dense(setting, device, parts, n_tokens, ledger)
+    else:
+        io_s, n_reads, n_bytes = _sparse(traffic, device, parts, ledger)
+    sustained_s = device.flash.sustained_s(n_reads, n_bytes)
+    ledger["wait"] += max(0.0, sustained_s - sum(ledger.values()))
+    used = parts["n_columns"] if traffic is None else traffic.selected.mean(axis=0)
+    dram = float((used * parts["column_bytes"] + parts["scale_bytes"]).sum()) + parts["attention"][1] + kv
+    return Prediction(
+        n_tokens=n_tokens,
+        ledger_s=ledger,
+        ttft_s=_ttft_s(setting, device, parts, n_prompt),
+        io_s=io_s,
+        products_s=ledger["gemv"] + ledger["attention"] + ledger["head"],
+        sustained_s=sustained_s,
+        joules_per_token=_joules(device, dram + parts["head"][1], n_bytes / n_tokens),
+    )
+
+
+def _products_s(device: Device, gweights_per_s: float | None, weights: npt.ArrayLike, n_bytes: npt.ArrayLike) -> _F64:
+    """Seconds of products: as fast as the processor multiplies and DRAM gives the bytes."""
+    rate = gweights_per_s or device.compute.gemv_gweights_per_s
+    return np.maximum(np.asarray(weights) / (1e9 * rate), np.asarray(n_bytes) / (1e9 * device.dram.gbps))
+
+
+def _sparse(
+    traffic: Traffic, device: Device, parts: dict[str, Any], ledger: dict[str, float]
+) -> tuple[float, float, float]:
+    """Adds a pruned decode to the ledger; (seconds of its reads alone, reads, bytes)."""
+    compute: Compute = device.compute
+    gemv = 1e-6 * compute.region_us + _products_s(
+        device,
+        None,
+        traffic.selected * parts["column_weights"],
+        traffic.selected * parts["column_bytes"] + parts["scale_bytes"],
+    )  # [T, regions]
+    io = device.flash.batch_s(traffic.reads, traffic.flash_bytes)
+    last = gemv * np.minimum(1.0, LAST_BLOCK / traffic.selected)
+    ledger["gemv"] += float(gemv.sum())
+    ledger["wait"] += float(np.where(io > 0, np.maximum(0.0, io + last - gemv), 0.0).sum())
+    select = 1e-6 * compute.select_us_per_region + 1e-9 * (
+        compute.select_ns_per_column * parts["n_columns"] + compute.select_ns_per_miss * traffic.misses
+    )
+    copied = 0.0 if compute.copy_gbps is None else (traffic.admissions * parts["column_bytes"]).sum()
+    ledger["select"] += float(select.sum()) + (copied / (1e9 * compute.copy_gbps) if compute.copy_gbps else 0.0)
+    ledger["submit"] += 1e-6 * compute.submit_us_per_read * float(traffic.reads.sum())
+    rows = device.flash.batch_s(traffic.embedding_reads, traffic.embedding_bytes)
+    ledger["rest"] += float(rows.sum())
+    totals = traffic.totals
+    return float(io.sum() + rows.sum()), totals["reads"], totals["flash_bytes"]
+
+
+def _dense(
+    setting: Setting, device: Device, parts: dict[str, Any], n_tokens: int, ledger: dict[str, float]
+) -> tuple[float, float, float]:
+    """Adds a dense decode: reads run ahead of use, so the longer of all reads and all products counts."""
+    n_columns = parts["n_columns"]
+    gemv = (
+        1e-6 * device.compute.region_us * len(n_columns)
+        + _products_s(
+            device, None, n_columns * parts["column_weights"], n_columns * parts["column_bytes"] + parts["scale_bytes"]
+        ).sum()
+    )
+    ledger["gemv"] += n_tokens * float(gemv)
+    reads, n_bytes = setting.plan.stream_reads, setting.plan.stream_bytes
+    rows, row_bytes = (int(x[0]) for x in _embedding(setting, None, 1))
+    ledger["rest"] += n_tokens * float(device.flash.batch_s(rows, row_bytes))
+    ledger["submit"] += n_tokens * 1e-6 * device.compute.submit_us_per_read * reads
+    io_s = n_tokens * float(device.flash.batch_s(reads, n_bytes))
+    ledger["wait"] += max(0.0, io_s - sum(ledger.values()))
+    return io_s, n_tokens * (reads + rows), n_tokens * (n_bytes + row_bytes)
+
+
+def _ttft_s(setting: Setting, device: Device, parts: dict[str, Any], n_prompt: int) -> float:
+    """Prefill: a block of tokens streams what is not held once, and multiplies it while the rest is read."""
+    plan, seconds = setting.plan, 0.0
+    io_s = float(device.flash.batch_s(plan.stream_reads, plan.stream_bytes))
+    for first in range(0, n_prompt, setting.block_tokens):
+        n = min(setting.block_tokens, n_prompt - first)
+        seconds += max(io_s, n * parts["macs"] / (1e9 * device.compute.gemm_gmacs_per_s))
+    return seconds + float(_products_s(device, device.compute.head_gweights_per_s, *parts["head"]))
+
+
+def _joules(device: Device, dram_bytes: float, flash_bytes: float) -> float | None:
+    """Of the bytes that a token moves; None where the device's figures are not known."""
+    dram, flash = device.energy.dram_pj_per_byte, device.energy.flash_pj_per_byte
+    if dram is None or flash is None:
+        return None
+    return 1e-12 * (dram * (dram_bytes + flash_bytes) + flash * flash_bytes)
+
+
+# ------------------------------------------------------------------------------------------------ a result
+
+
+def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, device: Device) -> SimRecord:
+    """Everything that one setting would do on one device, beside the same with flat bandwidth."""
+    sizes = {"n_prompt": workload.n_prompt, "n_tokens": workload.n_tokens}
+    found = predict(setting, traffic, device, **sizes)
+    flat = predict(setting, traffic, replace(device, flash=device.flash.flat), **sizes)
+    config = setting.config
+    if traffic is None:
+        totals = {"reads": setting.plan.stream_reads * found.n_tokens, "hits": 0, "misses": 0}
+        totals["flash_bytes"] = setting.plan.stream_bytes * found.n_tokens
+    else:
+        totals = traffic.totals
+    looked_up = totals["hits"] + totals["misses"]
+    described = {"kind": "dense"} if traffic is None else workload.describe(setting)
+    return SimRecord(
+        model=setting.bundle.model.name,
+        device=device.name,
+        method=config.method,
+        density=sum((2 * config.densities[0], config.densities[1])) / 3 if config.prunes else None,
+        d_in=config.densities[0] if config.prunes else None,
+        d_glu=config.densities[1] if config.prunes else None,
+        gamma=config.effective_gamma if config.prunes else None,
+        cache=setting.cache if config.prunes else None,
+        split="given" if config.split is not None else "uniform",
+        tok_per_s=found.tok_per_s,
+        tok_per_s_flat=flat.tok_per_s,
+        ttft_s=found.ttft_s,
+        hit_rate=totals["hits"] / looked_up if looked_up else None,
+        flash_bytes_per_token=totals["flash_bytes"] / found.n_tokens,
+        reads_per_token=totals["reads"] / found.n_tokens,
+        dram_bytes=dict(setting.plan.parts),
+        dram_budget_bytes=setting.plan.budget_bytes,
+        mlp_bits_per_weight=setting.plan.mlp_bits_per_weight,
+        cached_fraction=setting.plan.cached_fraction if setting.cache != "none" else 0.0,
+        joules_per_token=found.joules_per_token,
+        ledger_s=found.ledger_s,
+        io_s=found.io_s,
+        products_s=found.products_s,
+        sustained_s=found.sustained_s,
+        n_prompt=workload.n_prompt,
+        n_tokens=found.n_tokens,
+        workload=described,
+        provenance=provenance(setting.bundle.path),
+    )
