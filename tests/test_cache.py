@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dipper.cache import ColumnCache, ReferenceCache, reference_top_k, scan, top_k
+from dipper.cache import ColumnCache, ReferenceCache, next_uses, reference_top_k, scan, top_k
 from dipper.errors import ConfigError
 
 POLICIES = ["lru", "lfu", "lfu-decay", "static"]
+ALL_POLICIES = [*POLICIES, "belady"]  # belady goes with recorded masks alone
 
 
 def pseudo_random(n: int, seed: int) -> list[int]:
@@ -33,6 +36,22 @@ def fixed_scores(n_tokens: int, n: int) -> np.ndarray:
     return np.array(rows, dtype=np.float32)
 
 
+def plain_next_uses(masks: list[list[int]]) -> list[list[int]]:
+    """By definition: for every column of every mask the first later mask that has it, -1 where there is none."""
+    return [
+        [next((u for u in range(t + 1, len(masks)) if column in masks[u]), -1) for column in mask]
+        for t, mask in enumerate(masks)
+    ]
+
+
+def replayed(cache: ColumnCache, masks: list[list[int]]) -> ColumnCache:
+    """The cache after these masks; belady is told the future."""
+    future = plain_next_uses(masks) if cache.policy == "belady" else [None] * len(masks)
+    for mask, known in zip(masks, future, strict=True):
+        cache.step(mask, next_use=known)
+    return cache
+
+
 def assert_equal_state(native: ColumnCache, reference: ReferenceCache) -> None:
     assert {j: slot for j, slot in enumerate(native.slots.tolist()) if slot >= 0} == reference.slots
     assert np.array_equal(native.cached, native.slots >= 0)
@@ -49,19 +68,22 @@ def traces(draw: st.DrawFn) -> tuple[int, int, list[list[int]]]:
     return n, capacity, [sorted(mask) for mask in masks]
 
 
-@given(trace=traces(), policy=st.sampled_from(POLICIES), decay=st.sampled_from([1.0, 0.99, 0.5, 1e-3]), data=st.data())
+@given(
+    trace=traces(), policy=st.sampled_from(ALL_POLICIES), decay=st.sampled_from([1.0, 0.99, 0.5, 1e-3]), data=st.data()
+)
 def test_equals_the_definition_on_any_masks(
     trace: tuple[int, int, list[list[int]]], policy: str, decay: float, data: st.DataObject
 ) -> None:
     n, capacity, masks = trace
     native, reference = ColumnCache(n, capacity, policy, decay), ReferenceCache(n, capacity, policy, decay)
-    pinned = sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=capacity)))
-    native.pin(pinned)
-    reference.pin(pinned)
-    for mask in masks:
+    if policy != "belady":  # of what is pinned it knows no next use
+        pinned = sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=capacity)))
+        native.pin(pinned)
+        reference.pin(pinned)
+    for mask, next_use in zip(masks, plain_next_uses(masks), strict=True):
         counted = data.draw(st.booleans())
-        n_hits, misses, admissions = reference.step(mask, counted)
-        step = native.step(mask, counted)
+        n_hits, misses, admissions = reference.step(mask, counted, next_use)
+        step = native.step(mask, counted, next_use if policy == "belady" else None)
         assert step.n_hits == n_hits
         assert step.misses.tolist() == misses
         assert [tuple(row) for row in step.admissions.tolist()] == admissions
@@ -226,15 +248,15 @@ def test_clear_forgets_history_and_reset_counters_does_not() -> None:
         assert cache.step(mask).admissions.tolist() == fresh.step(mask).admissions.tolist()
 
 
-@given(trace=traces(), policy=st.sampled_from(POLICIES))
+@given(trace=traces(), policy=st.sampled_from(ALL_POLICIES))
 @settings(max_examples=50)
 def test_invariants(trace: tuple[int, int, list[list[int]]], policy: str) -> None:
     n, capacity, masks = trace
     cache = ColumnCache(n, capacity, policy)
     selected = 0
-    for mask in masks:
+    for mask, next_use in zip(masks, plain_next_uses(masks), strict=True):
         before = cache.slots
-        step = cache.step(mask)
+        step = cache.step(mask, next_use=next_use if policy == "belady" else None)
         after, selected = cache.slots, selected + len(mask)
         entered, left = (before < 0) & (after >= 0), (before >= 0) & (after < 0)
         assert step.n_hits + len(step.misses) == len(mask)
@@ -307,8 +329,12 @@ def test_a_bad_mask_is_named_and_changes_nothing(mask: object, text: str) -> Non
 
 
 def test_bad_options() -> None:
-    with pytest.raises(ConfigError, match=r"cache policy 'fifo' is unknown: use one of lru, lfu, lfu-decay, static"):
+    with pytest.raises(
+        ConfigError, match=r"cache policy 'fifo' is unknown: use one of lru, lfu, lfu-decay, static, belady$"
+    ):
         ColumnCache(8, 4, "fifo")
+    with pytest.raises(ConfigError, match=r"^cache admission 'maybe' is unknown: use best or always$"):
+        ColumnCache(8, 4, "lru", admission="maybe")
     with pytest.raises(ConfigError, match=r"cache capacity is 9 for a region of 8 columns"):
         ColumnCache(8, 9, "lru")
     with pytest.raises(ConfigError, match=r"cache capacity is -1 for a region of 8 columns"):
@@ -346,3 +372,268 @@ def test_the_comparison_catches_a_wrong_policy(policy: str) -> None:
         for mask in masks.tolist():
             reference.step(mask)
         assert (reference.hits, reference.evictions) != (cache.hits, cache.evictions)
+
+
+# --- belady
+
+
+@given(masks=st.integers(0, 6).flatmap(lambda k: st.lists(st.permutations(range(9)).map(lambda p: sorted(p[:k])))))
+def test_next_uses_are_the_definitions(masks: list[list[int]]) -> None:
+    rows = np.array(masks, np.int32).reshape(len(masks), -1 if masks and masks[0] else 0)
+    found = next_uses(rows, 9)
+    assert found.shape == rows.shape
+    assert found.tolist() == plain_next_uses(masks)
+
+
+def test_next_uses_of_bad_masks() -> None:
+    for masks, text in (
+        ([[0, 9]], "a mask holds column 9, but the region has 4 columns: use the masks of the same region"),
+        ([[-1, 2]], "a mask holds column -1, but the region has 4 columns: use the masks of the same region"),
+        ([0, 1], "masks has shape [2]: it must be [tokens, n]"),
+    ):
+        with pytest.raises(ConfigError) as e:
+            next_uses(masks, 4)
+        assert str(e.value) == text
+
+
+def test_belady_worked_by_hand() -> None:
+    cache = ColumnCache(4, 2, "belady")
+    masks = [[0, 1, 2], [2], [3], [0], [2, 3]]
+    assert plain_next_uses(masks) == [[3, -1, 1], [4], [4], [-1], [-1, -1]]
+    rows = [
+        cache.step(mask, next_use=u).admissions.tolist() for mask, u in zip(masks, plain_next_uses(masks), strict=True)
+    ]
+    # Column 1 never comes again and stays out. At token 2 column 3 comes as late as 2, which is cached, and later than
+    # 0: it stays out. At the end no column comes again, so the cached stay.
+    assert rows == [[[0, 0, -1], [2, 1, -1]], [], [], [], []]
+    assert (cache.hits, cache.misses, cache.evictions, cache.admissions) == (3, 5, 0, 2)
+    cache = ColumnCache(3, 1, "belady")
+    masks = [
+        [0],
+        [1],
+        [1],
+        [0],
+        [2],
+        [0],
+    ]  # at token 1 column 1 comes sooner than 0 and replaces it; and back at token 3
+    rows = [
+        cache.step(mask, next_use=u).admissions.tolist() for mask, u in zip(masks, plain_next_uses(masks), strict=True)
+    ]
+    assert rows == [[[0, 0, -1]], [[1, 0, 0]], [], [[0, 0, 1]], [], []]
+    assert (cache.hits, cache.misses, cache.evictions, cache.admissions) == (2, 4, 2, 3)
+
+
+# (hits, misses, evictions, admissions), as PINNED.
+PINNED_BELADY = {
+    1: (199, 6201, 76, 77),
+    24: (4103, 2297, 1278, 1302),
+    48: (5449, 951, 708, 756),
+}
+
+
+@pytest.mark.parametrize("capacity", PINNED_BELADY)
+def test_pinned_counts_of_belady(capacity: int) -> None:
+    masks = scan(fixed_scores(200, 96), 32)[0].tolist()
+    cache = replayed(ColumnCache(96, capacity, "belady"), masks)
+    assert (cache.hits, cache.misses, cache.evictions, cache.admissions) == PINNED_BELADY[capacity]
+    for policy in ("lru", "lfu", "lfu-decay"):
+        assert cache.misses < PINNED[policy, 1.0, capacity][1]
+
+
+@given(trace=traces(), data=st.data())
+def test_belady_misses_least_of_all_policies(trace: tuple[int, int, list[list[int]]], data: st.DataObject) -> None:
+    n, capacity, masks = trace
+    least = replayed(ColumnCache(n, capacity, "belady"), masks).misses
+    for policy in ("lru", "lfu", "lfu-decay"):
+        assert least <= replayed(ColumnCache(n, capacity, policy, 0.9), masks).misses
+    # What a static cache holds was never missed: a policy that admits those columns once misses one more for each.
+    static = ColumnCache(n, capacity, "static")
+    pinned = data.draw(st.sets(st.integers(0, n - 1), max_size=capacity))
+    static.pin(sorted(pinned))
+    assert least <= replayed(static, masks).misses + len(pinned & {column for mask in masks for column in mask})
+
+
+def fewest_misses(capacity: int, masks: list[list[int]]) -> int:
+    """Over all that a cache may do: after each token it holds any `capacity` of the columns it held and of the mask."""
+    best = {frozenset[int](): 0}
+    for mask in masks:
+        after: dict[frozenset[int], int] = {}
+        for held, misses in best.items():
+            total = misses + len(set(mask) - held)
+            there = held | set(mask)
+            for size in range(min(capacity, len(there)) + 1):
+                for kept in combinations(sorted(there), size):
+                    after[frozenset(kept)] = min(total, after.get(frozenset(kept), total))
+        best = after
+    return min(best.values())
+
+
+@given(
+    n=st.integers(1, 5),
+    capacity=st.integers(0, 5),
+    masks=st.lists(st.sets(st.integers(0, 4)).map(sorted), max_size=7),
+)
+@settings(max_examples=200, deadline=None)
+def test_belady_is_the_optimum(n: int, capacity: int, masks: list[list[int]]) -> None:
+    masks, capacity = [[c for c in mask if c < n] for mask in masks], min(n, capacity)
+    assert replayed(ColumnCache(n, capacity, "belady"), masks).misses == fewest_misses(capacity, masks)
+
+
+def test_the_optimum_tells_belady_from_lru() -> None:
+    masks = [[0], [1], [2], [0], [1], [2]]
+    assert fewest_misses(2, masks) == replayed(ColumnCache(3, 2, "belady"), masks).misses == 4
+    assert replayed(ColumnCache(3, 2, "lru"), masks).misses == 6
+    scores = fixed_scores(200, 96)
+    masks = scan(scores, 32)[0].tolist()
+    for policy in ("lru", "lfu", "lfu-decay"):
+        cache, reference = replayed(ColumnCache(96, 24, policy), masks), ReferenceCache(96, 24, "belady")
+        for mask, next_use in zip(masks, plain_next_uses(masks), strict=True):
+            reference.step(mask, True, next_use)
+        assert (reference.hits, reference.evictions) != (cache.hits, cache.evictions)
+
+
+def test_belady_without_next_uses() -> None:
+    cache = ColumnCache(8, 4, "belady")
+    cache.step([1, 5], next_use=[3, -1])
+    before = cache.slots
+    told = "it needs each; replay recorded masks, or choose another policy"
+    for next_use, n_told in ((None, 0), ([3], 1), ([3, 4, 5], 3)):
+        with pytest.raises(ConfigError) as e:
+            cache.step([2, 5], next_use=next_use)
+        assert str(e.value) == f"belady was told the next use of {n_told} columns for a mask of 2: {told}"
+    with pytest.raises(ConfigError) as e:
+        scan(fixed_scores(3, 8), 2, 1.0, cache)
+    assert str(e.value) == f"belady was told the next use of 0 columns for a mask of 2: {told}"
+    with pytest.raises(ConfigError, match=r"^next_use has dtype float64: columns are integers"):
+        cache.step([2, 5], next_use=[1.5, 2.0])
+    assert np.array_equal(cache.slots, before)
+    assert (cache.hits, cache.misses) == (0, 2)
+
+
+# --- admission always
+
+
+@given(
+    columns=st.lists(st.integers(0, 11), max_size=60),
+    capacity=st.integers(0, 12),
+    policy=st.sampled_from(["lru", "lfu", "lfu-decay", "belady"]),
+    data=st.data(),
+)
+def test_always_equals_the_definition(columns: list[int], capacity: int, policy: str, data: st.DataObject) -> None:
+    native = ColumnCache(12, capacity, policy, 0.9, admission="always")
+    reference = ReferenceCache(12, capacity, policy, 0.9, admission="always")
+    masks = [[column] for column in columns]
+    for mask, next_use in zip(masks, plain_next_uses(masks), strict=True):
+        counted = data.draw(st.booleans())
+        n_hits, misses, admissions = reference.step(mask, counted, next_use)
+        step = native.step(mask, counted, next_use if policy == "belady" else None)
+        assert (step.n_hits, step.misses.tolist()) == (n_hits, misses)
+        if policy != "belady":  # of columns that never come again, either may leave
+            assert [tuple(row) for row in step.admissions.tolist()] == admissions
+            assert_equal_state(native, reference)
+    counters = (native.hits, native.misses, native.evictions, native.admissions)
+    assert counters == (reference.hits, reference.misses, reference.evictions, reference.admissions)
+    assert native.admissions == native.misses or capacity == 0  # every miss enters
+
+
+def test_always_worked_by_hand() -> None:
+    rows = lambda cache, columns: [cache.step([column]).admissions.tolist() for column in columns]  # noqa: E731
+    # lfu: column 2 enters although it was used once, 0 twice; of equals (1 and 2, once each) the older leaves. What
+    # left has no count: 1 comes back with one use and leaves before 0 again.
+    cache = ColumnCache(4, 2, "lfu", admission="always")
+    assert rows(cache, [0, 0, 1, 2, 1, 3]) == [[[0, 0, -1]], [], [[1, 1, -1]], [[2, 1, 1]], [[1, 1, 2]], [[3, 1, 1]]]
+    assert (cache.hits, cache.misses, cache.evictions, cache.admissions) == (1, 5, 3, 5)
+    # With admission best, counts of all columns matter: 2 and 3 stay out, and so does 1, whose two uses beat none.
+    best = ColumnCache(4, 2, "lfu")
+    assert rows(best, [0, 0, 1, 2, 1, 3]) == [[[0, 0, -1]], [], [[1, 1, -1]], [], [], []]
+    # belady: 0 comes back last, so it leaves, although 2, which enters, never does. Then neither 1 nor 2 comes again.
+    cache = ColumnCache(4, 2, "belady", admission="always")
+    columns = [[0], [1], [2], [1], [0]]
+    steps = [
+        cache.step(c, next_use=u).admissions.tolist() for c, u in zip(columns, plain_next_uses(columns), strict=True)
+    ]
+    assert steps == [[[0, 0, -1]], [[1, 1, -1]], [[2, 0, 0]], [], [[0, 0, 2]]]
+
+
+def test_always_of_belady_settles_ties_by_age() -> None:
+    """Of two columns that never come again the one used longer ago leaves."""
+    cache = ColumnCache(4, 2, "belady", admission="always")
+    masks = [[0], [1], [0], [2]]
+    steps = [cache.step(m, next_use=u).admissions.tolist() for m, u in zip(masks, plain_next_uses(masks), strict=True)]
+    assert steps == [[[0, 0, -1]], [[1, 1, -1]], [], [[2, 1, 1]]]
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
+def test_always_takes_one_column_a_step(policy: str) -> None:
+    cache = ColumnCache(8, 4, policy, admission="always")
+    with pytest.raises(ConfigError) as e:
+        cache.step([1, 5], next_use=[1, 2])
+    assert str(e.value) == "a mask of 2 columns under admission 'always': it takes one column a step"
+    assert (cache.hits, cache.misses, cache.size) == (0, 0, 0)
+    assert cache.step([], next_use=[]).n_hits == 0
+
+
+def single_accesses(name: str) -> list[int]:
+    """2000 accesses to 60 columns."""
+    if name == "skewed":
+        return one_access_trace()
+    if name == "loop":
+        return [t % 60 for t in range(2000)]
+    if name == "uniform":
+        return [a * 60 >> 16 for a in pseudo_random(2000, 3)]
+    assert name == "drifting"
+    return [(t // 25 + (a * 12 >> 16)) % 60 for t, a in enumerate(pseudo_random(2000, 4))]
+
+
+# Misses of lru, lfu, belady with admission always; those of libcachesim 0.3.5.
+ALWAYS_MISSES = {
+    ("skewed", 1): (1928, 1928, 1928),
+    ("skewed", 5): (1654, 1549, 1188),
+    ("skewed", 20): (892, 701, 436),
+    ("skewed", 40): (245, 192, 116),
+    ("skewed", 60): (59, 59, 59),
+    ("loop", 5): (2000, 2000, 1868),
+    ("loop", 40): (2000, 2000, 713),
+    ("uniform", 5): (1829, 1826, 1422),
+    ("uniform", 40): (712, 665, 292),
+    ("drifting", 5): (1224, 1705, 710),
+    ("drifting", 40): (91, 532, 63),
+}
+
+
+@pytest.mark.parametrize("key", ALWAYS_MISSES, ids=str)
+def test_always_of_single_accesses(key: tuple[str, int]) -> None:
+    name, capacity = key
+    masks = [[column] for column in single_accesses(name)]
+    caches = [ColumnCache(60, capacity, policy, admission="always") for policy in ("lru", "lfu", "belady")]
+    assert tuple(replayed(cache, masks).misses for cache in caches) == ALWAYS_MISSES[key]
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "belady"])
+@pytest.mark.parametrize("key", ALWAYS_MISSES, ids=str)
+def test_always_equals_libcachesim(key: tuple[str, int], policy: str) -> None:
+    """Access by access. Its LFU lets the least recently used of equals leave; its Belady is told the next access."""
+    libcachesim = pytest.importorskip("libcachesim")
+    name, capacity = key
+    peer = {"lru": libcachesim.LRU, "lfu": libcachesim.LFU, "belady": libcachesim.Belady}[policy]
+    peer = peer(cache_size=capacity, hashpower=10)
+    cache = ColumnCache(60, capacity, policy, admission="always")
+    masks = [[column] for column in single_accesses(name)]
+    for mask, next_use in zip(masks, plain_next_uses(masks), strict=True):
+        request = libcachesim.Request()
+        request.obj_id, request.obj_size = mask[0], 1
+        request.next_access_vtime = next_use[0] if next_use[0] >= 0 else 2**63 - 1
+        assert bool(cache.step(mask, next_use=next_use if policy == "belady" else None).n_hits) == peer.get(request)
+
+
+def test_the_comparison_with_libcachesim_catches_the_other_admission() -> None:
+    masks = [[column] for column in one_access_trace()]
+    misses = {(p, c): replayed(ColumnCache(60, c, p), masks).misses for p in ("lru", "lfu", "belady") for c in (5, 20)}
+    assert misses == {
+        ("lru", 5): 1654,  # every miss is the latest: lru admits it either way
+        ("lru", 20): 892,
+        ("lfu", 5): 1474,
+        ("lfu", 20): 638,
+        ("belady", 5): 1132,
+        ("belady", 20): 422,
+    }

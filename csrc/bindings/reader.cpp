@@ -106,12 +106,12 @@ class PyReader {
 
 nb::dict plan_to_dict(const Offsets& offsets, uint32_t record_bytes, uint32_t alignment, uint32_t max_bytes) {
   dipper::ReadPlan plan;
-  // Only differences to the start of staging are told, so any aligned address does as its start.
-  uint8_t* const staging = nullptr;
+  // Only differences to the start of staging are told, so any aligned address but null does as its start.
+  uint8_t* const staging = reinterpret_cast<uint8_t*>(uintptr_t{1} << 30);
   plan_reads({offsets.data(), offsets.shape(0)}, record_bytes, alignment, max_bytes, staging, plan);
   nb::list ranges;
   for (const ReadRange& r : plan.ranges)
-    ranges.append(nb::make_tuple(r.offset, r.bytes, reinterpret_cast<uintptr_t>(r.dst)));
+    ranges.append(nb::make_tuple(r.offset, r.bytes, static_cast<uint64_t>(r.dst - staging)));
   nb::list staging_offset, n_ranges_needed;
   for (const uint32_t o : plan.staging_offset) staging_offset.append(o);
   for (const uint32_t k : plan.n_ranges_needed) n_ranges_needed.append(k);

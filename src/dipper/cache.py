@@ -146,7 +146,9 @@ def next_uses(masks: ArrayLike, n_columns: int) -> NDArray[np.int32]:
     Raises:
         ConfigError: a column out of range.
     """
-    return _core.next_uses(_of_shape("masks", np.ascontiguousarray(masks, dtype=np.int32), 2), n_columns)
+    given = _of_shape("masks", np.asarray(masks), 2)
+    flat = _columns("masks", given.ravel())
+    return _core.next_uses(flat.reshape(given.shape), n_columns)
 
 
 class ColumnCache(_core.ColumnCache):
@@ -248,6 +250,10 @@ def reference_top_k(scores: ArrayLike, k: int, gamma: float = 1.0, cached: Array
     return sorted(int(j) for j in np.argsort(-keys, kind="stable")[:k])
 
 
+# Belady's values are minus the next use: the nearer, the better. Worse than any: it never comes; nobody has told it.
+_NEVER, _UNTOLD = -(2**40), -(2**41)
+
+
 class ReferenceCache:
     """What `ColumnCache` must do, by its definition, in plain Python. The oracle of the tests; no checks."""
 
@@ -259,6 +265,8 @@ class ReferenceCache:
         self.last_use = [0] * n_columns
         self.slots: dict[int, int] = {}  # column -> slot
         self.value: NDArray[Any] = np.zeros(n_columns, dtype=np.float32 if policy == "lfu-decay" else np.int64)
+        if policy == "belady":
+            self.value[:] = _UNTOLD
         self.token = self.hits = self.misses = self.evictions = self.admissions = 0
 
     def step(
@@ -282,16 +290,17 @@ class ReferenceCache:
 
     def _use(self, mask: list[int], next_use: list[int]) -> None:
         self.token += 1
+        for j in mask:
+            self.last_use[j] = self.token
         if self.policy == "belady":
             for j, token in zip(mask, next_use, strict=True):
-                self.value[j] = -token if token >= 0 else -(2**40)  # the nearer, the better; never is the worst
+                self.value[j] = -token if token >= 0 else _NEVER
             return
         if self.policy == "lfu-decay":
             self.value *= self.decay
             self.value[self.value < np.float32(2.0**-100)] = 0
         for j in mask:
             self.value[j] = self.token if self.policy == "lru" else self.value[j] + 1
-            self.last_use[j] = self.token
 
     def _admit_always(self, misses: list[int]) -> list[tuple[int, int, int]]:
         if not misses:

@@ -827,6 +827,10 @@ def _bench_case(
 @app.command()
 def doctor(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, or a folder on the disk to look at.")],
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Write this machine as a device profile, compute measured with the bundle.", metavar="FILE"),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -835,7 +839,15 @@ def doctor(
     \b
     Examples:
       dipper doctor smollm2.dipper
+      dipper doctor smollm2.dipper --profile here.toml && dipper simulate smollm2.dipper --device here.toml
     """
+    if profile is not None:
+        from dipper.profile import measure_profile
+
+        made = measure_profile(path, name=profile.stem, progress=lambda what: _say(f"measuring: {what}"))
+        made.save(profile)
+        print(json.dumps(made.as_dict()) if as_json else profile)
+        return
     from dipper import doctor as machine
 
     found = machine.doctor(path)
@@ -845,6 +857,122 @@ def doctor(
     from rich.console import Console
 
     Console().print(machine.format_doctor(found))
+
+
+# ------------------------------------------------------------------------------------------------ simulate
+
+
+@app.command()
+def simulate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A bundle, or a model whose shape is known (phi-3-medium, ...).")
+    ],
+    device: Annotated[
+        str, typer.Option(help="Profiles, with commas: names that come with dipper, or files.", metavar="A,B")
+    ] = "snapdragon-8-gen-3",
+    method: Annotated[str, typer.Option(help="Methods, with commas.", metavar="A,B")] = "dense-stream,dip,dip-ca",
+    density: Annotated[str, typer.Option(help="Densities, with commas.", metavar="D,...")] = "0.7",
+    d_in: DIn = None,
+    d_glu: DGlu = None,
+    gamma: Annotated[str, typer.Option(help="dip-ca: gammas, with commas.", metavar="G,...")] = "0.5",
+    cache: Annotated[
+        str, typer.Option(help="Of none, lru, lfu, lfu-decay, static, belady; with commas.", metavar="A,B")
+    ] = "lfu",
+    dram: Annotated[
+        str | None, typer.Option(help="DRAM of the whole process, with commas: 4GB,6GB or 60%.", metavar="SIZES")
+    ] = None,
+    mlp_dram: Annotated[
+        str | None, typer.Option(help="DRAM of the MLP alone, with commas: 2.7b or 60%.", metavar="SIZES")
+    ] = None,
+    capacity: Annotated[
+        str | None, typer.Option(help="Instead: shares of the columns cached, with commas.", metavar="C,...")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Of the slots over regions: uniform, miss-curve; with commas.", metavar="A,B")
+    ] = "uniform",
+    host: Annotated[
+        str | None, typer.Option(help="DRAM of the process before any weight (a shape alone: 0).", metavar="SIZE")
+    ] = None,
+    cold: Cold = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Masks of this trace (`dipper run --trace`, gamma 1).", metavar="FILE")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text the model reads (default: one of dipper's own).", metavar="FILE")
+    ] = None,
+    generated: Annotated[bool, typer.Option("--generated", help="Generated scores even for a real model.")] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="Generated scores as this one model has them, for a band.", metavar="NAME")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Of the MLP, for a shape: 4 or 8 (default 4).", metavar="N")] = None,
+    other_bits: Annotated[
+        int | None, typer.Option(help="Of attention and head, for a shape (default 8).", metavar="N")
+    ] = None,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Prompt tokens.", metavar="N")] = 128,
+    n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens after it.", metavar="N")] = 256,
+    ctx: Ctx = None,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Of generated scores.", metavar="N")] = 0,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw speed against DRAM and time by part: .svg, .png, .pdf.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a model would do on a device: hits, reads, tokens a second, for every combination of the lists given.
+
+    A real bundle is run in DRAM with simulated caches: its counts are those the engine would have. A model whose shape
+    alone is known gets generated scores.
+
+    \b
+    Examples:
+      dipper simulate smollm2.dipper --device raspberry-pi-5,phone-ufs-3.1 --mlp-dram 40%,60% --density 0.5,0.7
+      dipper simulate smollm2.dipper --method dip --cache none,lru,lfu,belady --capacity 0.25,0.5,0.75
+      dipper simulate phi-3-medium --device paper-phone --dram 4GB,5GB,6GB --figure phi.svg
+    """
+    from dipper.device import Device
+    from dipper.records import json_line
+    from dipper.sweep import Sweep, draw_sweep, open_model, open_workload, run_sweep
+    from dipper.tables import sim_table
+
+    sweep = Sweep(
+        methods=_listed("--method", method), densities=_numbers("--density", density), d_in=d_in, d_glu=d_glu,
+        gammas=_numbers("--gamma", gamma), caches=_listed("--cache", cache),
+        dram=_listed("--dram", dram) or (None,), mlp_dram=_listed("--mlp-dram", mlp_dram) or (None,),
+        capacity=_numbers("--capacity", capacity), splits=_listed("--split", split), cold=cold, host=host,
+    )  # fmt: skip
+    devices = [Device.load(name) for name in _listed("--device", device)]
+    bundle = open_model(model, bits=bits, other_bits=other_bits)
+    workload = open_workload(
+        bundle, n_prompt=n_prompt, n_tokens=n_tokens, trace=trace, text=text, generated=generated, variant=variant,
+        seed=seed, threads=threads,
+    )  # fmt: skip
+    records = run_sweep(bundle, workload, sweep, devices, context=ctx, on_skip=lambda why: _say(f"left out: {why}"))
+    if figure is not None:
+        draw_sweep(records, figure)
+    if as_json:
+        best = max(records, key=lambda record: record.tok_per_s).as_dict()
+        print(json_line({**best, "schema": "dipper-simulate/1", "results": [r.as_dict() for r in records]}))
+    else:
+        print(sim_table(records))
+
+
+def _listed(option: str, text: str | None) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    if text is None:
+        return ()
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise ConfigError(f"{option} {text} has an empty part: separate values with single commas.")
+    return parts
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """A list of numbers with commas."""
+    try:
+        return tuple(float(part) for part in _listed(option, text))
+    except ValueError:
+        raise ConfigError(f"{option} {text} is not a list of numbers: write 0.5,0.7.") from None
 
 
 # ------------------------------------------------------------------------------------------------ what verbs share

@@ -19,6 +19,7 @@ from typing import Any
 
 from dipper.errors import ConfigError
 from dipper.evaluate import paired_change
+from dipper.figures import panels
 from dipper.records import EvalRecord
 
 __all__ = ["Row", "compare_evals", "draw", "read_results"]
@@ -167,21 +168,13 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: matplotlib is missing, or there is nothing to draw.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("A figure needs matplotlib: run `pip install 'dipper[plots]'`.") from None
     drawable = [row for row in rows if row.mlp_bytes_per_token is not None]
     if not drawable:
         raise ConfigError("There is nothing to draw: no result tells its MLP bytes per token.")
-    from matplotlib.figure import Figure
-
     models = list(dict.fromkeys(row.model for row in drawable))
-    figure = Figure(figsize=(5.5 * len(models), 4.2), layout="constrained")
-    with matplotlib.rc_context({"svg.hashsalt": "dipper"}):  # the same rows give the same file
-        for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    with panels(path, len(models)) as all_axes:
+        for axes, model in zip(all_axes, models, strict=True):
             _draw_model(axes, model, [row for row in drawable if row.model == model])
-        figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)
 
 
 def _draw_model(axes: Any, model: str, rows: Sequence[Row]) -> None:

@@ -5,7 +5,6 @@ Units stand in the names; GB are 1e9 bytes. Figures that a profile leaves out co
 
     device = Device.load("snapdragon-8-gen-3")
     device.flash.batch_s(n_reads=200, n_bytes=3_276_800)        # seconds until all of them are there
-    device.compute.products_s(weights=1.1e9, n_bytes=5.9e8, dram=device.dram)
 
 The time of n reads asked for at once is `latency + (n - 1) cost + bytes / bandwidth`, or, where a profile has measured
 them, that of a table. `sustained` limits hold over many tokens: a disk that lets bursts through faster than it
@@ -85,7 +84,7 @@ class Flash:
     table: tuple[tuple[float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "table", tuple(tuple(row) for row in self.table))
+        object.__setattr__(self, "table", _rows(self.table))
         _positive(
             "flash", gbps=self.gbps, queue_depth=self.queue_depth, alignment=self.alignment,
             sustained_gbps=self.sustained_gbps, sustained_reads_per_s=self.sustained_reads_per_s,
@@ -95,21 +94,18 @@ class Flash:
             raise ConfigError(f"flash.alignment is {self.alignment}: reads are aligned to a power of two")
         sizes = {row[1] for row in self.table}
         counts = {row[0] for row in self.table}
-        if len({row[:2] for row in self.table}) != len(sizes) * len(counts) or any(
-            len(row) != 3 or min(row) <= 0 for row in self.table
-        ):
+        pairs = {row[:2] for row in self.table}
+        is_grid = len(self.table) == len(pairs) == len(sizes) * len(counts) and min(len(sizes), len(counts)) >= 2
+        if self.table and not is_grid:
             raise ConfigError(
                 f"flash.table has {len(self.table)} rows for {len(counts)} numbers of reads and {len(sizes)} sizes: "
-                "give each pair once, as reads, bytes of a read, microseconds, all positive"
+                "give each pair once, at least two of either"
             )
 
     @property
     def flat(self) -> Flash:
         """The same bandwidth without a cost per read or a latency, as the paper's simulator has it."""
-        gbps = self.gbps if self.sustained_gbps is None else min(self.gbps, self.sustained_gbps)
-        return dataclasses.replace(
-            self, gbps=gbps, cost_per_read_us=0.0, latency_us=0.0, table=(), sustained_reads_per_s=None
-        )
+        return dataclasses.replace(self, cost_per_read_us=0.0, latency_us=0.0, table=(), sustained_reads_per_s=None)
 
     def batch_s(self, n_reads: npt.ArrayLike, n_bytes: npt.ArrayLike) -> Floats:
         """Seconds until reads that were asked for at once are all there; zero for none.
@@ -145,6 +141,20 @@ class Flash:
         by_bytes = 0.0 if self.sustained_gbps is None else n_bytes / (1e9 * self.sustained_gbps)
         by_reads = 0.0 if self.sustained_reads_per_s is None else n_reads / self.sustained_reads_per_s
         return max(by_bytes, by_reads)
+
+
+def _rows(table: Any) -> tuple[tuple[float, float, float], ...]:
+    """Rows of three positive numbers."""
+    try:
+        rows = tuple((float(n), float(size), float(us)) for n, size, us in table)
+    except (TypeError, ValueError):
+        rows = ((0.0, 0.0, 0.0),)
+    for row in rows:
+        if not all(math.isfinite(value) and value > 0 for value in row):
+            raise ConfigError(
+                "flash.table must have rows of reads, bytes of a read, microseconds: three positive numbers"
+            )
+    return rows
 
 
 def _place(grid: Floats, at: Floats) -> tuple[Floats, npt.NDArray[np.intp]]:
@@ -239,6 +249,7 @@ class Device:
         except tomli.TOMLDecodeError as error:
             raise ConfigError(f"{where} is no TOML ({error}): correct it, or copy one of dipper's profiles") from error
         try:
+            _known(cls, content, "the profile")
             parts: dict[str, Any] = {
                 "dram": _made(Dram, content.pop("dram", {}), "dram"),
                 "flash": _made(Flash, content.pop("flash", {}), "flash"),
@@ -252,7 +263,11 @@ class Device:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the profile, whole or not at all."""
         with whole_file(path) as out:
-            out.write(tomli_w.dumps(_without_none(dataclasses.asdict(self))).encode())
+            out.write(tomli_w.dumps(self.as_dict()).encode())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The profile as its file has it; figures that are not known are left out."""
+        return _without_none(dataclasses.asdict(self))
 
 
 _Made = TypeVar("_Made")
@@ -262,16 +277,11 @@ def _made(cls: type[_Made], content: Any, where: str) -> _Made:
     """A dataclass from a table: every key known, none missing, numbers where numbers belong."""
     if not isinstance(content, dict):
         raise ConfigError(f"{where} is {content!r}: it must be a table")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = _known(cls, content, where)
     for key, value in content.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
-            raise ConfigError(f"{where} has no figure '{key}'; {hint}")
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        wants_number = fields[key].type in ("int", "float", "float | None")
-        if wants_number and not is_number:
-            raise ConfigError(f"{where}.{key} is {value!r}: it must be a number")
+        wanted, told = _WANTED.get(str(fields[key].type), ((object,), ""))
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ConfigError(f"{where}.{key} is {value!r}: it must be {told}")
     missing = [
         name
         for name, f in fields.items()
@@ -280,6 +290,26 @@ def _made(cls: type[_Made], content: Any, where: str) -> _Made:
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}: a device needs it")
     return cls(**content)
+
+
+_WANTED: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "float | None": ((int, float), "a number"),
+    "str": ((str,), "a text"),
+    "Mapping[str, str]": ((dict,), "a table of texts"),
+}
+
+
+def _known(cls: type[Any], content: dict[str, Any], where: str) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a dataclass by name, if all keys are among them."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in content:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
+            raise ConfigError(f"{where} has no figure '{key}'; {hint}")
+    return fields
 
 
 def _without_none(content: dict[str, Any]) -> dict[str, Any]:

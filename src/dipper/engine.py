@@ -39,7 +39,7 @@ from .cache import n_selected
 from .calibration import Calibration
 from .errors import BudgetError, BundleError, ConfigError
 
-__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan", "parse_bytes", "plan_run"]
+__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan", "parse_bytes", "plan_run", "rss_bytes"]
 
 METHODS = ("dense-resident", "dense-stream", "dip", "dip-ca")
 CACHES = ("lru", "lfu", "lfu-decay", "static")
@@ -419,7 +419,19 @@ class _Planner:
             for o, r in zip(self.settings(), rooms, strict=True)
             if r >= 0 and r >= min(enough, self.region_bytes)
         )
-        options = self.fill(options, room)
+        return self.made(self.fill(options, room), budget, mlp_budget)
+
+    def plan_for(self, capacity: list[int]) -> Plan:
+        """The plan of these slots, whatever they take."""
+        columns = [region["n_columns"] for region in self.regions]
+        for r, (slots, n) in enumerate(zip(capacity, columns, strict=True)):
+            if not 0 <= slots <= n:
+                raise ConfigError(
+                    f"a capacity of {slots} for region {r} of {n} columns: it lies between 0 and all of them"
+                )
+        return self.made({**self.settings()[0], "capacity": capacity}, None, None)
+
+    def made(self, options: dict[str, Any], budget: int | None, mlp_budget: int | None) -> Plan:
         parts = self.parts(options)
         held = sum(r["bytes"] for r, p in zip(self.regions, options["pinned"], strict=True) if p) + parts["slots"]
         if self.config.method == "dense-resident":
@@ -483,22 +495,27 @@ def _spread(sizes: Sequence[int], room: int) -> list[int]:
     return pinned
 
 
-def plan_run(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) -> Plan:
+def plan_run(
+    bundle: Bundle, config: EngineConfig, host_bytes: int | None = None, capacity: Sequence[int] | None = None
+) -> Plan:
     """Every byte that a run would hold, without loading anything; for the simulator also of bundles without weights.
 
     Args:
         bundle, config: as `Engine.open`; a calibration is not taken.
         host_bytes: what the process holds before any weight; None: what this one does.
+        capacity: slots by region, whatever they take, instead of a budget.
 
     Raises:
         BudgetError: the budget is below the smallest that works.
+        ConfigError: a capacity above its region.
     """
     densities = _densities(config, bundle.model.n_layers, None)
-    host = _rss_bytes() if host_bytes is None else host_bytes
-    return _Planner(bundle, config, host, densities, _vectors(None)).plan()
+    host = rss_bytes() if host_bytes is None else host_bytes
+    planner = _Planner(bundle, config, host, densities, _vectors(None))
+    return planner.plan() if capacity is None else planner.plan_for(list(capacity))
 
 
-def _rss_bytes() -> int:
+def rss_bytes() -> int:
     """Resident set of this process now."""
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -565,7 +582,7 @@ class Engine:
         if calibration is not None:
             calibration.check_model(bundle)
         densities, vectors = _densities(config, bundle.model.n_layers, calibration), _vectors(calibration)
-        plan = _Planner(bundle, config, _rss_bytes(), densities, vectors).plan()
+        plan = _Planner(bundle, config, rss_bytes(), densities, vectors).plan()
         if on_plan is not None:
             on_plan(plan)
         if simulated and not config.prunes:
@@ -624,6 +641,8 @@ class Engine:
             "densities": self.densities,
             "cache": self.config.cache,
             "cache_decay": self.config.cache_decay,
+            "cold": self.config.cold,
+            "context": self.config.context,
             "block_tokens": self.plan.options["block_tokens"],
             "regions": [
                 {

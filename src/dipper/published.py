@@ -19,7 +19,7 @@ import tomli
 from dipper.bundle import Bundle
 from dipper.errors import ConfigError
 from dipper.glu import LayerConfig, ModelConfig, matrix_shapes, vector_shapes
-from dipper.grid import quantised_grid
+from dipper.grid import Grid, quantised_grid
 from dipper.layout import is_mlp, layout
 from dipper.rope import RopeConfig
 
@@ -62,7 +62,7 @@ def published_bundle(name: str, *, bits: int = 4, other_bits: int = 8, max_conte
     shapes: dict[str, tuple[int, ...]] = {
         tensor: (length,)
         for tensor, length in vector_shapes(config).items()
-        if tensor.endswith(_VECTORS + (_BIASES if values.get("qkv_bias", False) else ()))
+        if tensor.rsplit(".", 1)[-1] in _VECTORS + (_BIASES if values.get("qkv_bias", False) else ())
     }
     matrices = matrix_shapes(config)
     if not config.tied:
@@ -70,6 +70,8 @@ def published_bundle(name: str, *, bits: int = 4, other_bits: int = 8, max_conte
     grids = {
         tensor: quantised_grid(bits if is_mlp(tensor) else other_bits, shape[1]) for tensor, shape in matrices.items()
     }
+    if not config.tied:
+        grids["embedding"] = Grid(codes="f16")  # as packing keeps it: a row is read whole, whatever its bits
     header = layout(config, {"rope.short": config.head_dim // 2}, {**shapes, **matrices}, grids)
     header["source"] = {"name": values["hf"], "shape_from": values["source"]}
     return Bundle(Path(name), json.loads(json.dumps(header)), config)  # lists, as a header on disk has them

@@ -11,13 +11,13 @@ Counts come from a *workload*, which says what every token selects:
 
 Cache, selection, read plans and the DRAM plan are the engine's own, so with a bundle the counts are those that the
 engine would have, exactly. Seconds come from a `Device`, with the engine's overlap: a pruned region waits for what its
-reads take longer than its products, plus the products of its last block; dense streaming, whose reads depend on nothing,
-takes the longer of all reads and all products. Nothing here reads a disk or a clock.
+reads take longer than its products, plus the products of its last block; dense streaming, whose reads depend on
+nothing, takes the longer of all reads and all products. Nothing here reads a disk or a clock.
 
     workload = ModelWorkload(bundle, prompt, n_tokens=128)
-    settings = [Setting.plan(bundle, EngineConfig(density=0.6, mlp_dram=share)) for share in ("40%", "60%")]
+    settings = [Setting.plan_for(bundle, EngineConfig(density=0.6, mlp_dram=share)) for share in ("40%", "60%")]
     for setting, traffic in zip(settings, workload.traffic(settings)):
-        predict(setting, traffic, Device.load("snapdragon-8-gen-3")).tok_per_s
+        sim_record(workload, setting, traffic, Device.load("snapdragon-8-gen-3")).tok_per_s
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Setting:
         config: EngineConfig,
         *,
         cache: str | None = None,
+        capacity_share: float | None = None,
         host_bytes: int | None = None,
         alignment: int = 4096,
     ) -> Setting:
@@ -102,6 +103,7 @@ class Setting:
         Args:
             bundle, config: what is run.
             cache: one of `CACHES`, instead of the configuration's.
+            capacity_share: of every region's columns, cached whatever that takes; None: what the budget gives.
             host_bytes: of the process; None: of this one.
             alignment: of the device's reads.
 
@@ -117,9 +119,15 @@ class Setting:
                 f"belady with gamma {config.effective_gamma}: masks then depend on the cache, so there is no future "
                 "to know; use gamma 1, or another cache"
             )
-        return cls(
-            bundle=bundle, config=config, plan=plan_run(bundle, config, host_bytes), cache=cache, alignment=alignment
-        )
+        if config.calibration is not None:
+            raise ConfigError("a calibration is not simulated yet: give --density, or --d-in and --d-glu")
+        capacity = None if capacity_share is None else _slots(bundle, capacity_share)
+        plan = plan_run(bundle, config, host_bytes, capacity)
+        return cls(bundle=bundle, config=config, plan=plan, cache=cache, alignment=alignment)
+
+    def at_gamma_1(self) -> Setting:
+        """The same DRAM and caches for plain DIP."""
+        return replace(self, config=replace(self.config, method="dip", gamma=None))
 
     @property
     def gamma(self) -> float:
@@ -188,6 +196,7 @@ class Traffic:
 class Workload(Protocol):
     """What tokens select."""
 
+    bundle: Bundle
     n_prompt: int
     n_tokens: int
 
@@ -270,6 +279,21 @@ def _embedding(setting: Setting, tokens: npt.NDArray[Any] | None, n_tokens: int)
 # ------------------------------------------------------------------------------------------------ workloads
 
 
+def _check_settings(workload: Workload, settings: Sequence[Setting]) -> None:
+    """Settings of the workload's own bundle, with room for its tokens."""
+    needed = workload.n_prompt + workload.n_tokens
+    for setting in settings:
+        if setting.bundle.header is not workload.bundle.header:
+            raise ConfigError(
+                f"a setting of {setting.bundle.path} for a workload of {workload.bundle.path}: use the same bundle"
+            )
+        if setting.config.context < needed:
+            raise ConfigError(
+                f"a context of {setting.config.context} for {workload.n_prompt} prompt tokens and {workload.n_tokens} "
+                f"after them: use --ctx {needed} or more"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Recording:
     """A run's masks by region: the prompt's [P, k] and the decoded tokens' [T, k]; ids of the latter [T]."""
@@ -285,11 +309,13 @@ class _Recording:
         n = len(header["regions"])
         masks: list[list[list[Any]]] = [[[], []] for _ in range(n)]
         scores: list[list[list[Any]]] = [[[], []] for _ in range(n)]
-        tokens = []
+        tokens: list[int] = []
         for frame in frames:
             if frame.region >= n:
                 raise ConfigError(f"{path} has a frame of region {frame.region}, its header {n} regions: it is damaged")
             part = 0 if frame.is_prompt else 1
+            if frame.is_prompt and tokens:
+                raise ConfigError(f"{path} has a prompt after decoded tokens, as of a chat: record a single run")
             masks[frame.region][part].append(frame.mask)
             if with_scores:
                 scores[frame.region][part].append(frame.scores)
@@ -347,24 +373,33 @@ class ModelWorkload:
         self.n_tokens = len(text) if text is not None else int(n_tokens or 0)
         if self.n_prompt < 1 or self.n_tokens < 1:
             raise ConfigError(f"{self.n_prompt} prompt tokens and {self.n_tokens} after them: each must be at least 1")
-        self._recorded: dict[tuple[int, ...], _Recording] = {}
+        self._recorded: dict[tuple[Any, ...], _Recording] = {}
 
     def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
         """Counts under each setting, exact."""
+        _check_settings(self, settings)
         result = []
         engine: Engine | None = None
         try:
             for setting in settings:
-                recording = self._recorded.get(setting.k) if setting.gamma == 1 else None
-                if recording is None:
-                    engine, recording = self._run(engine, setting)
-                    if setting.gamma == 1:
-                        self._recorded[setting.k] = recording
-                result.append(recording.traffic(setting))
+                key = self._key(setting)
+                if key not in self._recorded:
+                    engine, self._recorded[key] = self._run(engine, setting)
+                result.append(self._recorded[key].traffic(setting))
         finally:
             if engine is not None:
                 engine.close()
         return result
+
+    @staticmethod
+    def _key(setting: Setting) -> tuple[Any, ...]:
+        """What a run's masks depend on: at gamma 1 on the density, and on which rotary factors the context asks for."""
+        config = setting.config
+        positions = tuple(r.long is not None and config.context > r.original_context for r in setting.bundle.model.rope)
+        if setting.gamma == 1:
+            return (setting.k, positions)
+        cache = (setting.cache, config.cache_decay, setting.capacity, config.cold, setting.block_tokens)
+        return (setting.k, positions, setting.gamma, *cache)
 
     def describe(self, setting: Setting) -> dict[str, Any]:
         """`recorded` at gamma 1, `live` below."""
@@ -388,11 +423,14 @@ class ModelWorkload:
                 **options,
                 cache=known,
                 mlp_dram="1000b",
-                context=self.n_prompt + self.n_tokens,
+                context=setting.config.context,
                 threads=self.threads,
                 trace=trace,
                 trace_scores=False,
             )
+            if engine is not None and engine.context != config.context:
+                engine.close()
+                engine = None
             if engine is None:
                 engine = Engine.open(self.bundle.path, config, simulated=True)
             capacity = None if setting.gamma == 1 else list(setting.capacity)
@@ -428,6 +466,8 @@ class TraceWorkload:
             raise ConfigError(
                 f"{path} was recorded at gamma {header['gamma']}: its masks belong to its cache; record at gamma 1"
             )
+        if header["cold"]:
+            raise ConfigError(f"{path} was recorded with --cold: without the prompt's masks; record it without")
         self._k = tuple(region["k"] for region in header["regions"])
         self._scores = scores if all(len(s) for s in scores[0][1]) else None
         self._path = path
@@ -439,6 +479,7 @@ class TraceWorkload:
 
     def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
         """Counts under each setting: exact, or `replayed`."""
+        _check_settings(self, settings)
         return [self._recording.traffic(s) if self._is_exact(s) else self._replayed(s) for s in settings]
 
     def _replayed(self, setting: Setting) -> Traffic:
@@ -477,6 +518,7 @@ class GeneratedWorkload:
 
     def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
         """Counts under each setting, region by region: only one region's scores are held."""
+        _check_settings(self, settings)
         counts: list[list[dict[str, Any]]] = [[] for _ in settings]
         for region, (prompt, decoded) in enumerate(self._scores()):
             for setting, column in zip(settings, counts, strict=True):
@@ -561,9 +603,13 @@ def _next_step(
 
 def _at_share(setting: Setting, share: float) -> Setting:
     """The setting with this share of every region's columns cached, whatever that takes."""
-    capacity = [int(share * region["n_columns"]) for region in setting.bundle.header["regions"]]
-    plan = replace(setting.plan, options={**setting.plan.options, "capacity": capacity})
-    return replace(setting, plan=plan)
+    options = {**setting.plan.options, "capacity": _slots(setting.bundle, share)}
+    return replace(setting, plan=replace(setting.plan, options=options))
+
+
+def _slots(bundle: Bundle, share: float) -> list[int]:
+    """This share of every region's columns."""
+    return [int(share * region["n_columns"]) for region in bundle.header["regions"]]
 
 
 # ------------------------------------------------------------------------------------------------ seconds

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dipper.records import LEDGER, BenchRow, EvalRecord, RunRecord
+from dipper.records import LEDGER, BenchRow, EvalRecord, RunRecord, SimRecord
 
 if TYPE_CHECKING:
     from dipper.compare import Row
@@ -21,6 +21,7 @@ __all__ = [
     "evals_table",
     "inspect_table",
     "run_table",
+    "sim_table",
     "tasks_table",
     "turn_line",
 ]
@@ -205,6 +206,45 @@ def bench_table(rows: Sequence[BenchRow]) -> str:
             ]
         )
     return align(table, left=3)
+
+
+# ------------------------------------------------------------------------------------------------ simulate
+
+
+def sim_table(records: Sequence[SimRecord]) -> str:
+    """Simulated settings, one a row; `flat` is the speed were a read to cost its bytes alone."""
+    head = ["device", "method", "density", "gamma", "cache", "split", "DRAM MB", "bits/weight", "cached", "hits"]
+    rows = [[*head, "flash/token", "reads/token", "tok/s", "flat", "TTFT s", "mJ/token", "bound by", "masks"]]
+    for r in records:
+        rows.append(
+            [
+                r.device,
+                r.method,
+                _or_none(r.density, "{:.2f}"),
+                _or_none(r.gamma if r.method == "dip-ca" else None, "{:g}"),
+                r.cache or _NONE,
+                r.split if r.cache else _NONE,
+                f"{sum(r.dram_bytes.values()) / 1e6:.0f}",
+                f"{r.mlp_bits_per_weight:.2f}",
+                f"{100 * r.cached_fraction:.0f} %",
+                _or_none(None if r.hit_rate is None else 100 * r.hit_rate, "{:.1f} %"),
+                _size(r.flash_bytes_per_token),
+                f"{r.reads_per_token:,.0f}",
+                f"{r.tok_per_s:.2f}",
+                f"{r.tok_per_s_flat:.2f}",
+                f"{r.ttft_s:.2f}",
+                _or_none(None if r.joules_per_token is None else 1e3 * r.joules_per_token, "{:.1f}"),
+                _bound(r),
+                str(r.workload["kind"]),
+            ]
+        )
+    return align(rows, left=2)
+
+
+def _bound(record: SimRecord) -> str:
+    """The part that takes the most of a token."""
+    part = max(record.ledger_s, key=lambda name: record.ledger_s[name])
+    return {"wait": "flash", "gemv": "MLP"}.get(part, part)
 
 
 # ------------------------------------------------------------------------------------------------ eval, inspect

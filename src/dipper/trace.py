@@ -71,7 +71,10 @@ def read_trace(path: str | Path) -> tuple[dict[str, Any], Iterator[Frame]]:
     version, length = struct.unpack("<2I", start[8:])
     if version != _VERSION:
         file.close()
-        raise ConfigError(f"{path} has trace version {version}, this dipper reads {_VERSION}: upgrade")
+        raise ConfigError(
+            f"{path} has trace version {version}, this dipper reads {_VERSION}: "
+            + ("upgrade dipper" if version > _VERSION else "record it again")
+        )
     header: dict[str, Any] = json.loads(file.read(length))
     return header, _frames(file, path)
 

@@ -11,6 +11,8 @@
 #include "check.hpp"
 #include "column_cache.hpp"
 #include "errors.hpp"
+#include "flash_reader.hpp"
+#include "replay.hpp"
 #include "selection.hpp"
 
 using namespace dipper;
@@ -134,7 +136,23 @@ void test_top_k_errors() {
                  "score of column 5 at token 2 is NaN"));
 }
 
-// The definition, by full sorts.
+// For every column of every mask the first later mask that has it.
+std::vector<Columns> brute_next_uses(const std::vector<Columns>& masks) {
+  std::vector<Columns> all;
+  for (size_t t = 0; t < masks.size(); ++t) {
+    Columns next;
+    for (const int32_t c : masks[t]) {
+      size_t u = t + 1;
+      while (u < masks.size() && !std::ranges::binary_search(masks[u], c)) ++u;
+      next.push_back(u < masks.size() ? static_cast<int32_t>(u) : kNeverUsed);
+    }
+    all.push_back(next);
+  }
+  return all;
+}
+
+// The definition, by full sorts. Belady's value: minus the next use, -1e9 where that never comes, less still where no
+// next use was told.
 struct BruteCache {
   int32_t n, capacity;
   CachePolicy policy;
@@ -150,16 +168,20 @@ struct BruteCache {
     std::vector<Admission> admissions;
   };
 
-  Result step(const Columns& mask) {
+  Result step(const Columns& mask, const Columns& next_use) {
     Result result;
     ++token;
     if (policy == CachePolicy::kLfuDecay) {
       for (float& v : value) v = v * decay < 0x1p-100f ? 0 : v * decay;
     }
     std::vector<uint8_t> selected(n);
-    for (int32_t c : mask) {
+    for (size_t i = 0; i < mask.size(); ++i) {
+      const int32_t c = mask[i];
       selected[c] = 1;
-      value[c] = policy == CachePolicy::kLru ? static_cast<float>(token) : value[c] + 1;
+      value[c] = policy == CachePolicy::kLru      ? static_cast<float>(token)
+                 : policy != CachePolicy::kBelady ? value[c] + 1
+                 : next_use[i] == kNeverUsed      ? -1e9f
+                                                  : -static_cast<float>(next_use[i]);
       if (cached[c]) {
         ++result.n_hits;
       } else {
@@ -217,13 +239,19 @@ Columns random_mask(std::mt19937& random, int32_t n) {
 
 void test_cache_against_definition() {
   std::mt19937 random(3);
-  for (const auto policy : {CachePolicy::kLru, CachePolicy::kLfu, CachePolicy::kLfuDecay, CachePolicy::kStatic}) {
+  for (const auto policy :
+       {CachePolicy::kLru, CachePolicy::kLfu, CachePolicy::kLfuDecay, CachePolicy::kStatic, CachePolicy::kBelady}) {
+    const bool belady = policy == CachePolicy::kBelady;
     for (int round = 0; round < 120; ++round) {
       const auto n = static_cast<int32_t>(1 + random() % 200);
       const int32_t capacity = round == 0 ? 0 : round == 1 ? n : static_cast<int32_t>(random() % (n + 1));
       const float decay = round % 2 ? 0.9f : 0.05f;
       ColumnCache cache(n, capacity, policy, decay);
       BruteCache brute{n, capacity, policy, decay, std::vector<float>(n), std::vector<uint8_t>(n), Columns(n, -1)};
+      if (belady) std::ranges::fill(brute.value, -2e9f);
+      std::vector<Columns> masks(60);
+      for (Columns& mask : masks) mask = random_mask(random, n);
+      const std::vector<Columns> next_uses = brute_next_uses(masks);
       uint64_t hits = 0, misses = 0, admissions = 0, evictions = 0;
       for (int token = 0; token < 60; ++token) {
         if (token == 5 && round % 3 == 0) {  // columns without history
@@ -237,10 +265,10 @@ void test_cache_against_definition() {
             brute.slots[pinned[s]] = static_cast<int32_t>(s);
           }
         }
-        const Columns mask = random_mask(random, n);
+        const Columns &mask = masks[token], &next_use = next_uses[token];
         const bool counted = token % 4 != 0;
-        const auto expected = brute.step(mask);
-        const auto& step = cache.step(mask, counted);
+        const auto expected = brute.step(mask, next_use);
+        const auto& step = cache.step(mask, counted, belady ? next_use : std::span<const int32_t>{});
         CHECK(step.n_hits == expected.n_hits);
         CHECK(std::ranges::equal(step.misses, expected.misses));
         CHECK(std::ranges::equal(step.admissions, expected.admissions, [](const auto& a, const auto& b) {
@@ -302,7 +330,10 @@ void test_decay_ends() {
 void test_cache_errors() {
   CHECK(cache_policy("lfu-decay") == CachePolicy::kLfuDecay);
   CHECK(std::string(cache_policy_name(CachePolicy::kStatic)) == "static");
-  CHECK(contains(error_of([] { cache_policy("fifo"); }), "'fifo' is unknown: use one of lru, lfu, lfu-decay, static"));
+  CHECK(contains(error_of([] { cache_policy("fifo"); }),
+                 "'fifo' is unknown: use one of lru, lfu, lfu-decay, static, belady"));
+  CHECK(cache_admission("always") == CacheAdmission::kAlways && cache_admission("best") == CacheAdmission::kBest);
+  CHECK(error_of([] { cache_admission("maybe"); }) == "cache admission 'maybe' is unknown: use best or always");
   CHECK(contains(error_of([] { ColumnCache(0, 0, CachePolicy::kLru); }), "0 columns"));
   CHECK(contains(error_of([] { ColumnCache(4, 5, CachePolicy::kLru); }), "capacity is 5 for a region of 4"));
   CHECK(contains(error_of([] { ColumnCache(4, -1, CachePolicy::kLru); }), "capacity is -1"));
@@ -342,6 +373,160 @@ void test_scan_is_a_loop() {
                  "scores have 64 columns but the cache has 65"));
 }
 
+void test_next_uses() {
+  std::mt19937 random(6);
+  for (int round = 0; round < 200; ++round) {
+    const auto n = static_cast<int32_t>(1 + random() % 30), k = static_cast<int32_t>(random() % (n + 1));
+    const auto n_tokens = static_cast<int32_t>(random() % 12);
+    std::vector<Columns> masks;
+    Columns flat;
+    for (int32_t t = 0; t < n_tokens; ++t) {
+      std::vector<uint32_t> keys(n);
+      for (uint32_t& key : keys) key = random();
+      masks.push_back(brute_top_k(keys, k));
+      flat.insert(flat.end(), masks.back().begin(), masks.back().end());
+    }
+    Columns expected;
+    for (const Columns& row : brute_next_uses(masks)) expected.insert(expected.end(), row.begin(), row.end());
+    CHECK(guarded(n_tokens * k, [&](int32_t* out) { next_uses(flat, n_tokens, k, n, out); }) == expected);
+  }
+}
+
+void test_belady() {
+  // Columns 0, 1, 2; one slot. 1 comes sooner than 0 and replaces it; 0 returns; 2 never comes again and stays out.
+  ColumnCache cache(3, 1, CachePolicy::kBelady);
+  const std::vector<Columns> masks{{0}, {1}, {1}, {0}, {2}, {0}};
+  const std::vector<Columns> next_uses = brute_next_uses(masks);
+  CHECK(next_uses == (std::vector<Columns>{{3}, {2}, {-1}, {5}, {-1}, {-1}}));
+  Columns cached;
+  for (size_t t = 0; t < masks.size(); ++t) {
+    cache.step(masks[t], true, next_uses[t]);
+    cached.push_back(cache.columns_by_slot()[0]);
+  }
+  CHECK(cached == (Columns{0, 1, 1, 0, 0, 0}));
+  CHECK(cache.hits() == 2 && cache.misses() == 4 && cache.evictions() == 2 && cache.admissions() == 3);
+  // A next use beyond what a history holds is one that never comes: the cached column stays.
+  ColumnCache limited(2, 1, CachePolicy::kBelady, 1.0f, 10);
+  limited.step(Columns{0}, true, Columns{kNeverUsed});
+  limited.step(Columns{1}, true, Columns{9});
+  CHECK(limited.slot_of(0) == 0);
+  limited.step(Columns{1}, true, Columns{8});
+  CHECK(limited.slot_of(1) == 0);
+
+  const std::string told = " columns for a mask of 2: it needs each; replay recorded masks, or choose another policy";
+  CHECK(error_of([&] { cache.step(Columns{0, 1}); }) == "belady was told the next use of 0" + told);
+  CHECK(error_of([&] { cache.step(Columns{0, 1}, true, Columns{3}); }) == "belady was told the next use of 1" + told);
+  CHECK(cache.hits() == 2 && cache.misses() == 4 && cache.slot_of(0) == 0);
+}
+
+ColumnCache textbook(CachePolicy policy, uint32_t history_limit = ColumnCache::kHistoryLimit) {
+  return {4, 2, policy, 0.5f, history_limit, CacheAdmission::kAlways};
+}
+
+// What each of these single accesses evicts: a column, -1 for none, -2 for a hit.
+Columns evictions_of(ColumnCache cache, const Columns& columns) {
+  std::vector<Columns> masks;
+  for (const int32_t c : columns) masks.push_back({c});
+  const std::vector<Columns> next_uses = brute_next_uses(masks);
+  Columns out;
+  for (size_t t = 0; t < masks.size(); ++t) {
+    const CacheStep& step = cache.step(masks[t], true, next_uses[t]);
+    CHECK(step.admissions.size() == 1u - step.n_hits);  // every miss enters
+    out.push_back(step.n_hits ? -2 : step.admissions[0].evicted);
+    CHECK(cache.slot_of(columns[t]) >= 0);
+  }
+  return out;
+}
+
+void test_admission_always() {
+  CHECK(evictions_of(textbook(CachePolicy::kLru), {0, 1, 0, 2, 1}) == (Columns{-1, -1, -2, 1, 0}));
+  // Column 0 is used twice. Of equals the older leaves; what left has no count when it comes back.
+  CHECK(evictions_of(textbook(CachePolicy::kLfu), {0, 0, 1, 2, 1, 3}) == (Columns{-1, -2, -1, 1, 2, 1}));
+  // Decayed, 0's uses count 0.375 against 1's 1 at token 3.
+  CHECK(evictions_of(textbook(CachePolicy::kLfuDecay), {0, 0, 3, 1, 2}) == (Columns{-1, -2, -1, 0, 3}));
+  // 0 comes back last; then neither 1 nor 2 comes again, and 2 is older.
+  CHECK(evictions_of(textbook(CachePolicy::kBelady), {0, 1, 2, 1, 0}) == (Columns{-1, -1, 0, -2, 2}));
+  // Token numbers that move down keep the order of age.
+  const Columns long_trace{0, 1, 0, 2, 1, 3, 0, 2, 1, 0, 3, 2, 0, 1, 2, 3, 3, 0, 1};
+  for (const auto policy : {CachePolicy::kLru, CachePolicy::kLfu}) {
+    CHECK(evictions_of(textbook(policy, 16), long_trace) == evictions_of(textbook(policy), long_trace));
+  }
+  ColumnCache cache = textbook(CachePolicy::kLru);
+  CHECK(error_of([&] { cache.step(Columns{0, 1}); }) ==
+        "a mask of 2 columns under admission 'always': it takes one column a step");
+  CHECK(cache.size() == 0 && cache.misses() == 0);
+  cache.step(Columns{});
+  cache.step(Columns{3});
+  cache.clear();
+  CHECK(evictions_of(cache, {0, 1, 2}) == (Columns{-1, -1, 0}));
+}
+
+struct Counts {
+  explicit Counts(size_t n) : hits(n), admissions(n), reads(n), flash_bytes(n) {}
+  Traffic traffic() { return {hits.data(), admissions.data(), reads.data(), flash_bytes.data()}; }
+  bool operator==(const Counts&) const = default;
+  Columns hits, admissions, reads;
+  std::vector<int64_t> flash_bytes;
+};
+
+void count(Counts& counts, int32_t t, const CacheStep& step, const RegionLayout& layout) {
+  std::vector<uint64_t> offsets;
+  ReadPlan plan;
+  plan_records(layout.offset, layout.record_bytes, step.misses, layout.alignment, nullptr, offsets, plan);
+  counts.hits[t] = step.n_hits;
+  counts.admissions[t] = static_cast<int32_t>(step.admissions.size());
+  counts.reads[t] = static_cast<int32_t>(plan.ranges.size());
+  counts.flash_bytes[t] = 0;
+  for (const ReadRange& range : plan.ranges) counts.flash_bytes[t] += range.bytes;
+}
+
+void test_replay() {
+  constexpr int32_t kTokens = 40, kN = 200, kK = 60, kCapacity = 70;
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::vector<float> scores(kTokens * kN);
+  for (float& s : scores) s = normal(random);
+  Columns masks(kTokens * kK), next(kTokens * kK);
+  scan(scores.data(), kTokens, kN, kK, 1.0f, nullptr, true, masks.data(), nullptr);
+  next_uses(masks, kTokens, kK, kN, next.data());
+  for (const RegionLayout layout : {RegionLayout{8192, 700, 4096}, RegionLayout{1 << 20, 5000, 512},
+                                    RegionLayout{0, 300'000, 4096}, RegionLayout{64, 64, 1}}) {
+    for (const auto policy : {CachePolicy::kLru, CachePolicy::kLfu, CachePolicy::kBelady}) {
+      const bool belady = policy == CachePolicy::kBelady;
+      ColumnCache replayed(kN, kCapacity, policy), looped(kN, kCapacity, policy);
+      Counts found(kTokens), expected(kTokens);
+      const std::span<const int32_t> known = belady ? next : std::span<const int32_t>{};
+      replay_masks(masks, kTokens, kK, known, layout, replayed, true, found.traffic());
+      for (int32_t t = 0; t < kTokens; ++t) {
+        const std::span<const int32_t> mask(masks.data() + t * kK, kK);
+        count(expected, t, looped.step(mask, true, belady ? known.subspan(t * kK, kK) : known), layout);
+      }
+      CHECK(found == expected && replayed.hits() == looped.hits());
+      CHECK(std::ranges::equal(replayed.slots(), looped.slots()));
+      if (belady) continue;
+      replayed.clear();
+      looped.clear();
+      Columns own(kTokens * kK), mask(kK);
+      replay_scores(scores.data(), kTokens, kN, kK, 0.3f, layout, replayed, false, own.data(), found.traffic());
+      SelectionScratch scratch;
+      for (int32_t t = 0; t < kTokens; ++t) {
+        top_k({scores.data() + t * kN, kN}, kK, 0.3f, looped.cached(), scratch, mask.data());
+        CHECK(std::equal(mask.begin(), mask.end(), own.begin() + t * kK));
+        count(expected, t, looped.step(mask), layout);
+      }
+      CHECK(found == expected && looped.hits() > 0 && replayed.hits() + replayed.misses() == 0);
+      CHECK(std::ranges::equal(replayed.slots(), looped.slots()));
+    }
+  }
+  ColumnCache cache(4, 2, CachePolicy::kLru);
+  Counts counts(2);
+  for (const Columns& bad : {Columns{0, 1, 2, 1}, Columns{0, 1, 1, 4}, Columns{0, 1, -1, 2}}) {
+    const std::string error = error_of([&] { replay_masks(bad, 2, 2, {}, {0, 8, 8}, cache, true, counts.traffic()); });
+    CHECK(contains(error, "the mask of token 1 holds column "));
+    CHECK(contains(error, ": columns ascend, without repeats, from 0 to 3"));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -354,5 +539,9 @@ int main() {
   test_decay_ends();
   test_cache_errors();
   test_scan_is_a_loop();
+  test_next_uses();
+  test_belady();
+  test_admission_always();
+  test_replay();
   return check_result();
 }

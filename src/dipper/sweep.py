@@ -1,0 +1,318 @@
+"""`dipper simulate`: a model, devices, and lists of options become settings, their counts, and what each would do.
+
+One recording a density serves all caches and devices; below gamma = 1 every setting is a run of its own. Options that
+do not act with a method are left out for it, and settings that come out equal are simulated once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dipper.bundle import Bundle
+from dipper.device import Device
+from dipper.engine import EngineConfig, parse_bytes, rss_bytes
+from dipper.errors import BudgetError, ConfigError
+from dipper.figures import panels
+from dipper.records import LEDGER, SimRecord
+from dipper.simulator import (
+    GeneratedWorkload,
+    ModelWorkload,
+    Setting,
+    TraceWorkload,
+    Workload,
+    miss_curve_split,
+    sim_record,
+)
+
+__all__ = ["Sweep", "draw_sweep", "has_weights", "open_model", "open_workload", "run_sweep"]
+
+SPLITS = ("uniform", "miss-curve")
+_ONLY_PRUNED = ("density", "d_in", "d_glu", "gamma", "cache", "split", "cold", "cache_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Lists of what to vary; every combination that makes sense is a setting. None: the engine's default.
+
+    Attributes:
+        methods, densities, gammas, caches, dram, mlp_dram, capacity: as the options of `dipper run`; `capacity` is the
+            share of every region's columns that is cached, instead of a budget.
+        d_in, d_glu: one split of the density, instead of `densities`.
+        splits: of the slots over regions, of `SPLITS`.
+        cold: the prompt does not warm the caches.
+        host: DRAM of the process before any weight, such as "100MB"; None: this process's for a real bundle, else 0.
+    """
+
+    methods: tuple[str, ...] = ("dense-stream", "dip", "dip-ca")
+    densities: tuple[float, ...] = (0.7,)
+    d_in: float | None = None
+    d_glu: float | None = None
+    gammas: tuple[float, ...] = (0.5,)
+    caches: tuple[str, ...] = ("lfu",)
+    dram: tuple[str | None, ...] = (None,)
+    mlp_dram: tuple[str | None, ...] = (None,)
+    capacity: tuple[float, ...] = ()
+    splits: tuple[str, ...] = ("uniform",)
+    cold: bool = False
+    host: str | None = None
+
+    def __post_init__(self) -> None:
+        for split in self.splits:
+            if split not in SPLITS:
+                raise ConfigError(f"split '{split}' is unknown: choose {', '.join(SPLITS)}")
+        for share in self.capacity:
+            if not 0 <= share <= 1:
+                raise ConfigError(
+                    f"capacity is {share}: it is the share of a region's columns that is cached, between 0 and 1"
+                )
+        if self.capacity and (self.dram, self.mlp_dram) != ((None,), (None,)):
+            raise ConfigError("--capacity says how many columns are cached, --dram and --mlp-dram do so too: give one")
+
+    def options(self) -> list[dict[str, Any]]:
+        """EngineConfig's options of every combination, `cache` and `split` beside them; no two alike."""
+        split_density = (None,) if self.d_in is not None else self.densities
+        product = itertools.product(
+            self.methods, split_density, self.gammas, self.caches, self.dram, self.mlp_dram,
+            self.capacity or (None,), self.splits,
+        )  # fmt: skip
+        rows = []
+        for method, density, gamma, cache, dram, mlp_dram, capacity, split in product:
+            row: dict[str, Any] = {"method": method, "dram": dram, "mlp_dram": mlp_dram, "capacity": capacity}
+            row |= {"density": density, "d_in": self.d_in, "d_glu": self.d_glu, "cache": cache, "split": split}
+            row |= {"gamma": gamma if method == "dip-ca" else None, "cold": self.cold or None}
+            if method not in ("dip", "dip-ca"):
+                row = {name: value for name, value in row.items() if name not in (*_ONLY_PRUNED, "capacity")}
+            if method == "dense-resident":
+                row["mlp_dram"] = None
+            if method == "dip-ca" and cache in ("none", "belady"):
+                continue  # neither has a meaning below gamma 1; `dip` shows them
+            row = {name: value for name, value in row.items() if value is not None}
+            if row not in rows:
+                rows.append(row)
+        if not rows:
+            raise ConfigError(
+                f"methods {', '.join(self.methods)} with caches {', '.join(self.caches)} leave nothing to simulate: "
+                "dip-ca needs a cache other than none and belady"
+            )
+        return rows
+
+
+# ------------------------------------------------------------------------------------------------ inputs
+
+
+def open_model(name: str, *, bits: int | None = None, other_bits: int | None = None) -> Bundle:
+    """A bundle, or the layout of a model whose shape is published.
+
+    Raises:
+        BundleError: a folder that is no bundle.
+        ConfigError: no such folder and no such model (the nearest is named), or bits for a real bundle.
+    """
+    from dipper.published import published_bundle
+
+    if Path(name).exists():
+        if (bits, other_bits) != (None, None):
+            raise ConfigError(f"--bits is for models of which only the shape is known; {name} has its own")
+        return Bundle.open(name)
+    return published_bundle(name, bits=bits or 4, other_bits=other_bits or 8)
+
+
+def has_weights(bundle: Bundle) -> bool:
+    """Whether a bundle is on a disk, and not a layout alone."""
+    return (bundle.path / "flash.bin").exists()
+
+
+def open_workload(
+    bundle: Bundle,
+    *,
+    n_prompt: int,
+    n_tokens: int,
+    trace: Path | None = None,
+    text: Path | None = None,
+    generated: bool = False,
+    variant: str | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Workload:
+    """Where masks come from: a trace, the real model over a text, or the generator.
+
+    Args:
+        bundle: of the model.
+        n_prompt, n_tokens: tokens that warm the caches, and tokens after them; a trace has its own.
+        trace: of `dipper run --trace`.
+        text: for the real model; None: dipper's own.
+        generated: the generator even for a real model.
+        variant: one model's fit of the generator instead of the mean.
+        seed: of the generator.
+        threads: of the real model.
+    """
+    if trace is not None:
+        if not has_weights(bundle):
+            raise ConfigError(f"a trace is of a bundle, and {bundle.path} is the shape of a model alone: drop --trace")
+        return TraceWorkload(bundle, trace)
+    if generated or not has_weights(bundle):
+        if text is not None:
+            raise ConfigError("--text is for a real model: generated scores belong to no text")
+        from dipper.generator import ScoreGenerator
+
+        return GeneratedWorkload(
+            bundle, ScoreGenerator.load(variant=variant), n_prompt=n_prompt, n_tokens=n_tokens, seed=seed
+        )
+    from dipper.evaluate import read_text
+    from dipper.tokenizer import Tokenizer
+
+    if text is None:
+        source = resources.files("dipper").joinpath("bench.txt").read_text(encoding="utf-8")
+    else:
+        source = read_text(text).text
+    ids = list(Tokenizer.open(bundle.path).encode(source))
+    if len(ids) < n_prompt + n_tokens:
+        named = "dipper's own text" if text is None else str(text)
+        raise ConfigError(
+            f"{named} has {len(ids)} tokens, a prompt of {n_prompt} and {n_tokens} after it need "
+            f"{n_prompt + n_tokens}: give a longer --text or ask for less"
+        )
+    return ModelWorkload(bundle, ids[:n_prompt], text=ids[n_prompt : n_prompt + n_tokens], threads=threads)
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+def run_sweep(
+    bundle: Bundle,
+    workload: Workload,
+    sweep: Sweep,
+    devices: Sequence[Device],
+    *,
+    context: int | None = None,
+    on_skip: Callable[[str], None] | None = None,
+) -> list[SimRecord]:
+    """Simulates every combination on every device.
+
+    Args:
+        bundle: what is run.
+        workload: its masks.
+        sweep: the combinations.
+        devices: where.
+        context: positions of the KV cache; None: as many as the workload has.
+        on_skip: told of a combination that its budget does not hold; None: that is an error.
+
+    Raises:
+        BudgetError: too little DRAM (the least is named), or more than the device has, when `on_skip` is None or when
+            nothing is left.
+    """
+    if sweep.host is not None:
+        host = parse_bytes(sweep.host, bundle.total_bytes) if sweep.host != "0" else 0
+    else:
+        host = rss_bytes() if has_weights(bundle) else 0  # once: this process grows as it simulates
+    context = context or workload.n_prompt + workload.n_tokens + 1
+    records = []
+    refused: BudgetError | None = None
+    for device in devices:
+        settings: list[tuple[Setting, str]] = []
+        for options in sweep.options():
+            try:
+                settings.append(_setting(bundle, workload, device, options, context, host))
+            except BudgetError as error:
+                refused = error
+                if on_skip is None:
+                    raise
+                on_skip(f"{device.name}, {_told(options)}: {error}")
+        pruned = [setting for setting, _ in settings if setting.config.prunes]
+        counts = dict(zip(map(id, pruned), workload.traffic(pruned), strict=True))
+        for setting, split in settings:
+            record = sim_record(workload, setting, counts.get(id(setting)), device)
+            records.append(dataclasses.replace(record, split=split))
+    if not records and refused is not None:
+        raise refused
+    return records
+
+
+def _told(options: dict[str, Any]) -> str:
+    return " ".join(f"{value}" if name == "method" else f"{name} {value}" for name, value in options.items())
+
+
+def _setting(
+    bundle: Bundle, workload: Workload, device: Device, options: dict[str, Any], context: int, host: int
+) -> tuple[Setting, str]:
+    """A combination as a setting on a device, its slots shared out."""
+    options = dict(options)
+    split, cache, capacity = (options.pop(name, None) for name in ("split", "cache", "capacity"))
+    config = EngineConfig(context=context, **options, **({"cache": cache} if cache in _ENGINE_CACHES else {}))
+    shared = {"cache": cache, "host_bytes": host, "alignment": device.flash.alignment}
+    setting = Setting.plan_for(bundle, config, capacity_share=capacity, **shared)
+    if split == "miss-curve":
+        weights, _ = miss_curve_split(workload, setting.at_gamma_1(), device)
+        config = dataclasses.replace(config, split=weights)
+        setting = Setting.plan_for(bundle, config, **shared)
+    if setting.plan.total_bytes > device.dram.bytes:
+        raise BudgetError(
+            f"{config.method} holds {setting.plan.total_bytes / 1e6:.0f} MB here, and {device.name} has "
+            f"{device.dram.bytes / 1e6:.0f} MB of DRAM: lower --dram, --mlp-dram or --ctx, or use --method "
+            "dense-stream, dip or dip-ca"
+        )
+    return setting, split or "uniform"
+
+
+_ENGINE_CACHES = ("lru", "lfu", "lfu-decay", "static")
+
+
+# ------------------------------------------------------------------------------------------------ figure
+
+
+def draw_sweep(records: Sequence[SimRecord], path: str | os.PathLike[str]) -> None:
+    """Throughput against DRAM, a line for each way to run on each device; and where a token's time goes, as bars.
+
+    Args:
+        records: of `run_sweep`.
+        path: .svg, .png or .pdf.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    devices = list(dict.fromkeys(r.device for r in records))
+    with panels(path, 2, width=max(6.0, 2.5 + 0.16 * len(records)), height=4.8) as (speed, time):
+        for label in dict.fromkeys(_label(r, devices) for r in records):
+            line = sorted((r for r in records if _label(r, devices) == label), key=lambda r: sum(r.dram_bytes.values()))
+            x = [sum(r.dram_bytes.values()) / 1e9 for r in line]
+            (drawn,) = speed.plot(x, [r.tok_per_s for r in line], marker="o", markersize=3, label=label)
+            speed.plot(x, [r.tok_per_s_flat for r in line], linestyle=":", linewidth=0.9, color=drawn.get_color())
+        speed.set(xlabel="DRAM held, GB", ylabel="tokens/s (dotted: a read costs its bytes alone)", ylim=(0, None))
+        speed.set_title(f"{records[0].model}, {_kinds(records)}")
+        speed.legend(fontsize="x-small")
+        bottom = [0.0] * len(records)
+        for part in LEDGER:
+            height = [1e3 * r.ledger_s[part] / r.n_tokens for r in records]
+            if any(height):
+                time.bar(range(len(records)), height, bottom=bottom, label=part, width=0.75)
+            bottom = [b + h for b, h in zip(bottom, height, strict=True)]
+        ticks = [f"{_label(r, devices)}\n{sum(r.dram_bytes.values()) / 1e9:.2f} GB" for r in records]
+        time.set_xticks(range(len(records)), ticks, rotation=90, fontsize="xx-small")
+        time.set(ylabel="ms a token", title="where the time goes")
+        time.legend(fontsize="x-small")
+
+
+def _label(record: SimRecord, devices: Sequence[str]) -> str:
+    words = [record.method]
+    if record.density is not None:
+        words.append(f"{record.density:.2f}")
+    if record.method == "dip-ca":
+        words.append(f"γ {record.gamma:g}")
+    if record.cache is not None:
+        words.append(record.cache)
+    if record.split != "uniform":
+        words.append(record.split)
+    if len(devices) > 1:
+        words.append(f"on {record.device}")
+    return " ".join(words)
+
+
+def _kinds(records: Sequence[SimRecord]) -> str:
+    kinds = sorted({str(r.workload["kind"]) for r in records} - {"dense"})
+    return f"masks {', '.join(kinds)}" if kinds else "dense"
