@@ -147,10 +147,11 @@ def test_flat_is_bandwidth_alone() -> None:
         assert float(flash.flat.batch_s(500, 10**7)) == pytest.approx(10**7 / 2e9, rel=1e-12)
         assert flash.flat.table == ()
     throttled = dataclasses.replace(FLASH, sustained_gbps=0.5, sustained_reads_per_s=1000.0)
-    assert float(throttled.flat.batch_s(500, 10**7)) == pytest.approx(10**7 / 0.5e9, rel=1e-12)
-    assert throttled.flat.sustained_reads_per_s is None
-    faster = dataclasses.replace(FLASH, sustained_gbps=9.0)
-    assert faster.flat.gbps == 2.0
+    # Bursts keep their bandwidth; in the long run bytes are limited, the number of reads is not.
+    assert float(throttled.flat.batch_s(500, 10**7)) == pytest.approx(10**7 / 2e9, rel=1e-12)
+    assert throttled.flat.sustained_s(10**9, 10**9) == 2.0
+    assert (throttled.flat.gbps, throttled.flat.sustained_gbps, throttled.flat.sustained_reads_per_s) == (2.0, 0.5, None)
+    assert (throttled.flat.queue_depth, throttled.flat.alignment) == (32, 4096)
 
 
 def test_limits_in_the_long_run() -> None:
@@ -200,12 +201,16 @@ def test_an_unknown_name(tmp_path: Path) -> None:
     )
 
 
+BAD_ROWS = "flash.table must have rows of reads, bytes of a read, microseconds: three positive numbers"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("gbps = 40", "gbs = 40", "dram has no figure 'gbs'; did you mean gbps?"),
         ("gbps = 40", "zzz = 40", "dram has no figure 'zzz'; known are bytes, gbps"),
-        ("[dram]", "[ram]", "dram lacks bytes, gbps: a device needs it"),
+        ("[dram]", "[ram]", "the profile has no figure 'ram'; did you mean dram?"),
+        ("[dram]\nbytes = 8000000000\ngbps = 40", "", "dram lacks bytes, gbps: a device needs it"),
         ('name = "mine"', 'name = "mine"\ntitel = "A"', "the profile has no figure 'titel'; did you mean title?"),
         ("gbps = 40", "gbps = 0", "dram.gbps is 0: a device has more than none of it; give a positive figure"),
         ("gbps = 2.0", "gbps = -1", "flash.gbps is -1: a device has more than none of it; give a positive figure"),
@@ -227,20 +232,47 @@ def test_an_unknown_name(tmp_path: Path) -> None:
         (
             "alignment = 4096",
             "alignment = 4096\ntable = [[1, 4096, 90], [8, 4096, 91], [1, 8192, 95]]",
-            "flash.table has 3 rows for 2 numbers of reads and 2 sizes: give each pair once, as reads, bytes of a "
-            "read, microseconds, all positive",
+            "flash.table has 3 rows for 2 numbers of reads and 2 sizes: give each pair once, at least two of either",
         ),
         (
             "alignment = 4096",
             "alignment = 4096\ntable = [[1, 4096, 90], [1, 8192, 0], [2, 4096, 90], [2, 8192, 90]]",
-            "flash.table has 4 rows for 2 numbers of reads and 2 sizes: give each pair once, as reads, bytes of a "
-            "read, microseconds, all positive",
+            BAD_ROWS,
         ),
         (
             "alignment = 4096",
             "alignment = 4096\ntable = [[1, 4096]]",
-            "flash.table has 1 rows for 1 numbers of reads and 1 sizes: give each pair once, as reads, bytes of a "
-            "read, microseconds, all positive",
+            BAD_ROWS,
+        ),
+        ("alignment = 4096", "alignment = 4096\ntable = [[1, 4096, inf], [1, 8192, 9]]", BAD_ROWS),
+        ("alignment = 4096", "alignment = 4096\ntable = [[1, 4096, nan], [1, 8192, 9]]", BAD_ROWS),
+        ("alignment = 4096", "alignment = 4096\ntable = [1, 2, 3]", BAD_ROWS),
+        ("alignment = 4096", 'alignment = 4096\ntable = "abc"', BAD_ROWS),
+        ("alignment = 4096", "alignment = 4096\ntable = 3", BAD_ROWS),
+        (
+            "alignment = 4096",
+            "alignment = 4096\ntable = [[1, 4096, 90], [1, 8192, 90]]",
+            "flash.table has 2 rows for 1 numbers of reads and 2 sizes: give each pair once, at least two of either",
+        ),
+        (
+            "alignment = 4096",
+            "alignment = 4096\ntable = [[1, 4096, 90], [1, 8192, 90], [2, 4096, 90], [2, 4096, 91]]",
+            "flash.table has 4 rows for 2 numbers of reads and 2 sizes: give each pair once, at least two of either",
+        ),
+        ("queue_depth = 32", "queue_depth = 32.5", "flash.queue_depth is 32.5: it must be a whole number"),
+        ("alignment = 4096", "alignment = 4096.0", "flash.alignment is 4096.0: it must be a whole number"),
+        ("bytes = 8000000000", "bytes = 8e9", "dram.bytes is 8000000000.0: it must be a whole number"),
+        ('name = "mine"', "name = 3", "the profile.name is 3: it must be a text"),
+        ('name = "mine"', 'name = "mine"\nsources = 3', "the profile.sources is 3: it must be a table of texts"),
+        (
+            "gbps = 2.0",
+            'gbps = 2.0\nsustained_gbps = "fast"',
+            "flash.sustained_gbps is 'fast': it must be a number",
+        ),
+        (
+            "gbps = 2.0",
+            "gbps = 2.0\nsustained_reads_per_s = 0",
+            "flash.sustained_reads_per_s is 0: a device has more than none of it; give a positive figure",
         ),
     ],
 )

@@ -70,13 +70,17 @@ def flash_part(region: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in region.items() if key != "sha256"}, "matrices": matrices}
 
 
-def sizes(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return (
-        entry["kind"],
-        entry["shape"],
-        entry.get("bytes"),
-        {n: s["bytes"] for n, s in entry.get("scales", {}).items()},
-    )
+def sizes(bundle: Bundle) -> dict[str, tuple[Any, ...]]:
+    """Of every tensor; packing numbers the rotary tables."""
+    return {
+        name.replace("rope.0", "rope.short"): (
+            entry["kind"],
+            entry["shape"],
+            entry.get("bytes"),
+            {n: s["bytes"] for n, s in entry.get("scales", {}).items()},
+        )
+        for name, entry in bundle.header["tensors"].items()
+    }
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -87,21 +91,24 @@ def test_sizes_are_what_packing_lays_out(kind: str, bits: int, tmp_path: Path, m
     monkeypatch.setattr(published, "_models", lambda: {kind: values_of(real, qkv_bias=kind == "qwen2")})
     found = published_bundle(kind, bits=bits, max_context=128)
     assert list(map(flash_part, found.header["regions"])) == list(map(flash_part, real.header["regions"]))
-    assert (found.header["embedding"] is None) == (real.header["embedding"] is None) == real.model.tied
-    if real.model.tied:
-        assert found.header["files"]["flash.bin"]["bytes"] == real.header["files"]["flash.bin"]["bytes"]
-    else:
-        rows = [{key: b.header["embedding"][key] for key in ("rows", "offset")} for b in (found, real)]
-        assert rows[0] == rows[1]
+    embeddings = [b.header["embedding"] for b in (found, real)]
+    assert (embeddings[0] is None) == (embeddings[1] is None) == real.model.tied
+    if not real.model.tied:  # 16 bits a weight, whatever --bits
+        assert embeddings[0] == {key: value for key, value in embeddings[1].items() if key != "sha256"}
+        assert embeddings[0]["codes"] == "f16"
+    for name in ("flash.bin", "resident.bin"):
+        assert found.header["files"][name]["bytes"] == real.header["files"][name]["bytes"], name
     assert found.mlp_weights == real.mlp_weights
-    tensors = {n: e for n, e in real.header["tensors"].items() if not n.startswith("rope")}
-    assert {n: sizes(found.header["tensors"][n]) for n in tensors} == {n: sizes(e) for n, e in tensors.items()}
-    matrices = [{n for n, e in b.header["tensors"].items() if e["kind"] == "matrix"} for b in (found, real)]
-    assert matrices[0] == matrices[1]
+    assert sizes(found) == sizes(real)
+    assert found.total_bytes == real.total_bytes
     # So the planner holds the same columns for the same DRAM of the MLP.
-    plans = [plan_run(b, EngineConfig(mlp_dram="16b", context=64), 0) for b in (found, real)]
-    assert plans[0].options["capacity"] == plans[1].options["capacity"]
-    assert plans[0].mlp_bytes == plans[1].mlp_bytes
+    least = plan_run(real, EngineConfig(mlp_dram="16b", context=64), 0).minimum_bytes
+    for budget in ({"mlp_dram": "16b"}, {"dram": str(least + 20_000)}):
+        plans = [plan_run(b, EngineConfig(**budget, context=64), 0) for b in (found, real)]
+        assert plans[0].options["capacity"] == plans[1].options["capacity"]
+        assert sum(plans[0].options["capacity"]) > 0
+        assert plans[0].parts == plans[1].parts
+        assert plans[0].mlp_bytes == plans[1].mlp_bytes
 
 
 def test_unknown_names_and_bits() -> None:

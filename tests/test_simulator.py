@@ -322,6 +322,32 @@ def test_lower_gamma_hits_more(bundles: dict[str, Bundle]) -> None:
     assert hits[0] < hits[1] < hits[2]
 
 
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """LongRoPE: other rotary factors in a context of more than 64."""
+    folder = tmp_path_factory.mktemp("phi3")
+    return Bundle.open(pack(tiny.write_hf(folder / "phi3", "phi3"), folder / "phi3.dipper", tokenizer=False))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+def test_the_context_chooses_the_rotary_factors(phi3: Bundle, gamma: float) -> None:
+    settings = [
+        setting_with(phi3, 0.3, cache=cache, context=context, method="dip-ca", gamma=gamma)
+        for context, cache in product((64, 65, 128), ("lru", "static"))
+    ]
+    workload = ModelWorkload(phi3, PROMPT, n_tokens=N_TOKENS)
+    found = workload.traffic(settings)
+    for setting, traffic in zip(settings, found, strict=True):
+        assert traffic.totals == totals_of(engines_counters(setting)), (setting.config.context, setting.cache)
+    if gamma == 1.0:
+        assert len(workload._recorded) == 2  # one for 64, one for both beyond
+        short, long = workload._recorded.values()
+        assert any(not np.array_equal(a, b) for a, b in zip(short.masks, long.masks, strict=True))
+    # The order of the settings does not matter: an engine of another context is not used for them.
+    again = ModelWorkload(phi3, PROMPT, n_tokens=N_TOKENS).traffic(settings[::-1])
+    assert list(map(arrays_of, again[::-1])) == list(map(arrays_of, found))
+
+
 def test_no_cache_and_the_best_cache(bundles: dict[str, Bundle]) -> None:
     bundle = bundles["llama"]
     caches = [setting_with(bundle, 0.2, cache=cache) for cache in CACHES]
@@ -431,6 +457,48 @@ def test_traces_that_are_refused(bundles: dict[str, Bundle], trace: Path, tmp_pa
     assert str(e.value) == f"{plain} has no scores, and its masks are for gamma 1 at its own densities alone"
 
 
+def test_a_cold_trace_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    path = tmp_path / "cold.trace"
+    engines_counters(setting_with(bundles["llama"], 0.3, cache="lfu", cold=True), trace=path)
+    with pytest.raises(ConfigError) as e:
+        TraceWorkload(bundles["llama"], path)
+    assert str(e.value) == (
+        f"{path} was recorded with --cold: without the prompt's masks; record it without"
+    )
+
+
+def test_a_trace_of_a_chat_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """Two turns: masks of the second prompt warm caches that the first answer has moved."""
+    bundle, path = bundles["llama"], tmp_path / "chat.trace"
+    setting = setting_with(bundle, 0.3, cache="lfu")
+    with Engine.open(bundle.path, dataclasses.replace(setting.config, trace=path)) as engine:
+        for _ in range(2):
+            engine.prefill(PROMPT[:5])
+            engine.step(7)
+    with pytest.raises(ConfigError) as e:
+        TraceWorkload(bundle, path)
+    assert str(e.value) == f"{path} has a prompt after decoded tokens, as of a chat: record a single run"
+    # A prompt in several blocks of tokens is a single run.
+    with Engine.open(bundle.path, dataclasses.replace(setting.config, trace=path)) as engine:
+        for prompt in (PROMPT[:5], PROMPT[5:]):
+            logits = engine.prefill(prompt)
+        engine.step(int(logits.argmax()))
+    assert TraceWorkload(bundle, path).n_prompt == len(PROMPT)
+
+
+def test_a_trace_of_no_prompt(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """Tokens alone: nothing warms the caches, whether cold or not."""
+    bundle, path = bundles["llama"], tmp_path / "tokens.trace"
+    setting = setting_with(bundle, 0.3, cache="lru")
+    with Engine.open(bundle.path, dataclasses.replace(setting.config, trace=path)) as engine:
+        for token in TEXT:
+            engine.step(token)
+        counters = engine.counters()
+    workload = TraceWorkload(bundle, path)
+    assert (workload.n_prompt, workload.n_tokens) == (0, len(TEXT))
+    assert workload.traffic([setting])[0].totals == totals_of(counters)
+
+
 def _header_of(trace: Path) -> bytes:
     data = trace.read_bytes()
     return data[: 16 + int.from_bytes(data[12:16], "little")]
@@ -455,6 +523,9 @@ def test_settings_that_are_refused(bundles: dict[str, Bundle]) -> None:
     with pytest.raises(ConfigError) as e:
         Setting.plan_for(bundle, EngineConfig(mlp_dram="1000b", split=(1.0, 2.0)))
     assert str(e.value) == "the split has 2 weights, the model 6 regions: it is for another model"
+    with pytest.raises(ConfigError) as e:
+        Setting.plan_for(bundle, EngineConfig(mlp_dram="1000b", calibration="c.npz"))
+    assert str(e.value) == "a calibration is not simulated yet: give --density, or --d-in and --d-glu"
     setting = setting_with(bundle, 0.3, cache="none", method="dip-ca", gamma=0.5)
     with pytest.raises(ConfigError) as e:
         ModelWorkload(bundle, PROMPT, n_tokens=3).traffic([setting])
@@ -474,6 +545,38 @@ def test_workloads_that_are_refused(bundles: dict[str, Bundle], options: dict[st
     with pytest.raises(ConfigError) as e:
         ModelWorkload(bundles["llama"], PROMPT, **options)
     assert str(e.value) == message
+
+
+def _workloads(bundle: Bundle, trace: Path) -> list[Any]:
+    generator: Any = FixedScores()
+    return [
+        ModelWorkload(bundle, PROMPT, n_tokens=N_TOKENS),
+        TraceWorkload(bundle, trace),
+        GeneratedWorkload(bundle, generator, n_prompt=len(PROMPT), n_tokens=N_TOKENS),
+    ]
+
+
+def test_a_context_without_room_for_the_tokens(bundles: dict[str, Bundle], trace: Path) -> None:
+    needed = len(PROMPT) + N_TOKENS
+    for workload in _workloads(bundles["llama"], trace):
+        short, enough = (setting_with(bundles["llama"], 0.3, cache="lru", context=c) for c in (needed - 1, needed))
+        assert workload.traffic([enough])[0].n_tokens == N_TOKENS
+        with pytest.raises(ConfigError) as e:
+            workload.traffic([enough, short])
+        assert str(e.value) == (
+            f"a context of {needed - 1} for {len(PROMPT)} prompt tokens and {N_TOKENS} after them: use --ctx {needed} "
+            "or more"
+        )
+
+
+def test_a_setting_of_another_bundle(bundles: dict[str, Bundle], trace: Path) -> None:
+    other = setting_with(bundles["qwen2"], 0.3, cache="lru")
+    for workload in _workloads(bundles["llama"], trace):
+        with pytest.raises(ConfigError) as e:
+            workload.traffic([other])
+        assert str(e.value) == (
+            f"a setting of {bundles['qwen2'].path} for a workload of {bundles['llama'].path}: use the same bundle"
+        )
 
 
 BAD_WEIGHTS = "a split has weights that are negative or not finite, or all are 0: give one a region"

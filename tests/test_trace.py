@@ -145,7 +145,11 @@ def test_what_is_no_trace(bundle: Path, tmp_path: Path) -> None:
     other.write_bytes(data[:8] + struct.pack("<I", 3) + data[12:])
     with pytest.raises(ConfigError) as e:
         read_trace(other)
-    assert str(e.value) == f"{other} has trace version 3, this dipper reads 2: upgrade"
+    assert str(e.value) == f"{other} has trace version 3, this dipper reads 2: upgrade dipper"
+    other.write_bytes(data[:8] + struct.pack("<I", 1) + data[12:])
+    with pytest.raises(ConfigError) as e:
+        read_trace(other)
+    assert str(e.value) == f"{other} has trace version 1, this dipper reads 2: record it again"
     other.write_bytes(b"DIPTRACX" + data[8:])
     with pytest.raises(ConfigError) as e:
         read_trace(other)

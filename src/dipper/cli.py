@@ -238,6 +238,9 @@ def run(
     reader: Reader = None,
     isa: Isa = None,
     ctx: Ctx = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Settings of `dipper plan --out FILE`, or auto: plan now.", metavar="FILE|auto")
+    ] = None,
     cold: Cold = False,
     trace: Trace = None,
     n_tokens: NewTokens = 128,
@@ -273,12 +276,15 @@ def run(
         opened.verify()
     if ctx is None:
         n_tokens = _fitting(len(tokens), n_tokens, opened.model.max_context)
-    config = _config(
-        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, calibration=calibration,
-        dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
-        context=ctx if ctx is not None else min(len(tokens) + max(n_tokens, 1), opened.model.max_context),
-    )  # fmt: skip
-    with _open_engine(bundle, config) as engine:
+    options: dict[str, Any] = {
+        "method": method, "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
+        "calibration": calibration, "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader,
+        "isa": isa, "cold": cold or None, "trace": trace,
+    }  # fmt: skip
+    if plan is not None:
+        options |= _planned(plan, bundle, options)
+    options["context"] = ctx if ctx is not None else min(len(tokens) + max(n_tokens, 1), opened.model.max_context)
+    with _open_engine(bundle, _config(**options)) as engine:
         steps = stream_generate(engine, tokenizer, tokens, max_new_tokens=n_tokens, sampling=sampling, stop=stop or ())
         record = _print_steps(steps)
     _report_run(bundle, record, probe=not no_probe, as_json=as_json)
@@ -868,7 +874,8 @@ def simulate(
         str, typer.Argument(metavar="MODEL", help="A bundle, or a model whose shape is known (phi-3-medium, ...).")
     ],
     device: Annotated[
-        str, typer.Option(help="Profiles, with commas: names that come with dipper, or files.", metavar="A,B")
+        str,
+        typer.Option(help="Profiles, with commas: names that come with dipper, files, or this-machine.", metavar="A,B"),
     ] = "snapdragon-8-gen-3",
     method: Annotated[str, typer.Option(help="Methods, with commas.", metavar="A,B")] = "dense-stream,dip,dip-ca",
     density: Annotated[str, typer.Option(help="Densities, with commas.", metavar="D,...")] = "0.7",
@@ -930,7 +937,6 @@ def simulate(
       dipper simulate smollm2.dipper --method dip --cache none,lru,lfu,belady --capacity 0.25,0.5,0.75
       dipper simulate phi-3-medium --device paper-phone --dram 4GB,5GB,6GB --figure phi.svg
     """
-    from dipper.device import Device
     from dipper.records import json_line
     from dipper.sweep import Sweep, draw_sweep, open_model, open_workload, run_sweep
     from dipper.tables import sim_table
@@ -941,8 +947,8 @@ def simulate(
         dram=_listed("--dram", dram) or (None,), mlp_dram=_listed("--mlp-dram", mlp_dram) or (None,),
         capacity=_numbers("--capacity", capacity), splits=_listed("--split", split), cold=cold, host=host,
     )  # fmt: skip
-    devices = [Device.load(name) for name in _listed("--device", device)]
     bundle = open_model(model, bits=bits, other_bits=other_bits)
+    devices = [_device(name, bundle) for name in _listed("--device", device)]
     workload = open_workload(
         bundle, n_prompt=n_prompt, n_tokens=n_tokens, trace=trace, text=text, generated=generated, variant=variant,
         seed=seed, threads=threads,
@@ -955,6 +961,118 @@ def simulate(
         print(json_line({**best, "schema": "dipper-simulate/1", "results": [r.as_dict() for r in records]}))
     else:
         print(sim_table(records))
+
+
+def _device(name: str, bundle: Any) -> Any:
+    """A profile by name; this machine's is measured where there is none yet."""
+    from dipper.device import Device
+
+    if name != _THIS_MACHINE:
+        return Device.load(name)
+    from dipper.profile import this_machine
+    from dipper.sweep import has_weights
+
+    if not has_weights(bundle):
+        raise ConfigError(
+            f"this machine is profiled with a real bundle: dipper doctor BUNDLE --profile here.toml, then --device "
+            f"here.toml for {bundle.path}"
+        )
+    device, kept = this_machine(bundle.path, progress=lambda what: _say(f"measuring this machine: {what}"))
+    _say(f"this machine's profile: {kept}")
+    return device
+
+
+_THIS_MACHINE = "this-machine"
+
+
+@app.command()
+def plan(
+    bundle: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A bundle, or a model whose shape is known.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The same, as an option.", metavar="MODEL")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="A profile: a name, a file, or this-machine (default for bundles).", metavar="NAME"),
+    ] = None,
+    dram: Dram = None,
+    mlp_dram: MlpDram = None,
+    max_ppl_increase: Annotated[
+        float, typer.Option(help="Perplexity that may be lost, relative: 0.05 is 5 %.", metavar="P")
+    ] = 0.05,
+    ctx: Annotated[int, typer.Option("--ctx", help="Positions of the KV cache.", metavar="N")] = 1024,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Prompt tokens.", metavar="N")] = 64,
+    n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens after it.", metavar="N")] = 96,
+    text: Annotated[
+        Path | None, typer.Option(help="Text the model reads (default: one of dipper's own).", metavar="FILE")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the plan, for `dipper run --plan FILE`.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the fastest settings on a device within a loss of quality: method, bits, densities, gamma, cache, slots.
+
+    Speed is simulated; quality comes from measured curves, and what they do not cover is said to be extrapolated.
+
+    \b
+    Examples:
+      dipper plan smollm2.dipper --mlp-dram 60% --out plan.json && dipper run smollm2.dipper "Hello" --plan plan.json
+      dipper plan --model phi-3-medium --device snapdragon-8-gen-3 --dram 6GB --max-ppl-increase 0.1
+    """
+    from dipper.planner import make_plan, plan_table
+    from dipper.records import json_line, write_json
+    from dipper.sweep import has_weights, open_model, open_workload
+
+    if (bundle is None) == (model is None):
+        raise ConfigError("give one model: dipper plan MODEL, or dipper plan --model MODEL.")
+    name = str(bundle or model)
+    first = open_model(name)
+    real = has_weights(first)
+    if device is None and not real:
+        raise ConfigError(f"{name} is the shape of a model: say where it shall run with --device NAME.")
+    result = make_plan(
+        [first] if real else [first, open_model(name, bits=8)],
+        _device(device or _THIS_MACHINE, first),
+        workload_of=lambda b: open_workload(b, n_prompt=n_prompt, n_tokens=n_tokens, text=text),
+        dram=dram,
+        mlp_dram=mlp_dram,
+        max_ppl_increase=max_ppl_increase,
+        context=ctx,
+        host_bytes=None if real else 0,
+    )
+    if out is not None:
+        write_json(out, result.as_dict())
+    print(json_line(result.as_dict()) if as_json else plan_table(result))
+
+
+def _planned(plan: str, bundle: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of a run from a plan's file, or from a plan made now, in a process of its own: planning takes memory."""
+    import subprocess
+    import tempfile
+
+    from dipper.bundle import Bundle as BundleFile
+    from dipper.planner import load_config
+
+    steered = ("method", "density", "d_in", "d_glu", "gamma", "cache", "calibration")
+    for name in steered if plan == "auto" else (*steered, "dram", "mlp_dram"):
+        if given.get(name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} and --plan {plan} both decide it: drop one of them.")
+    if plan != "auto":
+        return load_config(plan, BundleFile.open(bundle))
+    with tempfile.TemporaryDirectory(prefix="dipper-") as folder:
+        kept = Path(folder) / "plan.json"
+        command = [sys.executable, "-m", "dipper", "plan", str(bundle), "--out", str(kept)]
+        for name in ("dram", "mlp_dram"):
+            if given.get(name) is not None:
+                command += [f"--{name.replace('_', '-')}", str(given[name])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise ConfigError("there is no plan to run (see above)")
+        for line in done.stdout.split("\n\n")[0].splitlines():
+            _say(line)
+        return load_config(kept, BundleFile.open(bundle))
 
 
 def _listed(option: str, text: str | None) -> tuple[str, ...]:

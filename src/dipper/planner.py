@@ -6,7 +6,7 @@ is told apart from what was: every figure is exact, measured, interpolated or ex
 
 Quality has a closed form, speed has not: so the densities that are simulated are those at which a method's curve
 crosses multiples of the loss allowed. The fastest of them are then tried with other cache policies and with slots
-shared out by miss curves. All settings of a step go through one call of `Workload.traffic`.
+shared out by miss curves. All settings of a step go through one call of `Workload.traffic` a bundle.
 
     result = make_plan([bundle], Device.load("phone-ufs-3.1"), workload_of=workload_of, dram="600MB")
     print(plan_table(result))
@@ -40,10 +40,11 @@ __all__ = ["GAMMAS", "PlanResult", "Quality", "load_config", "make_plan", "measu
 
 GAMMAS = (0.8, 0.5, 0.2)  # of dip-ca
 TARGETS = (0.4, 1.0, 2.0, 4.0)  # losses whose densities are simulated, over the loss allowed
-CACHES = ("lru", "lfu-decay")  # tried for the fastest; all others run with lfu, which quality was measured with
-N_REFINED = 3
+CACHES = ("lru",)  # tried for the fastest; all others run with lfu, which quality was measured with
+N_REFINED = 2
+CLOSE = 0.9  # of the faster kind of split: both kinds are tried further
 CURVE_STEPS = 8  # of a miss curve
-HOPELESS = 0.5  # of dense speed: neither gamma nor cache policies and miss curves make up for that
+HOPELESS = 0.7  # of the fastest: neither gamma nor cache policies and miss curves make up for that
 DENSITIES = (0.3, 0.95)  # simulated; below, curves say nothing, above, there is nothing to win
 WORTH = 1.1  # over dense: a smaller gain is within the simulator's own error
 SCHEMA = "dipper-plan/1"
@@ -261,7 +262,7 @@ def _quality(bundle: Bundle, asked: _Pruning) -> Quality:
         kind="extrapolated",
         notes=(
             f"not measured for {bundle.model.name}: mean, least and most of {len(models)} models of 0.1 to 0.5 B; "
-            "larger ones are known to bear pruning better, so this is more likely too high than too low",
+            "larger ones lose less in the literature, so this is more likely too high than too low",
             *notes,
         ),
     )
@@ -301,11 +302,13 @@ def _quantised(bundle: Bundle, pruned: Quality) -> Quality:
     )
 
 
-def _splits_at(bundle: Bundle, loss: float, gamma: float) -> Iterator[tuple[float, float]]:
-    """(d_in, d_glu) of the lowest densities, in hundredths, that lose no more: equal, and of the best split."""
+def _splits_at(
+    bundle: Bundle, loss: float, gamma: float, kinds: tuple[bool, ...] = (False, True)
+) -> Iterator[tuple[float, float]]:
+    """(d_in, d_glu) of the lowest densities, in hundredths, that lose no more; kinds: equal, of the best split."""
     models = _measured()[0]
     own = models.get(bundle.model.name)
-    for is_best in (False, True):
+    for is_best in kinds:
         low, high = (round(100 * d) for d in DENSITIES)
         for percent in range(low, high + 1):
             density = percent / 100
@@ -417,10 +420,13 @@ class _Search:
 
     def pruned(self, bundle: Bundle) -> Iterator[_Candidate | None]:
         """Densities where curves cross multiples of the loss allowed; fewer for gamma below 1."""
-        first = next((c for c in self.found if c.setting.config.prunes and c.setting.bundle is bundle), None)
-        if first is None:
+        plain = [c for c in self.found if c.setting.config.prunes and c.setting.bundle is bundle]
+        if not plain or self.is_hopeless(bundle, plain):
             return
-        capacity = first.setting.capacity
+        enough = CLOSE * max(c.tok_per_s for c in plain)
+        pairs = [c.setting.config.densities for c in plain if c.tok_per_s >= enough]
+        kinds = tuple(sorted({d_in != d_glu for d_in, d_glu in pairs}))
+        capacity = plain[0].setting.capacity
         columns = tuple(r["n_columns"] for r in bundle.header["regions"])
         gammas: tuple[float, ...] = (1.0, *GAMMAS)
         if not any(capacity) or capacity == columns:
@@ -430,18 +436,16 @@ class _Search:
         for gamma in gammas:
             targets = TARGETS if gamma == 1 else TARGETS[1:2] if gamma == max(GAMMAS) else TARGETS[1:3]
             for target in targets:
-                for d_in, d_glu in _splits_at(bundle, self.terms.loss * target, gamma):
+                for d_in, d_glu in _splits_at(bundle, self.terms.loss * target, gamma, kinds):
                     yield self.candidate(bundle, **_pruning_options(d_in, d_glu, gamma))
 
     def simulate(self, candidates: Iterable[_Candidate | None]) -> None:
-        """Adds records; all settings of a workload in one call."""
+        """Adds records; all settings of a bundle in one call, which share what the workload makes for them."""
         known = {c.key() for c in self.found}
-        new = {c.key(): c for c in candidates if c is not None and c.key() not in known}
-        groups: dict[int, tuple[Workload, list[_Candidate]]] = {}
-        for candidate in new.values():
-            workload = self.workload(candidate.setting.bundle)
-            groups.setdefault(id(workload), (workload, []))[1].append(candidate)
-        for workload, group in groups.values():
+        new = list({c.key(): c for c in candidates if c is not None and c.key() not in known}.values())
+        for bundle in {id(c.setting.bundle): c.setting.bundle for c in new}.values():
+            workload = self.workload(bundle)
+            group = [c for c in new if c.setting.bundle is bundle]
             pruned = [c for c in group if c.setting.config.prunes]
             traffic = dict(zip(map(id, pruned), workload.traffic([c.setting for c in pruned]), strict=True))
             self.found += [self._recorded(workload, c, traffic.get(id(c))) for c in group]
@@ -460,20 +464,24 @@ class _Search:
         kept = [c for c in self.found if c.setting.config.prunes == prunes and c.quality.increase <= loss]
         return sorted(kept, key=lambda c: (-c.tok_per_s, c.quality.increase))
 
-    def is_hopeless(self) -> bool:
-        """Whether plain DIP is so far behind dense that nothing makes up for it; said among what was skipped."""
-        pruned, dense = self.within(True), self.within(False)
-        if not pruned or not dense or pruned[0].tok_per_s >= HOPELESS * dense[0].tok_per_s:
+    def is_hopeless(self, bundle: Bundle, plain: list[_Candidate]) -> bool:
+        """Whether plain DIP is so far behind the fastest that nothing makes up for it; said among what was skipped."""
+        fastest = max((*self.within(True), *self.within(False)), key=lambda c: c.tok_per_s)
+        reached = max(c.tok_per_s for c in plain)
+        if reached >= HOPELESS * fastest.tok_per_s:
             return False
-        why = f"plain dip reaches {pruned[0].tok_per_s:.2f} tok/s, {dense[0].setting.config.method} "
-        why += f"{dense[0].tok_per_s:.2f}: nothing makes up for that"
-        self.skipped.append({"what": "other densities, dip-ca, caches and splits", "why": why})
+        name = f"{fastest.setting.config.method}{_with_bits(fastest.setting.bundle)}"
+        why = f"plain dip reaches {reached:.2f} tok/s, {name} {fastest.tok_per_s:.2f}: nothing makes up for that"
+        self.skip(bundle, "other densities, dip-ca, caches and splits", why)
         return True
 
     def refined(self) -> Iterator[_Candidate | None]:
         """The fastest pruned ones with other cache policies and with slots where they save the most time."""
+        fastest = max(c.tok_per_s for c in (*self.within(True), *self.within(False)))
         weights: dict[Any, tuple[float, ...] | None] = {}
         for candidate in self.within(True)[:N_REFINED]:
+            if candidate.tok_per_s < HOPELESS * fastest:
+                break
             setting, bundle = candidate.setting, candidate.setting.bundle
             if not any(setting.capacity):
                 continue
@@ -565,7 +573,7 @@ def make_plan(
     Args:
         bundles: of one model: a real one, or a published shape at each number of bits to choose from.
         device: where it shall run.
-        workload_of: what tokens select. Bundles that get the same object are simulated in the same calls.
+        workload_of: what tokens select, asked once a bundle that has something to simulate.
         dram: of the process, as in `EngineConfig`; None, and no `mlp_dram`: all that the device has.
         mlp_dram: of the MLP alone.
         max_ppl_increase: over the source of the bundles, relative: 0.05 is 5 %.
@@ -590,9 +598,8 @@ def make_plan(
     if not any(first):
         raise _smallest(bundles, search)
     search.simulate(first)
-    if not search.is_hopeless():
-        search.simulate([c for bundle in bundles for c in search.pruned(bundle)])
-        search.simulate(list(search.refined()))
+    search.simulate([c for bundle in bundles for c in search.pruned(bundle)])
+    search.simulate(list(search.refined()))
     notes = []
     if dram is None and mlp_dram is None:
         notes.append(

@@ -30,8 +30,9 @@ from dipper.device import Compute, Device, Dram, Flash
 from dipper.doctor import drop_page_cache, machine, measure_dram
 from dipper.engine import Engine, EngineConfig, plan_run
 from dipper.errors import ConfigError
+from dipper.sources import default_cache_dir
 
-__all__ = ["measure_profile"]
+__all__ = ["measure_profile", "this_machine"]
 
 DEPTH = 64  # the engine's
 READS = (1, 4, 16, 64, 256, 1024)
@@ -63,8 +64,7 @@ def measure_profile(
     flash = _measure_flash(path / "flash.bin", rounds)
     say("DRAM")
     dram_gbps = max(measure_dram(seconds=0.3).values())
-    facts = machine()
-    dram = Dram(bytes=int(facts["dram_bytes"]["total"]), gbps=dram_gbps)
+    dram = Dram(bytes=int(machine()["dram_bytes"]["total"]), gbps=dram_gbps)
     say("compute")
     runs = _Runs(bundle, rounds)
     measured = (
@@ -72,12 +72,42 @@ def measure_profile(
     )
     return Device(
         name=name,
-        title=f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}",
+        title=_title(),
         dram=dram,
         flash=flash,
         compute=runs.fit(dram),
         sources={"dram": measured, "flash": measured, "compute": measured},
     )
+
+
+def this_machine(
+    path: Path, *, again: bool = False, progress: Callable[[str], None] | None = None
+) -> tuple[Device, Path]:
+    """This machine's profile for a bundle: measured once, then taken from dipper's cache folder.
+
+    Args:
+        path: a bundle.
+        again: measure although there is one.
+        progress: as `measure_profile`.
+
+    Returns:
+        The profile, and where it is kept.
+    """
+    bundle = Bundle.open(path)
+    kept = default_cache_dir() / "profiles" / f"{bundle.header['header_sha256'][:16]}.toml"
+    if kept.is_file() and not again:
+        device = Device.load(kept)
+        if device.title == _title():
+            return device, kept
+    device = measure_profile(path, progress=progress)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    device.save(kept)
+    return device, kept
+
+
+def _title() -> str:
+    facts = machine()
+    return f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}"
 
 
 # ------------------------------------------------------------------------------------------------ disk
