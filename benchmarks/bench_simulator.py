@@ -2,14 +2,15 @@
 
     python benchmarks/bench_simulator.py MODEL... [--held] [--rounds 3] [--rows FILE]
 
-MODEL is a bundle or a name that `dipper pull` knows. In one run, on one disk: a profile of the machine is measured with
-the bundle (`dipper doctor --profile`); masks are recorded at gamma = 1, once a density; every setting (mode, density,
-gamma, policy, budget) is predicted; only then is the engine run, settings taking turns, and the medians compared. Settings
-below gamma = 1 are predicted by a live run of the model with simulated caches. Hits, misses, reads and flash bytes must be
-equal; tok/s within 15 % each, median error 7 % (on the held disk: benchmarks/held_disk.sh, 0.5 GB/s, 40,000 reads/s).
+MODEL is a bundle or a name that `dipper pull` knows. In one run, on one disk: a profile of the machine is measured
+with the bundle (`dipper doctor --profile`); masks are recorded at gamma = 1, once a density; every setting (mode,
+density, gamma, policy, budget) is predicted; only then is the engine run, settings taking turns, and the medians
+compared. Settings below gamma = 1 are predicted by a live run of the model with simulated caches. Hits, misses, reads
+and flash bytes must be equal; tok/s within 15 % each, median error 7 % (on the held disk: benchmarks/held_disk.sh,
+0.5 GB/s, 40,000 reads/s).
 
-The profile is measured with two budgets and densities of its own (dip .5 under LRU at 60 %, dense-resident, and
-simulated caches); settings that equal one of them are marked `fitted`, all others count as unseen, and both are reported.
+The profile is fitted to decodes of its own: dip .5 under LRU at 60 %, dense-resident, and simulated caches. Settings
+that equal one of them are marked `fitted`, all others are unseen; both are reported.
 """
 
 from __future__ import annotations
@@ -146,7 +147,9 @@ def main() -> None:
     cli.add_argument("--rounds", type=int, default=3)
     cli.add_argument("--workdir", type=Path, default=Path("bundles"), help="where bundles are packed [bundles]")
     cli.add_argument("--held", action="store_true", help="under benchmarks/held_disk.sh; tok/s then has its limits")
-    cli.add_argument("--held-limits", action="store_true", help="the limits on tok/s, whatever the disk (set by --held)")
+    cli.add_argument(
+        "--held-limits", action="store_true", help="the limits on tok/s, whatever the disk (set by --held)"
+    )
     args = cli.parse_args()
     bundles = [bundle_for(spec, "source", args.workdir) for spec in args.models]
     if args.held:

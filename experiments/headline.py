@@ -3,8 +3,8 @@
     python experiments/headline.py experiments/configs/headline.toml -o experiments/results/headline.json \
         --figure experiments/figures/headline.svg
 
-Weights of the model are not needed: scores are generated (`ScoreGenerator`), and every figure carries the band over the
-single models that the generator was fitted to. Printed: tok/s by DRAM; throughput gained at equal DRAM and DRAM saved at
+Weights of the model are not needed: scores are generated (`ScoreGenerator`), and a band over the single models that
+the generator was fitted to stands beside them. Printed: tok/s by DRAM; throughput gained at equal DRAM and DRAM saved at
 equal throughput, at flat bandwidth and at a cost per read; and what decides (density, hits, cost per read). Last line:
 one JSON object.
 """
@@ -31,9 +31,13 @@ from dipper.simulator import GeneratedWorkload, Setting, predict
 from dipper.tables import align
 
 
-def name_of(line: dict[str, Any], density: float | None = None) -> str:
+def name_of(line: dict[str, Any]) -> str:
+    """A line of the figure."""
     words = [line["method"], line.get("cache", ""), f"γ {line['gamma']}" if "gamma" in line else ""]
-    return " ".join(w for w in (*words, "" if density is None else f"d {density}") if w)
+    return " ".join(word for word in words if word)
+
+
+Key = tuple[str, float, str]  # line, density, DRAM
 
 
 class Headline:
@@ -77,8 +81,8 @@ class Headline:
         flash = dataclasses.replace(self.device.flash, cost_per_read_us=cost_us, alignment=alignment)
         return dataclasses.replace(self.device, flash=flash)
 
-    def speeds(self, cost_us: float) -> tuple[dict[str, float], dict[tuple[str, float, str], dict[str, float]]]:
-        """tok/s of dense streaming by DRAM, and tok/s, hits, reads, bytes of each pruned setting, at a cost per read."""
+    def speeds(self, cost_us: float) -> tuple[dict[str, float], dict[Key, dict[str, float]]]:
+        """tok/s of dense streaming by DRAM; tok/s, hits, reads, bytes of each pruned setting, at a cost per read."""
         alignment = 1 if cost_us == 0 else self.config["alignment"]
         device = self.on(cost_us, alignment)
         dense = {dram: predict(s, None, device, **self.sizes).tok_per_s for dram, s in self.dense.items()}
@@ -116,7 +120,8 @@ def saved(dense: dict[str, float], dense_bytes: dict[str, float], line: list[tup
     return best
 
 
-def line_of(rows: dict[Any, dict[str, float]], name: str, density: float) -> list[tuple[float, float]]:
+def line_of(rows: dict[Key, dict[str, float]], name: str, density: float) -> list[tuple[float, float]]:
+    """(DRAM, tok/s), rising."""
     return [(r["dram_bytes"], r["tok_per_s"]) for (n, d, _), r in rows.items() if (n, d) == (name, density)]
 
 
@@ -154,10 +159,12 @@ def sensitivity(headline: Headline) -> list[dict[str, Any]]:
 
 
 def percent(value: float | None) -> str:
+    """With its sign."""
     return "-" if value is None else f"{100 * value:+.0f} %"
 
 
 def print_all(headline: Headline, result: dict[str, Any]) -> None:
+    """The tables."""
     at, density = headline.config["at_dram"], headline.config["at_density"]
     dense, rows = headline.speeds(0)
     names = list(headline.by_name)
@@ -184,6 +191,7 @@ def print_all(headline: Headline, result: dict[str, Any]) -> None:
 
 
 def draw(headline: Headline, path: Path) -> None:
+    """Speed against DRAM, at flat bandwidth and at a cost per read."""
     density = headline.config["at_density"]
     cost = headline.config["costs_us"][-2]
     with panels(path, 2, width=5.6, height=4.4) as axes:
@@ -202,6 +210,7 @@ def draw(headline: Headline, path: Path) -> None:
 
 
 def main() -> None:
+    """The command line."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("config", type=Path)
     cli.add_argument("-o", "--out", type=Path, required=True, help="the result, JSON")

@@ -596,6 +596,8 @@ class Engine:
             )
         sha256 = None if calibration is None else calibration.sha256
         engine = cls(bundle, config, plan, decoder, _mean(densities), sha256)
+        if config.split is not None:
+            engine.notes.append("slots are shared out over the regions by given weights, not uniformly")
         if config.prunes and config.cache == "static" and config.cold:
             decoder.pin_static()
         if config.trace is not None:
