@@ -3,9 +3,9 @@
     python benchmarks/bench_simulator_speed.py [--tokens 1000] [--model phi-3-medium]
 
 First, per policy and size: scores -> cache-aware selection (gamma 0.5, density 0.5) -> cache step -> read plan, one
-core, millions of scored columns a second, median and p20/p80 over repeats; at least 25. Then the shape with generated scores,
-closed loop, LFU, a quarter of the columns cached, one process on one core, generation included: seconds of processor
-time and of wall time; at most 60 for 1000 tokens.
+core, millions of scored columns a second, median and p20/p80 over repeats; at least 25. Then the shape with generated
+scores, closed loop, LFU, a quarter of the columns cached, one process on one core, generation included: processor
+seconds and wall time; at most 60 for 1000 tokens.
 """
 
 from __future__ import annotations

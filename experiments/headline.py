@@ -4,7 +4,7 @@
         --figure experiments/figures/headline.svg
 
 Weights of the model are not needed: scores are generated (`ScoreGenerator`), and a band over the single models that
-the generator was fitted to stands beside them. Printed: tok/s by DRAM; throughput gained at equal DRAM and DRAM saved at
+the generator was fitted to stands beside them. Printed: tok/s by DRAM; throughput gained at equal DRAM, DRAM saved at
 equal throughput, at flat bandwidth and at a cost per read; and what decides (density, hits, cost per read). Last line:
 one JSON object.
 """
@@ -92,6 +92,7 @@ class Headline:
             rows[key] = {
                 "tok_per_s": predict(setting, counts, device, **self.sizes).tok_per_s,
                 "dram_bytes": float(setting.plan.total_bytes),
+                "mlp_bytes": float(setting.plan.mlp_bytes),
                 "hit_rate": totals["hits"] / totals["selected"],
                 "flash_bytes_per_token": totals["flash_bytes"] / counts.n_tokens,
                 "reads_per_token": totals["reads"] / counts.n_tokens,
@@ -120,15 +121,18 @@ def saved(dense: dict[str, float], dense_bytes: dict[str, float], line: list[tup
     return best
 
 
-def line_of(rows: dict[Key, dict[str, float]], name: str, density: float) -> list[tuple[float, float]]:
-    """(DRAM, tok/s), rising."""
-    return [(r["dram_bytes"], r["tok_per_s"]) for (n, d, _), r in rows.items() if (n, d) == (name, density)]
+def line_of(
+    rows: dict[Key, dict[str, float]], name: str, density: float, of: str = "dram_bytes"
+) -> list[tuple[float, float]]:
+    """(DRAM, tok/s), rising; `of` may be the MLP's share alone, `mlp_bytes`."""
+    return [(r[of], r["tok_per_s"]) for (n, d, _), r in rows.items() if (n, d) == (name, density)]
 
 
 def summary(headline: Headline, cost_us: float) -> list[dict[str, Any]]:
     """By line and density: throughput over dense streaming at equal DRAM (least, most), DRAM saved at equal speed."""
     dense, rows = headline.speeds(cost_us)
-    dense_bytes = {dram: float(s.plan.total_bytes) for dram, s in headline.dense.items()}
+    whole = {dram: float(s.plan.total_bytes) for dram, s in headline.dense.items()}
+    mlp = {dram: float(s.plan.mlp_bytes) for dram, s in headline.dense.items()}
     result = []
     for name in headline.by_name:
         for density in headline.densities:
@@ -137,7 +141,8 @@ def summary(headline: Headline, cost_us: float) -> list[dict[str, Any]]:
                 {
                     "line": name, "density": density, "cost_per_read_us": cost_us,
                     "gain_least": min(gains.values()), "gain_most": max(gains.values()),
-                    "dram_saved": saved(dense, dense_bytes, line_of(rows, name, density)),
+                    "dram_saved": saved(dense, whole, line_of(rows, name, density)),
+                    "mlp_dram_saved": saved(dense, mlp, line_of(rows, name, density, "mlp_bytes")),
                     "reaches_40": max(gains.values()) >= 0.4,
                 }
             )  # fmt: skip
@@ -172,10 +177,10 @@ def print_all(headline: Headline, result: dict[str, Any]) -> None:
     for dram in headline.dram:
         table.append([dram, f"{dense[dram]:.2f}", *(f"{rows[n, density, dram]['tok_per_s']:.2f}" for n in names)])
     print("tok/s at flat bandwidth\n" + align(table))
-    table = [["line", "density", "cost µs", "over dense, least", "most", "DRAM saved at equal tok/s"]]
+    table = [["line", "density", "cost µs", "over dense, least", "most", "DRAM saved at equal tok/s", "of the MLP's"]]
     for row in result["summary"]:
         cells = [row["line"], f"{row['density']}", f"{row['cost_per_read_us']:g}", percent(row["gain_least"])]
-        table.append([*cells, percent(row["gain_most"]), percent(row["dram_saved"])])
+        table.append([*cells, *(percent(row[name]) for name in ("gain_most", "dram_saved", "mlp_dram_saved"))])
     print("\n" + align(table))
     costs = headline.config["costs_us"]
     table = [["line", "density", "hits", *(f"{c} µs" for c in costs)]]

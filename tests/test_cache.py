@@ -438,8 +438,8 @@ def test_belady_lets_go_first_of_what_it_was_told_nothing_about(make: type[Colum
     for mask, next_use in zip(masks, plain_next_uses(masks), strict=True):
         step = cache.step(mask, True, next_use)
         steps.append(step[2] if isinstance(step, tuple) else [tuple(row) for row in step.admissions.tolist()])
-    # Column 0 never comes again, and still enters for 4, of which nothing was told (of equals the lower, 3, stays). Then
-    # 1 and 4, which do come again, replace both.
+    # Column 0 never comes again, and still enters for 4, of which nothing was told (of equals the lower, 3, stays).
+    # Then 1 and 4, which do come again, replace both.
     assert steps == [[(0, 1, 4)], [(1, 0, 3), (4, 1, 0)], [], []]
 
 

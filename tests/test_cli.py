@@ -69,7 +69,7 @@ def lines(capsys):
         (
             ["zzz"],
             "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, calibrate, compare, bench, "
-            "doctor.",
+            "doctor, simulate",
         ),
         (
             ["run", "b", "p", "--densty", "1"],
@@ -185,7 +185,7 @@ def test_help_has_examples_and_version_is_the_packages(capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", ["pull", "pack", "inspect", "run", "chat", "eval", "calibrate", "compare", "bench", "doctor"]
+    "verb", ["pull", "pack", "inspect", "run", "chat", "eval", "calibrate", "compare", "bench", "doctor", "simulate"]
 )
 def test_every_verb_shows_an_example(capsys, verb):
     assert main([verb, "--help"]) == 0
@@ -613,3 +613,210 @@ def test_compare_prints_a_table(tmp_path, capsys):
     assert len(lines(capsys)[0]) == 1 + len(RECORDS)
     assert main(["compare", *files, "--json"]) == 0
     assert len(json.loads(lines(capsys)[0][-1])["evals"]) == len(RECORDS)
+
+
+# ------------------------------------------------------------------------------------------------ simulate
+
+
+@pytest.fixture(scope="module")
+def tiny_bundle(tmp_path_factory):
+    from dipper.bundle import pack
+    from tiny import write_hf
+
+    folder = tmp_path_factory.mktemp("simulate")
+    return pack(write_hf(folder / "llama", "llama"), folder / "llama.dipper", tokenizer=False)
+
+
+@pytest.fixture
+def letters(monkeypatch, tmp_path):
+    """A text for the tiny bundle, one token a character."""
+    monkeypatch.setattr(
+        tokenizer_module.Tokenizer, "open", lambda path: SimpleNamespace(encode=lambda text: [ord(c) for c in text])
+    )
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog")
+    return str(path)
+
+
+SIMULATE = ["--device", "raspberry-pi-5", "--capacity", "0.5", "-p", "12", "-n", "6", "--threads", "2"]
+
+
+def test_simulate_prints_a_table(tiny_bundle, letters, capsys):
+    args = [*SIMULATE, "--device", "raspberry-pi-5,paper-phone", "--text", letters, "--method", "dip,dip-ca"]
+    assert main(["simulate", str(tiny_bundle), *args, "--cache", "lru,none"]) == 0
+    out, err = lines(capsys)
+    head = ["device", "method", "density", "gamma", "cache", "split", "DRAM MB", "bits/weight", "cached", "hits"]
+    head += ["flash/token", "reads/token", "tok/s", "flat", "TTFT s", "mJ/token", "bound by", "masks"]
+    assert out[0].split() == " ".join(head).split()
+    rows = [line.split() for line in out[1:]]
+    assert [row[:6] for row in rows] == [
+        [device, *row]
+        for device in ("raspberry-pi-5", "paper-phone")
+        for row in (
+            ["dip", "0.70", "-", "lru", "uniform"],
+            ["dip", "0.70", "-", "none", "uniform"],
+            ["dip-ca", "0.70", "0.5", "lru", "uniform"],
+        )
+    ]
+    assert [row[-1] for row in rows] == ["recorded", "recorded", "live"] * 2
+    assert err == []
+
+
+def test_simulate_json_is_the_best_with_all_under_results(tiny_bundle, letters, capsys):
+    args = [*SIMULATE, "--text", letters, "--method", "dip,dip-ca", "--density", "0.5,0.7", "--json"]
+    assert main(["simulate", str(tiny_bundle), *args]) == 0
+    out, _ = lines(capsys)
+    assert len(out) == 1
+    record = json.loads(out[0])
+    keys = {"tok_per_s", "ttft_s", "hit_rate", "flash_bytes_per_token", "reads_per_token", "dram_bytes", "workload"}
+    assert keys <= set(record)
+    assert record["schema"] == "dipper-simulate/1"
+    results = record["results"]
+    assert [(r["method"], r["density"]) for r in results] == [
+        ("dip", 0.5), ("dip", pytest.approx(0.7)), ("dip-ca", 0.5), ("dip-ca", pytest.approx(0.7)),
+    ]  # fmt: skip
+    assert all(keys <= set(r) and r["schema"] == "dipper-sim/1" for r in results)
+    assert record["tok_per_s"] == max(r["tok_per_s"] for r in results)
+    assert (record["n_prompt"], record["n_tokens"], record["device"]) == (12, 6, "raspberry-pi-5")
+    assert {r["workload"]["kind"] for r in results} == {"recorded", "live"}
+
+
+def test_simulate_a_shape_with_generated_scores(capsys):
+    args = ["phi-3-mini", "--device", "paper-phone", "--method", "dip", "--dram", "2GB", "-p", "2", "-n", "2"]
+    assert main(["simulate", *args, "--bits", "4", "--seed", "3", "--json"]) == 0
+    record = json.loads(lines(capsys)[0][-1])
+    assert (record["model"], record["dram_budget_bytes"], record["dram_bytes"]["host"]) == ("phi-3-mini", 2 * 10**9, 0)
+    assert (record["workload"]["kind"], record["workload"]["seed"]) == ("generated", 3)
+
+
+def test_simulate_says_what_it_leaves_out(capsys):
+    args = ["phi-3-mini", "--device", "paper-phone", "--method", "dip", "--dram", "100MB,2GB", "-p", "2", "-n", "2"]
+    assert main(["simulate", *args]) == 0
+    out, err = lines(capsys)
+    assert len(out) == 2
+    assert len(err) == 1
+    assert err[0].startswith(
+        "left out: paper-phone, dip dram 100MB density 0.7 cache lfu split uniform: --dram gives 100.0 MB, but dip "
+        "with a context of 5 needs at least "
+    )
+
+
+def test_simulate_draws(tiny_bundle, letters, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "out.svg"
+    args = [*SIMULATE, "--text", letters, "--method", "dip", "--figure", str(figure)]
+    assert main(["simulate", str(tiny_bundle), *args]) == 0
+    assert figure.read_text().startswith("<?xml")
+
+
+def simulate_devices():
+    from dipper.device import names
+
+    return ", ".join(names())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["phi-3-mini", "--device", "rasberry-pi-5"],
+            "there is no device 'rasberry-pi-5'; did you mean raspberry-pi-5? known are DEVICES",
+        ),
+        (
+            ["phi-3-mini", "--device", "paper-phone,zz"],
+            "there is no device 'zz'; it is no file either; known are DEVICES",
+        ),
+        (
+            ["phi-3-min", "--device", "paper-phone"],
+            "there is no model 'phi-3-min' among those whose shape is known; did you mean phi-3-mini?",
+        ),
+        (["phi-3-mini", "--method", "dip,"], "--method dip, has an empty part: separate values with single commas."),
+        (
+            ["phi-3-mini", "--mlp-dram", "40%,,60%"],
+            "--mlp-dram 40%,,60% has an empty part: separate values with single commas.",
+        ),
+        (["phi-3-mini", "--device", ""], "--device has an empty part: separate values with single commas."),
+        (["phi-3-mini", "--density", "0.5,half"], "--density 0.5,half is not a list of numbers: write 0.5,0.7."),
+        (["phi-3-mini", "--gamma", "x"], "--gamma x is not a list of numbers: write 0.5,0.7."),
+        (["phi-3-mini", "--capacity", "50%"], "--capacity 50% is not a list of numbers: write 0.5,0.7."),
+        (["phi-3-mini", "--split", "even"], "split 'even' is unknown: choose uniform, miss-curve"),
+        (
+            ["phi-3-mini", "--capacity", "0.5", "--dram", "1GB"],
+            "--capacity says how many columns are cached, --dram and --mlp-dram do so too: give one",
+        ),
+        (
+            ["phi-3-mini", "--method", "dip-ca", "--cache", "belady"],
+            "methods dip-ca with caches belady leave nothing to simulate: dip-ca needs a cache other than none and "
+            "belady",
+        ),
+        (["phi-3-mini", "--bits", "3"], "bits is 3, other_bits 8: a published shape is laid out with 4 or 8"),
+        (
+            ["phi-3-mini", "--trace", "run.trace"],
+            "a trace is of a bundle, and phi-3-mini is the shape of a model alone: drop --trace",
+        ),
+        (
+            ["phi-3-mini", "--text", "t.txt"],
+            "--text is for a real model: generated scores belong to no text",
+        ),
+        (
+            ["phi-3-mini", "-n", "0"],
+            "128 prompt tokens and 0 after them: each must be at least 1",
+        ),
+        (
+            ["phi-3-mini", "--method", "dpi", "-p", "1", "-n", "1"],
+            "method 'dpi' is unknown: choose dense-resident, dense-stream, dip, dip-ca",
+        ),
+        (
+            ["phi-3-mini", "--method", "dip", "--cache", "fifo", "-p", "1", "-n", "1"],
+            "cache 'fifo' is unknown: choose none, lru, lfu, lfu-decay, static, belady",
+        ),
+    ],
+)  # fmt: skip
+def test_simulate_refuses(capsys, args, message):
+    assert main(["simulate", *args]) == 1
+    out, err = lines(capsys)
+    assert out == []
+    assert err == [f"dipper: {message.replace('DEVICES', simulate_devices())}"]
+
+
+def test_simulate_refuses_a_text_that_is_too_short(tiny_bundle, letters, capsys):
+    assert main(["simulate", str(tiny_bundle), "--text", letters, "-p", "40", "-n", "6"]) == 1
+    assert lines(capsys)[1] == [
+        f"dipper: {letters} has 43 tokens, a prompt of 40 and 6 after it need 46: give a longer --text or ask for less"
+    ]
+    assert main(["simulate", str(tiny_bundle), "--text", letters, "--bits", "4"]) == 1
+    assert lines(capsys)[1] == [
+        f"dipper: --bits is for models of which only the shape is known; {tiny_bundle} has its own"
+    ]
+
+
+def test_doctor_writes_a_profile(monkeypatch, capsys, tmp_path):
+    from dipper import profile
+    from dipper.device import Device
+
+    asked = []
+    made = Device.load("raspberry-pi-5")
+
+    def measure(path, *, name, progress):
+        asked.append((str(path), name))
+        for what in ("disk", "DRAM"):
+            progress(what)
+        return made
+
+    monkeypatch.setattr(profile, "measure_profile", measure)
+    file = tmp_path / "here.toml"
+    assert main(["doctor", "x.dipper", "--profile", str(file)]) == 0
+    assert lines(capsys) == ([str(file)], ["measuring: disk", "measuring: DRAM"])
+    assert asked == [("x.dipper", "here")]
+    assert Device.load(file) == made
+    assert main(["doctor", "x.dipper", "--profile", str(file), "--json"]) == 0
+    out, _ = lines(capsys)
+    assert [json.loads(line) for line in out] == [json.loads(json.dumps(made.as_dict()))]
+
+
+def test_simulate_help_imports_no_library():
+    from test_lean_import import HEAVY, cli, modules_after
+
+    loaded = modules_after(cli("simulate", "--help"))
+    assert "typer" in loaded
+    assert not loaded & {*HEAVY, "numpy", "tokenizers", "matplotlib", "dipper.engine", "dipper.sweep", "dipper._core"}

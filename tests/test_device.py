@@ -150,7 +150,11 @@ def test_flat_is_bandwidth_alone() -> None:
     # Bursts keep their bandwidth; in the long run bytes are limited, the number of reads is not.
     assert float(throttled.flat.batch_s(500, 10**7)) == pytest.approx(10**7 / 2e9, rel=1e-12)
     assert throttled.flat.sustained_s(10**9, 10**9) == 2.0
-    assert (throttled.flat.gbps, throttled.flat.sustained_gbps, throttled.flat.sustained_reads_per_s) == (2.0, 0.5, None)
+    assert (throttled.flat.gbps, throttled.flat.sustained_gbps, throttled.flat.sustained_reads_per_s) == (
+        2.0,
+        0.5,
+        None,
+    )
     assert (throttled.flat.queue_depth, throttled.flat.alignment) == (32, 4096)
 
 

@@ -462,9 +462,7 @@ def test_a_cold_trace_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> 
     engines_counters(setting_with(bundles["llama"], 0.3, cache="lfu", cold=True), trace=path)
     with pytest.raises(ConfigError) as e:
         TraceWorkload(bundles["llama"], path)
-    assert str(e.value) == (
-        f"{path} was recorded with --cold: without the prompt's masks; record it without"
-    )
+    assert str(e.value) == (f"{path} was recorded with --cold: without the prompt's masks; record it without")
 
 
 def test_a_trace_of_a_chat_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -475,9 +473,9 @@ def test_a_trace_of_a_chat_is_refused(bundles: dict[str, Bundle], tmp_path: Path
         for _ in range(2):
             engine.prefill(PROMPT[:5])
             engine.step(7)
-    with pytest.raises(ConfigError) as e:
+    message = f"{path} has a prompt after decoded tokens, as of a chat: record a single run"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         TraceWorkload(bundle, path)
-    assert str(e.value) == f"{path} has a prompt after decoded tokens, as of a chat: record a single run"
     # A prompt in several blocks of tokens is a single run.
     with Engine.open(bundle.path, dataclasses.replace(setting.config, trace=path)) as engine:
         for prompt in (PROMPT[:5], PROMPT[5:]):

@@ -145,16 +145,18 @@ class Flash:
 
 def _rows(table: Any) -> tuple[tuple[float, float, float], ...]:
     """Rows of three positive numbers."""
-    try:
-        rows = tuple((float(n), float(size), float(us)) for n, size, us in table)
-    except (TypeError, ValueError):
-        rows = ((0.0, 0.0, 0.0),)
+    rows: list[Any] = list(table) if isinstance(table, (list, tuple)) else [None]
     for row in rows:
-        if not all(math.isfinite(value) and value > 0 for value in row):
+        is_row = isinstance(row, (list, tuple)) and len(row) == 3
+        if not is_row or not all(_is_number(value) and math.isfinite(value) and value > 0 for value in row):
             raise ConfigError(
                 "flash.table must have rows of reads, bytes of a read, microseconds: three positive numbers"
             )
-    return rows
+    return tuple((float(n), float(size), float(us)) for n, size, us in rows)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _place(grid: Floats, at: Floats) -> tuple[Floats, npt.NDArray[np.intp]]:
@@ -220,6 +222,11 @@ class Device:
     compute: Compute
     energy: Energy = Energy()
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, source in self.sources.items():
+            if not isinstance(source, str):
+                raise ConfigError(f"sources.{key} is {source!r}: say in words where the figure is from")
 
     @classmethod
     def load(cls, name: str | os.PathLike[str]) -> Device:

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -384,11 +385,18 @@ class _Planner:
                 for weight, region in zip(weights, self.regions, strict=True)
             ]
 
-        low, high = 0.0, 1.0 / min(weight for weight in weights if weight > 0)
-        for _ in range(60):  # the largest scale that fits, to the last bit of the mantissa
-            middle = (low + high) / 2
-            fits = sum(c * b for c, b in zip(capacities(middle), slot, strict=True)) <= room
-            low, high = (middle, high) if fits else (low, middle)
+        def fits(scale: float) -> bool:
+            return sum(c * b for c, b in zip(capacities(scale), slot, strict=True)) <= room
+
+        # The largest scale that fits, between one at which no region has a slot and one at which all are full. In powers,
+        # since weights may be orders of magnitude apart.
+        low = 0.5 / (max(weights) * max(region["n_columns"] for region in self.regions))
+        high = 1.0 / min(weight for weight in weights if weight > 0)
+        if fits(high):
+            return capacities(high)
+        for _ in range(120):
+            middle = math.sqrt(low) * math.sqrt(high)
+            low, high = (middle, high) if fits(middle) else (low, middle)
         return capacities(low)
 
     def settings(self) -> list[dict[str, Any]]:
@@ -424,6 +432,10 @@ class _Planner:
     def plan_for(self, capacity: list[int]) -> Plan:
         """The plan of these slots, whatever they take."""
         columns = [region["n_columns"] for region in self.regions]
+        if len(capacity) != len(columns):
+            raise ConfigError(
+                f"capacities for {len(capacity)} regions, and the model has {len(columns)}: give each one"
+            )
         for r, (slots, n) in enumerate(zip(capacity, columns, strict=True)):
             if not 0 <= slots <= n:
                 raise ConfigError(
@@ -614,14 +626,18 @@ class Engine:
         Raises:
             ConfigError: the engine is not simulated, or the context differs.
         """
-        if (config.context, config.calibration) != (self.config.context, None):
+        if config.context != self.config.context:
             raise ConfigError(
-                f"a context of {config.context} or a calibration cannot be changed (context {self.config.context}): "
-                "open another engine"
+                f"the context is {self.config.context} and cannot become {config.context}: open another engine"
             )
+        if config.calibration is not None or not config.prunes:
+            what = "a calibration" if config.prunes else config.method
+            raise ConfigError(f"{what} does not go into a simulated engine that is open: open another one")
         self.finish_trace()
         plan = plan_run(self.bundle, config, self.plan.parts["host"])
-        options = plan.options | ({} if capacity is None else {"capacity": list(capacity)})
+        if capacity is not None:
+            plan = replace(plan, options={**plan.options, "capacity": list(capacity)})
+        options = plan.options
         self._decoder.configure(
             options["k"], options["gamma"], options["cache"], options["cache_decay"], options["capacity"]
         )

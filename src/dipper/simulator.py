@@ -25,6 +25,7 @@ from __future__ import annotations
 import heapq
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,7 +38,7 @@ from .bundle import Bundle
 from .cache import ColumnCache, next_uses, scan
 from .device import Compute, Device
 from .engine import Engine, EngineConfig, Plan, plan_run
-from .errors import ConfigError
+from .errors import BudgetError, ConfigError
 from .records import SimRecord, provenance
 from .trace import read_trace
 
@@ -119,11 +120,20 @@ class Setting:
                 f"belady with gamma {config.effective_gamma}: masks then depend on the cache, so there is no future "
                 "to know; use gamma 1, or another cache"
             )
+        limit = bundle.model.max_context
+        if config.context > limit:
+            raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
         if config.calibration is not None:
             raise ConfigError("a calibration is not simulated yet: give --density, or --d-in and --d-glu")
         capacity = None if capacity_share is None else _slots(bundle, capacity_share)
         plan = plan_run(bundle, config, host_bytes, capacity)
         return cls(bundle=bundle, config=config, plan=plan, cache=cache, alignment=alignment)
+
+    def with_shares(self, shares: Sequence[float]) -> Setting:
+        """The same with these shares of the regions' columns cached, whatever that takes."""
+        regions = self.bundle.header["regions"]
+        capacity = [int(share * r["n_columns"]) for share, r in zip(shares, regions, strict=True)]
+        return replace(self, plan=plan_run(self.bundle, self.config, self.plan.parts["host"], capacity))
 
     def at_gamma_1(self) -> Setting:
         """The same DRAM and caches for plain DIP."""
@@ -283,7 +293,7 @@ def _check_settings(workload: Workload, settings: Sequence[Setting]) -> None:
     """Settings of the workload's own bundle, with room for its tokens."""
     needed = workload.n_prompt + workload.n_tokens
     for setting in settings:
-        if setting.bundle.header is not workload.bundle.header:
+        if setting.bundle.header is not workload.bundle.header and setting.bundle.header != workload.bundle.header:
             raise ConfigError(
                 f"a setting of {setting.bundle.path} for a workload of {workload.bundle.path}: use the same bundle"
             )
@@ -310,17 +320,20 @@ class _Recording:
         masks: list[list[list[Any]]] = [[[], []] for _ in range(n)]
         scores: list[list[list[Any]]] = [[[], []] for _ in range(n)]
         tokens: list[int] = []
-        for frame in frames:
-            if frame.region >= n:
-                raise ConfigError(f"{path} has a frame of region {frame.region}, its header {n} regions: it is damaged")
-            part = 0 if frame.is_prompt else 1
-            if frame.is_prompt and tokens:
-                raise ConfigError(f"{path} has a prompt after decoded tokens, as of a chat: record a single run")
-            masks[frame.region][part].append(frame.mask)
-            if with_scores:
-                scores[frame.region][part].append(frame.scores)
-            if frame.region == 0 and not frame.is_prompt:
-                tokens.append(frame.token)
+        with closing(frames):  # an error leaves no file open
+            for frame in frames:
+                if frame.region >= n:
+                    raise ConfigError(
+                        f"{path} has a frame of region {frame.region}, its header {n} regions: record it again"
+                    )
+                part = 0 if frame.is_prompt else 1
+                if frame.is_prompt and tokens:
+                    raise ConfigError(f"{path} has a prompt after decoded tokens, as of a chat: record a single run")
+                masks[frame.region][part].append(frame.mask)
+                if with_scores:
+                    scores[frame.region][part].append(frame.scores)
+                if frame.region == 0 and not frame.is_prompt:
+                    tokens.append(frame.token)
         counts = {tuple(map(len, parts)) for parts in masks}
         if len(counts) != 1 or not tokens:
             raise ConfigError(f"{path} ends in the middle of a token, or has none: it is cut, record it again")
@@ -467,7 +480,7 @@ class TraceWorkload:
                 f"{path} was recorded at gamma {header['gamma']}: its masks belong to its cache; record at gamma 1"
             )
         if header["cold"]:
-            raise ConfigError(f"{path} was recorded with --cold: without the prompt's masks; record it without")
+            raise ConfigError(f"{path} was recorded with --cold: without the prompt's masks; record it without --cold")
         self._k = tuple(region["k"] for region in header["regions"])
         self._scores = scores if all(len(s) for s in scores[0][1]) else None
         self._path = path
@@ -484,7 +497,9 @@ class TraceWorkload:
 
     def _replayed(self, setting: Setting) -> Traffic:
         if self._scores is None:
-            raise ConfigError(f"{self._path} has no scores, and its masks are for gamma 1 at its own densities alone")
+            raise ConfigError(
+                f"{self._path} has no scores, and its masks are for gamma 1 at its own densities: record with scores"
+            )
         counts = []
         for region, (prompt, decoded) in enumerate(self._scores):
             n_columns = setting.bundle.header["regions"][region]["n_columns"]
@@ -579,13 +594,16 @@ def miss_curve_split(
     while heap and room > 0:
         _, r, i = heapq.heappop(heap)
         slot_bytes = regions[r]["n_columns"] * regions[r]["record_bytes"]
-        taken = min(shares[i] - held[r], room / slot_bytes)
+        # Whole columns: what is left of the room for less than one is nobody's.
+        taken = int(min(shares[i] - held[r], room / slot_bytes) * regions[r]["n_columns"]) / regions[r]["n_columns"]
         held[r] += taken
         room -= taken * slot_bytes
+        if held[r] + 1 / regions[r]["n_columns"] < shares[i]:
+            break
         if (step := _next_step(curves, shares, regions, r, i)) is not None:
             heapq.heappush(heap, step)
     if not held.any():
-        raise ConfigError("no region reads less with a larger cache, or there is no room for slots: raise the budget")
+        raise BudgetError("no region reads less with a larger cache, or there is no room for slots: raise the budget")
     return tuple(float(h) for h in held), curves
 
 
@@ -781,6 +799,13 @@ def _joules(device: Device, dram_bytes: float, flash_bytes: float) -> float | No
 # ------------------------------------------------------------------------------------------------ a result
 
 
+def _density(config: EngineConfig) -> float | None:
+    """Of the MLP, exact where no split was given."""
+    if not config.prunes:
+        return None
+    return config.density if config.d_in is None else (2 * config.densities[0] + config.densities[1]) / 3
+
+
 def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, device: Device) -> SimRecord:
     """Everything that one setting would do on one device, beside the same with flat bandwidth."""
     sizes = {"n_prompt": workload.n_prompt, "n_tokens": workload.n_tokens}
@@ -798,7 +823,7 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
         model=setting.bundle.model.name,
         device=device.name,
         method=config.method,
-        density=sum((2 * config.densities[0], config.densities[1])) / 3 if config.prunes else None,
+        density=_density(config),
         d_in=config.densities[0] if config.prunes else None,
         d_glu=config.densities[1] if config.prunes else None,
         gamma=config.effective_gamma if config.prunes else None,

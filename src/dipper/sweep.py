@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -67,6 +68,8 @@ class Sweep:
         for split in self.splits:
             if split not in SPLITS:
                 raise ConfigError(f"split '{split}' is unknown: choose {', '.join(SPLITS)}")
+        if (self.d_in is None) != (self.d_glu is None):
+            raise ConfigError("d_in and d_glu go together: give both or neither")
         for share in self.capacity:
             if not 0 <= share <= 1:
                 raise ConfigError(
@@ -93,15 +96,24 @@ class Sweep:
                 row["mlp_dram"] = None
             if method == "dip-ca" and cache in ("none", "belady"):
                 continue  # neither has a meaning below gamma 1; `dip` shows them
+            if split == "miss-curve" and method in ("dip", "dip-ca") and (cache == "none" or capacity == 0):
+                continue  # there are no slots to share out; `uniform` shows it
+            if self.capacity and method not in ("dip", "dip-ca"):
+                continue  # it has no column cache: see `dense_left_out`
             row = {name: value for name, value in row.items() if value is not None}
             if row not in rows:
                 rows.append(row)
         if not rows:
             raise ConfigError(
                 f"methods {', '.join(self.methods)} with caches {', '.join(self.caches)} leave nothing to simulate: "
-                "dip-ca needs a cache other than none and belady"
+                "dip-ca needs a cache other than none and belady, miss-curve needs slots, --capacity a column cache"
             )
         return rows
+
+    @property
+    def dense_left_out(self) -> tuple[str, ...]:
+        """Methods without a column cache, where `capacity` says how large that is."""
+        return tuple(m for m in self.methods if m not in ("dip", "dip-ca")) if self.capacity else ()
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -207,8 +219,11 @@ def run_sweep(
         BudgetError: too little DRAM (the least is named), or more than the device has, when `on_skip` is None or when
             nothing is left.
     """
+    if on_skip is not None:
+        for method in sweep.dense_left_out:
+            on_skip(f"{method}: --capacity is of column caches; give --dram or --mlp-dram to compare with it")
     if sweep.host is not None:
-        host = parse_bytes(sweep.host, bundle.total_bytes) if sweep.host != "0" else 0
+        host = 0 if re.fullmatch(r"0\s*[a-zA-Z]*", sweep.host) else parse_bytes(sweep.host, bundle.total_bytes)
     else:
         host = rss_bytes() if has_weights(bundle) else 0  # once: this process grows as it simulates
     context = context or workload.n_prompt + workload.n_tokens + 1
@@ -249,8 +264,10 @@ def _setting(
     setting = Setting.plan_for(bundle, config, capacity_share=capacity, **shared)
     if split == "miss-curve":
         weights, _ = miss_curve_split(workload, setting.at_gamma_1(), device)
-        config = dataclasses.replace(config, split=weights)
-        setting = Setting.plan_for(bundle, config, **shared)
+        if capacity is None:
+            setting = Setting.plan_for(bundle, dataclasses.replace(config, split=weights), **shared)
+        else:
+            setting = setting.with_shares(weights)
     if setting.plan.total_bytes > device.dram.bytes:
         raise BudgetError(
             f"{config.method} holds {setting.plan.total_bytes / 1e6:.0f} MB here, and {device.name} has "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,7 +55,7 @@ class Frame:
     useful_bytes: int
 
 
-def read_trace(path: str | Path) -> tuple[dict[str, Any], Iterator[Frame]]:
+def read_trace(path: str | Path) -> tuple[dict[str, Any], Generator[Frame, None, None]]:
     """Header and frames of a trace; frames are read as they are asked for.
 
     Raises:
@@ -75,11 +75,16 @@ def read_trace(path: str | Path) -> tuple[dict[str, Any], Iterator[Frame]]:
             f"{path} has trace version {version}, this dipper reads {_VERSION}: "
             + ("upgrade dipper" if version > _VERSION else "record it again")
         )
-    header: dict[str, Any] = json.loads(file.read(length))
+    text = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        file.close()
+        raise ConfigError(f"{path} ends inside its header, or that is damaged ({error}): record it again") from error
     return header, _frames(file, path)
 
 
-def _frames(file: BinaryIO, path: str | Path) -> Iterator[Frame]:
+def _frames(file: BinaryIO, path: str | Path) -> Generator[Frame, None, None]:
     with file:
         while head := file.read(_FRAME.size):
             if len(head) < _FRAME.size:
