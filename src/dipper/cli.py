@@ -895,7 +895,10 @@ def simulate(
         str | None, typer.Option(help="Instead: shares of the columns cached, with commas.", metavar="C,...")
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Of the slots over regions: uniform, miss-curve; with commas.", metavar="A,B")
+        str,
+        typer.Option(
+            help="Of the slots over regions: uniform, miss-curve, or a file of weights; with commas.", metavar="A,B"
+        ),
     ] = "uniform",
     host: Annotated[
         str | None, typer.Option(help="DRAM of the process before any weight (a shape alone: 0).", metavar="SIZE")

@@ -386,10 +386,10 @@ class _Planner:
             ]
 
         def fits(scale: float) -> bool:
-            return sum(c * b for c, b in zip(capacities(scale), slot, strict=True)) <= room
+            return int(np.dot(capacities(scale), slot)) <= room
 
-        # The largest scale that fits, between one at which no region has a slot and one at which all are full. In powers,
-        # since weights may be orders of magnitude apart.
+        # The largest scale that fits, between one at which no region has a slot and one at which all are full; in
+        # powers, since weights may be orders of magnitude apart.
         low = 0.5 / (max(weights) * max(region["n_columns"] for region in self.regions))
         high = 1.0 / min(weight for weight in weights if weight > 0)
         if fits(high):

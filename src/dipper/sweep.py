@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class Sweep:
         methods, densities, gammas, caches, dram, mlp_dram, capacity: as the options of `dipper run`; `capacity` is the
             share of every region's columns that is cached, instead of a budget.
         d_in, d_glu: one split of the density, instead of `densities`.
-        splits: of the slots over regions, of `SPLITS`.
+        splits: of the slots over regions: of `SPLITS`, or a file with a JSON list of weights by region.
         cold: the prompt does not warm the caches.
         host: DRAM of the process before any weight, such as "100MB"; None: this process's for a real bundle, else 0.
     """
@@ -67,7 +68,7 @@ class Sweep:
     def __post_init__(self) -> None:
         for split in self.splits:
             if split not in SPLITS:
-                raise ConfigError(f"split '{split}' is unknown: choose {', '.join(SPLITS)}")
+                _given_split(split)
         if (self.d_in is None) != (self.d_glu is None):
             raise ConfigError("d_in and d_glu go together: give both or neither")
         for share in self.capacity:
@@ -114,6 +115,19 @@ class Sweep:
     def dense_left_out(self) -> tuple[str, ...]:
         """Methods without a column cache, where `capacity` says how large that is."""
         return tuple(m for m in self.methods if m not in ("dip", "dip-ca")) if self.capacity else ()
+
+
+def _given_split(path: str) -> tuple[float, ...]:
+    """Weights by region from a file."""
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"split '{path}' is unknown: choose {', '.join(SPLITS)}, or a file with a JSON list of weights"
+        )
+    try:
+        weights = tuple(float(weight) for weight in json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is no JSON list of numbers ({error}): give a weight by region") from None
+    return weights
 
 
 # ------------------------------------------------------------------------------------------------ inputs
@@ -262,6 +276,14 @@ def _setting(
     config = EngineConfig(context=context, **options, **({"cache": cache} if cache in _ENGINE_CACHES else {}))
     shared = {"cache": cache, "host_bytes": host, "alignment": device.flash.alignment}
     setting = Setting.plan_for(bundle, config, capacity_share=capacity, **shared)
+    if split is not None and split not in SPLITS:
+        weights = _given_split(split)
+        if capacity is not None:
+            raise ConfigError(
+                "--capacity caches the same share everywhere, --split says where more: give a budget with it"
+            )
+        setting = Setting.plan_for(bundle, dataclasses.replace(config, split=weights), **shared)
+        split = "given"
     if split == "miss-curve":
         weights, _ = miss_curve_split(workload, setting.at_gamma_1(), device)
         if capacity is None:
