@@ -14,12 +14,15 @@ __all__ = ["panels"]
 
 
 @contextmanager
-def panels(path: str | os.PathLike[str], n: int, *, width: float = 5.5, height: float = 4.2) -> Iterator[list[Any]]:
-    """Axes side by side; when the block ends well they are written, the same ones always to the same bytes.
+def panels(
+    path: str | os.PathLike[str], n: int, *, n_rows: int = 1, width: float = 5.5, height: float = 4.2
+) -> Iterator[list[Any]]:
+    """Axes, row by row; when the block ends well they are written, the same ones always to the same bytes.
 
     Args:
         path: .svg, .png or .pdf.
-        n: panels.
+        n: panels of a row.
+        n_rows: rows.
         width, height: of a panel, inches.
 
     Raises:
@@ -31,7 +34,7 @@ def panels(path: str | os.PathLike[str], n: int, *, width: float = 5.5, height: 
         raise ConfigError("A figure needs matplotlib: run `pip install 'dipper[plots]'`.") from None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * n, height), layout="constrained")
+    figure = Figure(figsize=(width * n, height * n_rows), layout="constrained")
     with matplotlib.rc_context({"svg.hashsalt": "dipper"}):
-        yield list(figure.subplots(1, n, squeeze=False)[0])
+        yield list(figure.subplots(n_rows, n, squeeze=False).flat)
         figure.savefig(path, metadata={"Date": None} if Path(path).suffix == ".svg" else None)

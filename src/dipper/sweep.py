@@ -306,7 +306,7 @@ _ENGINE_CACHES = ("lru", "lfu", "lfu-decay", "static")
 
 
 def draw_sweep(records: Sequence[SimRecord], path: str | os.PathLike[str]) -> None:
-    """Throughput against DRAM, a line for each way to run on each device; and where a token's time goes, as bars.
+    """A row of panels a device: throughput against DRAM, a line a way to run; where a token's time goes, as bars.
 
     Args:
         records: of `run_sweep`.
@@ -316,28 +316,44 @@ def draw_sweep(records: Sequence[SimRecord], path: str | os.PathLike[str]) -> No
         ConfigError: matplotlib is missing.
     """
     devices = list(dict.fromkeys(r.device for r in records))
-    with panels(path, 2, width=max(6.0, 2.5 + 0.16 * len(records)), height=4.8) as (speed, time):
-        for label in dict.fromkeys(_label(r, devices) for r in records):
-            line = sorted((r for r in records if _label(r, devices) == label), key=lambda r: sum(r.dram_bytes.values()))
-            x = [sum(r.dram_bytes.values()) / 1e9 for r in line]
-            (drawn,) = speed.plot(x, [r.tok_per_s for r in line], marker="o", markersize=3, label=label)
-            speed.plot(x, [r.tok_per_s_flat for r in line], linestyle=":", linewidth=0.9, color=drawn.get_color())
-        speed.set(xlabel="DRAM held, GB", ylabel="tokens/s (dotted: a read costs its bytes alone)", ylim=(0, None))
-        speed.set_title(f"{records[0].model}, {_kinds(records)}")
-        speed.legend(fontsize="x-small")
-        bottom = [0.0] * len(records)
-        for part in LEDGER:
-            height = [1e3 * r.ledger_s[part] / r.n_tokens for r in records]
-            if any(height):
-                time.bar(range(len(records)), height, bottom=bottom, label=part, width=0.75)
-            bottom = [b + h for b, h in zip(bottom, height, strict=True)]
-        ticks = [f"{_label(r, devices)}\n{sum(r.dram_bytes.values()) / 1e9:.2f} GB" for r in records]
-        time.set_xticks(range(len(records)), ticks, rotation=90, fontsize="xx-small")
-        time.set(ylabel="ms a token", title="where the time goes")
-        time.legend(fontsize="x-small")
+    most = max(sum(r.device == device for r in records) for device in devices)
+    with panels(path, 2, n_rows=len(devices), width=6.6, height=max(4.4, 1.2 + 0.2 * most)) as axes:
+        for i, device in enumerate(devices):
+            shown = [r for r in records if r.device == device]
+            _draw_speed(axes[2 * i], shown)
+            _draw_time(axes[2 * i + 1], shown)
 
 
-def _label(record: SimRecord, devices: Sequence[str]) -> str:
+def _draw_speed(axis: Any, records: Sequence[SimRecord]) -> None:
+    for label in dict.fromkeys(map(_label, records)):
+        line = sorted((r for r in records if _label(r) == label), key=_dram_gb)
+        x = [_dram_gb(r) for r in line]
+        (drawn,) = axis.plot(x, [r.tok_per_s for r in line], marker="o", markersize=3, label=label)
+        axis.plot(x, [r.tok_per_s_flat for r in line], linestyle=":", linewidth=0.9, color=drawn.get_color())
+    axis.set(xlabel="DRAM held, GB", ylabel="tokens/s (dotted: reads cost their bytes alone)", ylim=(0, None))
+    axis.set_title(f"{records[0].model} on {records[0].device}, {_kinds(records)}", fontsize="small")
+    axis.legend(fontsize="xx-small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+
+
+def _draw_time(axis: Any, records: Sequence[SimRecord]) -> None:
+    left = [0.0] * len(records)
+    for part in LEDGER:
+        width = [1e3 * r.ledger_s[part] / r.n_tokens for r in records]
+        if any(width):
+            axis.barh(range(len(records)), width, left=left, label=part, height=0.75)
+        left = [b + w for b, w in zip(left, width, strict=True)]
+    axis.set_yticks(range(len(records)), [f"{_label(r)}, {_dram_gb(r):.2f} GB" for r in records], fontsize="xx-small")
+    axis.invert_yaxis()
+    axis.set(xlabel="ms a token")
+    axis.set_title("where the time goes", fontsize="small")
+    axis.legend(fontsize="xx-small")
+
+
+def _dram_gb(record: SimRecord) -> float:
+    return sum(record.dram_bytes.values()) / 1e9
+
+
+def _label(record: SimRecord) -> str:
     words = [record.method]
     if record.density is not None:
         words.append(f"{record.density:.2f}")
@@ -347,8 +363,6 @@ def _label(record: SimRecord, devices: Sequence[str]) -> str:
         words.append(record.cache)
     if record.split != "uniform":
         words.append(record.split)
-    if len(devices) > 1:
-        words.append(f"on {record.device}")
     return " ".join(words)
 
 
