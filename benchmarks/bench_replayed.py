@@ -34,9 +34,10 @@ SETTINGS = [
 
 
 def measure(path: Path, text: Path, n_prompt: int, n_tokens: int) -> list[dict[str, Any]]:
+    from dipper.budget import EngineConfig
     from dipper.bundle import Bundle
-    from dipper.engine import Engine, EngineConfig
-    from dipper.simulator import ModelWorkload, Setting, TraceWorkload
+    from dipper.engine import Engine
+    from dipper.workload import ModelWorkload, Setting, TraceWorkload
 
     bundle = Bundle.open(path)
     ids, bos = text_tokens(path, text)

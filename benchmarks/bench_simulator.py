@@ -1,6 +1,6 @@
 """Does the simulator say what the engine then does? Counts to the unit, seconds to the per cent.
 
-    python benchmarks/bench_simulator.py MODEL... [--held] [--rounds 3] [--rows FILE]
+    python benchmarks/bench_simulator.py MODEL... [--held] [--rounds 3]
 
 MODEL is a bundle or a name that `dipper pull` knows. In one run, on one disk: a profile of the machine is measured
 with the bundle (`dipper doctor --profile`); masks are recorded at gamma = 1, once a density; every setting (mode,
@@ -79,10 +79,11 @@ def engine_run(bundle: Path, config: Any, prompt: list[int], n: int) -> tuple[fl
 def measure(path: Path, args: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from dataclasses import asdict
 
+    from dipper.budget import EngineConfig
     from dipper.bundle import Bundle
-    from dipper.engine import EngineConfig
     from dipper.profile import measure_profile
-    from dipper.simulator import ModelWorkload, Setting, predict
+    from dipper.simulator import predict
+    from dipper.workload import ModelWorkload, Setting
 
     bundle = Bundle.open(path)
     ids, bos = text_tokens(path, args.text)

@@ -45,10 +45,10 @@ def loop_speed(n: int, policy: str, repeats: int) -> dict[str, Any]:
 
 
 def whole_model(name: str, n_tokens: int) -> dict[str, Any]:
-    from dipper.engine import EngineConfig
+    from dipper.budget import EngineConfig
     from dipper.generator import ScoreGenerator
     from dipper.published import published_bundle
-    from dipper.simulator import GeneratedWorkload, Setting
+    from dipper.workload import GeneratedWorkload, Setting
 
     bundle = published_bundle(name)
     config = EngineConfig(method="dip-ca", gamma=0.5, density=0.5, context=n_tokens + 16)

@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 import tomli
 
+from dipper.budget import EngineConfig
 from dipper.device import Device
-from dipper.engine import EngineConfig
 from dipper.figures import panels
 from dipper.generator import ScoreGenerator
 from dipper.published import published_bundle
 from dipper.records import provenance, write_json
-from dipper.simulator import GeneratedWorkload, Setting, predict
+from dipper.simulator import predict
 from dipper.tables import align
+from dipper.workload import GeneratedWorkload, Setting
 
 
 def name_of(line: dict[str, Any]) -> str:

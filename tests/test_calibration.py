@@ -388,7 +388,7 @@ def test_forced_masks_of_a_run_give_its_logits(bundles, saved, tmp_path):
         for i in range(0, len(ks), 2)
     ]
     for frame in frames:
-        masks[frame.region // 2][frame.region % 2][frame.token, frame.mask] = 1
+        masks[frame.region // 2][frame.region % 2][frame.position, frame.mask] = 1
         assert len(frame.mask) == ks[frame.region]
         # The scores of a trace are those that ranked.
         assert frame.scores[frame.mask].min() >= np.delete(frame.scores, frame.mask).max(initial=0)

@@ -13,9 +13,9 @@ import pytest
 
 import tiny
 from dipper import published
+from dipper.budget import EngineConfig, plan_run
 from dipper.bundle import Bundle, pack
 from dipper.device import Device
-from dipper.engine import EngineConfig, plan_run
 from dipper.errors import BudgetError, ConfigError
 from dipper.planner import (
     PlanResult,
@@ -26,7 +26,7 @@ from dipper.planner import (
     plan_table,
     quality_of,
 )
-from dipper.simulator import GeneratedWorkload, ModelWorkload
+from dipper.workload import GeneratedWorkload, ModelWorkload
 
 ROOT = Path(__file__).parents[1]
 SMOLLM2, QWEN, GEMMA = "Smollm2 135M 8k Lc100K Mix1 Ep2", "Qwen2.5 Coder 0.5B Instruct AWQ", "Gemma 3 270m"

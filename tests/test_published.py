@@ -9,11 +9,11 @@ import pytest
 
 import tiny
 from dipper import published
+from dipper.budget import EngineConfig, plan_run
 from dipper.bundle import Bundle, pack
-from dipper.engine import EngineConfig, plan_run
 from dipper.errors import BudgetError, ConfigError
 from dipper.published import names, published_bundle
-from dipper.simulator import Setting
+from dipper.workload import Setting
 
 # Parameters, as published (model cards and safetensors indices), in 1e9.
 PARAMETERS = {

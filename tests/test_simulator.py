@@ -19,25 +19,17 @@ from hypothesis import strategies as st
 
 import tiny
 from dipper import _core
+from dipper.budget import EngineConfig, plan_run
 from dipper.bundle import Bundle, pack
 from dipper.cache import ColumnCache, next_uses, scan, top_k
 from dipper.device import Compute, Device, Dram, Energy, Flash
-from dipper.engine import Counters, Engine, EngineConfig, plan_run
+from dipper.engine import Counters, Engine
 from dipper.errors import BudgetError, ConfigError
 from dipper.published import published_bundle
 from dipper.records import LEDGER
-from dipper.simulator import (
-    CACHES,
-    GeneratedWorkload,
-    ModelWorkload,
-    Setting,
-    TraceWorkload,
-    Traffic,
-    miss_curve_split,
-    predict,
-    sim_record,
-)
+from dipper.simulator import miss_curve_split, predict, sim_record
 from dipper.trace import read_trace
+from dipper.workload import CACHES, GeneratedWorkload, ModelWorkload, Setting, TraceWorkload, Traffic
 
 KINDS = ("llama", "qwen2", "gemma3")  # llama's embedding is untied: its rows are reads, too
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38, 46, 2]
@@ -454,7 +446,21 @@ def test_traces_that_are_refused(bundles: dict[str, Bundle], trace: Path, tmp_pa
     )
     with pytest.raises(ConfigError) as e:
         workload.traffic([setting_with(bundles["llama"], 0.3, cache="lfu", density=0.6)])
-    assert str(e.value) == f"{plain} has no scores, and its masks are for gamma 1 at its own densities alone"
+    assert str(e.value) == (
+        f"{plain} has no scores, and its masks are for gamma 1 at its own densities: record with scores"
+    )
+
+
+def test_a_trace_cut_anywhere_is_refused(bundles: dict[str, Bundle], trace: Path, tmp_path: Path) -> None:
+    """In the magic, the header, between frames and inside them; nothing stays open."""
+    data, header = trace.read_bytes(), len(_header_of(trace))
+    cut = tmp_path / "cut.trace"
+    inside = np.linspace(header, len(data), 14, endpoint=False, dtype=int) + 1
+    for n_bytes in (0, 4, 8, 12, 16, 17, header // 2, header - 1, header, *inside, len(data) - 1):
+        cut.write_bytes(data[:n_bytes])
+        with pytest.raises(ConfigError, match=f"^{re.escape(str(cut))} .*(record it again|with dipper run --trace)$"):
+            TraceWorkload(bundles["llama"], cut)
+        assert not any(file.exists() and file.samefile(cut) for file in Path("/proc/self/fd").iterdir()), n_bytes
 
 
 def test_a_cold_trace_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -462,7 +468,7 @@ def test_a_cold_trace_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> 
     engines_counters(setting_with(bundles["llama"], 0.3, cache="lfu", cold=True), trace=path)
     with pytest.raises(ConfigError) as e:
         TraceWorkload(bundles["llama"], path)
-    assert str(e.value) == (f"{path} was recorded with --cold: without the prompt's masks; record it without")
+    assert str(e.value) == f"{path} was recorded with --cold: without the prompt's masks; record it without --cold"
 
 
 def test_a_trace_of_a_chat_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -508,22 +514,27 @@ def _header_of(trace: Path) -> bytes:
 def test_settings_that_are_refused(bundles: dict[str, Bundle]) -> None:
     bundle = bundles["llama"]
     with pytest.raises(ConfigError) as e:
-        Setting.plan_for(bundle, EngineConfig(mlp_dram="1000b"), cache="fifo")
+        Setting.plan_for(bundle, EngineConfig(context=48, mlp_dram="1000b"), cache="fifo")
     assert str(e.value) == "cache 'fifo' is unknown: choose none, lru, lfu, lfu-decay, static, belady"
     with pytest.raises(ConfigError) as e:
-        Setting.plan_for(bundle, EngineConfig(mlp_dram="1000b", method="dip-ca"), cache="belady")
+        Setting.plan_for(bundle, EngineConfig(context=48, mlp_dram="1000b", method="dip-ca"), cache="belady")
     assert str(e.value) == (
         "belady with gamma 0.5: masks then depend on the cache, so there is no future to know; use gamma 1, or another "
         "cache"
     )
     with pytest.raises(BudgetError, match=r"^--mlp-dram gives 0\.0 MB to the MLP, but its scales and staging alone"):
-        Setting.plan_for(bundle, EngineConfig(mlp_dram="0.1b"))
+        Setting.plan_for(bundle, EngineConfig(context=48, mlp_dram="0.1b"))
     with pytest.raises(ConfigError) as e:
-        Setting.plan_for(bundle, EngineConfig(mlp_dram="1000b", split=(1.0, 2.0)))
+        Setting.plan_for(bundle, EngineConfig(context=48, mlp_dram="1000b", split=(1.0, 2.0)))
     assert str(e.value) == "the split has 2 weights, the model 6 regions: it is for another model"
     with pytest.raises(ConfigError) as e:
-        Setting.plan_for(bundle, EngineConfig(mlp_dram="1000b", calibration="c.npz"))
+        Setting.plan_for(bundle, EngineConfig(context=48, mlp_dram="1000b", calibration="c.npz"))
     assert str(e.value) == "a calibration is not simulated yet: give --density, or --d-in and --d-glu"
+    limit = bundle.model.max_context
+    with pytest.raises(ConfigError) as e:
+        Setting.plan_for(bundle, EngineConfig(context=limit + 1, mlp_dram="1000b"))
+    assert str(e.value) == f"a context of {limit + 1} is over the model's {limit}: lower --ctx"
+    assert Setting.plan_for(bundle, EngineConfig(context=limit, mlp_dram="1000b")).config.context == limit
     setting = setting_with(bundle, 0.3, cache="none", method="dip-ca", gamma=0.5)
     with pytest.raises(ConfigError) as e:
         ModelWorkload(bundle, PROMPT, n_tokens=3).traffic([setting])
@@ -575,6 +586,14 @@ def test_a_setting_of_another_bundle(bundles: dict[str, Bundle], trace: Path) ->
         assert str(e.value) == (
             f"a setting of {bundles['qwen2'].path} for a workload of {bundles['llama'].path}: use the same bundle"
         )
+
+
+def test_a_setting_of_the_same_bundle_opened_again(bundles: dict[str, Bundle], trace: Path) -> None:
+    again = Bundle.open(bundles["llama"].path)
+    settings = [setting_with(bundle, 0.3, cache="lru") for bundle in (bundles["llama"], again)]
+    for workload in _workloads(bundles["llama"], trace):
+        one, other = (arrays_of(workload.traffic([setting])[0]) for setting in settings)
+        assert one == other
 
 
 BAD_WEIGHTS = "a split has weights that are negative or not finite, or all are 0: give one a region"
@@ -906,7 +925,10 @@ def test_slots_where_they_save_the_most_time(bundles: dict[str, Bundle]) -> None
     assert all(0 <= weight <= 1 for weight in weights)
     room = sum(c * r["record_bytes"] for c, r in zip(setting.capacity, regions, strict=True))
     spent = sum(w * r["bytes"] for w, r in zip(weights, regions, strict=True))
-    assert spent == pytest.approx(room, rel=1e-9)
+    # Whole columns; what is left is less than one a region.
+    columns = [weight * region["n_columns"] for weight, region in zip(weights, regions, strict=True)]
+    assert columns == pytest.approx([round(c) for c in columns], abs=1e-6)
+    assert 0 <= room - spent + 1e-6 < sum(r["record_bytes"] for r in regions)
     # The curves are what each region's reads take at 0, 1/8, ... of its columns.
     half = [r["n_columns"] // 2 for r in regions]
     plan = dataclasses.replace(setting.plan, options={**setting.plan.options, "capacity": half})
@@ -919,7 +941,7 @@ def test_slots_where_they_save_the_most_time(bundles: dict[str, Bundle]) -> None
     even, shared = (BUSY.flash.batch_s(t.reads, t.flash_bytes).sum() for t in workload.traffic([setting, split]))
     assert shared < even
     full = dataclasses.replace(setting.plan, options={**setting.plan.options, "capacity": [0] * len(regions)})
-    with pytest.raises(ConfigError) as e:
+    with pytest.raises(BudgetError) as e:
         miss_curve_split(workload, dataclasses.replace(setting, plan=full), BUSY, steps=4)
     assert str(e.value) == ("no region reads less with a larger cache, or there is no room for slots: raise the budget")
 
@@ -944,6 +966,9 @@ def test_a_record_is_what_was_predicted(bundles: dict[str, Bundle]) -> None:
     assert (record.n_prompt, record.n_tokens, record.workload["kind"]) == (len(PROMPT), len(TEXT), "recorded")
     assert record.dram_bytes == setting.plan.parts
     assert json.loads(json.dumps(record.as_dict()))["schema"] == "dipper-sim/1"
+    for density in (0.3, 0.6, 0.7):  # exactly what was asked, not what a mean of it rounds to
+        asked = setting_with(bundle, 0.3, cache="lru", density=density)
+        assert sim_record(workload, asked, workload.traffic([asked])[0], BUSY).density == density
 
     stream = dense(bundle, "dense-stream", mlp_dram="60%")
     record = sim_record(workload, stream, None, BUSY)

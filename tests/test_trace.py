@@ -128,7 +128,7 @@ def test_configure_starts_a_trace_of_its_own(bundle: Path, tmp_path: Path) -> No
         assert second.exists()
         with pytest.raises(ConfigError) as e:
             engine.configure(EngineConfig(**{**OPTIONS, "context": 17}))
-        assert str(e.value) == ("a context of 17 or a calibration cannot be changed (context 16): open another engine")
+        assert str(e.value) == "the context is 16 and cannot become 17: open another engine"
     header, frames = read_trace(second)
     assert header["densities"] == [0.7, 0.7]
     assert all(same(a, b) for a, b in zip(frames, expected, strict=True))
@@ -164,10 +164,38 @@ def test_what_is_no_trace(bundle: Path, tmp_path: Path) -> None:
         assert str(e.value) == f"{other} ends inside a frame: the trace is cut, record it again"
 
 
-@pytest.mark.xfail(reason="json.JSONDecodeError, which is no DipperError, and the file stays open", run=False)
 def test_a_trace_that_ends_in_its_header(bundle: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run.trace"
+    path, cut = tmp_path / "run.trace", tmp_path / "cut.trace"
     record(bundle, path)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ConfigError):
-        read_trace(path)
+    data = path.read_bytes()
+    end = 16 + struct.unpack("<I", data[12:16])[0]
+    for n_bytes in (16, 17, 200, end - 1):
+        cut.write_bytes(data[:n_bytes])
+        with pytest.raises(ConfigError) as e:
+            read_trace(cut)
+        told = str(e.value)
+        assert told.startswith(f"{cut} ends inside its header, or that is damaged (")
+        assert told.endswith("): record it again")
+    for n_bytes in (0, 7, 8, 15):
+        cut.write_bytes(data[:n_bytes])
+        with pytest.raises(ConfigError) as e:
+            read_trace(cut)
+        assert str(e.value) == (
+            f"{cut} starts with {data[: min(n_bytes, 8)]!r}, not b'DIPTRACE': it is no trace; write one with dipper "
+            "run --trace"
+        )
+
+
+def test_a_trace_that_is_refused_is_closed(bundle: Path, tmp_path: Path) -> None:
+    path, cut = tmp_path / "run.trace", tmp_path / "cut.trace"
+    record(bundle, path)
+    data = path.read_bytes()
+
+    def is_open() -> bool:
+        return any(file.exists() and file.samefile(cut) for file in Path("/proc/self/fd").iterdir())
+
+    for held in (data[:10], data[:200], data[:-1], b"DIPTRACX" + data[8:], data[:8] + b"\x09" + data[9:]):
+        cut.write_bytes(held)
+        with pytest.raises(ConfigError) as e:  # whose traceback may hold the frame that opened it
+            list(read_trace(cut)[1])
+        assert not is_open(), e.value

@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 import tomli
 
+from .budget import EngineConfig, parse_bytes, plan_run, rss_bytes
 from .bundle import Bundle
 from .device import Device
-from .engine import EngineConfig, parse_bytes, plan_run, rss_bytes
 from .errors import BudgetError, ConfigError
 from .records import SimRecord
-from .simulator import Setting, Traffic, Workload, miss_curve_split, sim_record
+from .simulator import miss_curve_split, sim_record
 from .tables import align
+from .workload import Setting, Traffic, Workload
 
 __all__ = ["GAMMAS", "PlanResult", "Quality", "load_config", "make_plan", "measured_models", "plan_table", "quality_of"]
 

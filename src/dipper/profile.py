@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from dipper.budget import EngineConfig, plan_run
 from dipper.bundle import Bundle
 from dipper.device import Compute, Device, Dram, Flash
 from dipper.doctor import drop_page_cache, machine, measure_dram
-from dipper.engine import Engine, EngineConfig, plan_run
+from dipper.engine import Engine
 from dipper.errors import ConfigError
 from dipper.sources import default_cache_dir
 

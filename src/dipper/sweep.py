@@ -17,21 +17,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dipper.budget import EngineConfig, parse_bytes, rss_bytes
 from dipper.bundle import Bundle
 from dipper.device import Device
-from dipper.engine import EngineConfig, parse_bytes, rss_bytes
 from dipper.errors import BudgetError, ConfigError
 from dipper.figures import panels
 from dipper.records import LEDGER, SimRecord
-from dipper.simulator import (
-    GeneratedWorkload,
-    ModelWorkload,
-    Setting,
-    TraceWorkload,
-    Workload,
-    miss_curve_split,
-    sim_record,
-)
+from dipper.simulator import miss_curve_split, sim_record
+from dipper.workload import GeneratedWorkload, ModelWorkload, Setting, TraceWorkload, Workload
 
 __all__ = ["Sweep", "draw_sweep", "has_weights", "open_model", "open_workload", "run_sweep"]
 
