@@ -31,8 +31,8 @@ from dipper.calibrate import calibrate
 from dipper.errors import ConfigError, DipperError
 from dipper.evaluate import read_text
 from dipper.evaluate_torch import DTYPES, Opened, calibration_windows, evaluate_torch, mlp_bytes
+from dipper.files import write_json
 from dipper.methods import METHODS, MethodConfig
-from dipper.records import write_json
 from dipper.sparsify import sparsify_
 from dipper.torch_model import LoadedModel, load_model
 

@@ -24,9 +24,10 @@ import tomli
 from dipper.budget import EngineConfig
 from dipper.device import Device
 from dipper.figures import panels
+from dipper.files import write_json
 from dipper.generator import ScoreGenerator
 from dipper.published import published_bundle
-from dipper.records import provenance, write_json
+from dipper.records import provenance
 from dipper.simulator import predict
 from dipper.tables import align
 from dipper.workload import GeneratedWorkload, Setting

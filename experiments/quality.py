@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dipper.calibration import Calibration
-from dipper.records import whole_file
+from dipper.files import whole_file
 
 _PLAIN = {"name", "density", "capacity", "gamma", "fitted"}  # what a setting may have; norms and the like are left out
 _QUANTISATION = """\

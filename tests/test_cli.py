@@ -603,7 +603,7 @@ def test_eval_refuses(opened, capsys, args, message):
 
 
 def test_compare_prints_a_table(tmp_path, capsys):
-    from dipper.records import write_json
+    from dipper.files import write_json
     from test_compare import RECORDS
 
     for i, record in enumerate(RECORDS):

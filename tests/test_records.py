@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dipper.engine import EngineConfig
 from dipper.errors import ConfigError
+from dipper.files import write_json
 from dipper.records import (
     LEDGER,
     BenchRow,
@@ -22,7 +23,6 @@ from dipper.records import (
     provenance,
     ratio,
     run_record,
-    write_json,
 )
 from fakes import FakeEngine
 

@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dipper.errors import ConfigError
-from dipper.records import whole_file
+from dipper.files import whole_file
 
 if TYPE_CHECKING:
     from dipper.bundle import Bundle

@@ -1024,8 +1024,9 @@ def plan(
       dipper plan smollm2.dipper --mlp-dram 60% --out plan.json && dipper run smollm2.dipper "Hello" --plan plan.json
       dipper plan --model phi-3-medium --device snapdragon-8-gen-3 --dram 6GB --max-ppl-increase 0.1
     """
+    from dipper.files import write_json
     from dipper.planner import make_plan, plan_table
-    from dipper.records import json_line, write_json
+    from dipper.records import json_line
     from dipper.sweep import has_weights, open_model, open_workload
 
     if (bundle is None) == (model is None):

@@ -29,7 +29,7 @@ import tomli
 import tomli_w
 
 from dipper.errors import ConfigError
-from dipper.records import whole_file
+from dipper.files import whole_file
 
 __all__ = ["Compute", "Device", "Dram", "Energy", "Flash", "names"]
 

@@ -34,7 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dipper.errors import ConfigError, DipperError
-from dipper.records import EvalRecord, Traffic, engine_fields, header_sha256, method_fields, write_json
+from dipper.files import write_json
+from dipper.records import EvalRecord, Traffic, engine_fields, header_sha256, method_fields
 
 if TYPE_CHECKING:
     from dipper.engine import Engine, EngineConfig, Plan

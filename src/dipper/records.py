@@ -15,16 +15,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from dipper import __version__
-from dipper.errors import ConfigError
 
 if TYPE_CHECKING:
     from dipper.engine import Counters, Engine, EngineConfig
@@ -48,8 +46,6 @@ __all__ = [
     "provenance",
     "ratio",
     "run_record",
-    "whole_file",
-    "write_json",
 ]
 
 # The parts of a decoded token's time. `rest` is what the others leave of the wall time: norms, sampling, detokenising.
@@ -562,34 +558,3 @@ def run_record(
 def json_line(value: Mapping[str, Any]) -> str:
     """One line of strict JSON (no NaN, no infinity), keys in the order given."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
-
-
-def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Writes a JSON file that is whole or absent.
-
-    Raises:
-        ConfigError: the folder does not exist.
-    """
-    with whole_file(path) as out:
-        out.write((json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode())
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write that is whole or absent: built beside its place, flushed, renamed when the block ends well.
-
-    Raises:
-        ConfigError: the folder does not exist.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ConfigError(f"Cannot write {target}: the folder {target.parent} does not exist. Create it first.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,0 +1,45 @@
+"""Files that are whole or absent: built beside their place, flushed, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dipper.errors import ConfigError
+
+__all__ = ["whole_file", "write_json"]
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Writes a JSON file that is whole or absent.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    with whole_file(path) as out:
+        out.write((json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode())
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write that is whole or absent: built beside its place, flushed, renamed when the block ends well.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ConfigError(f"Cannot write {target}: the folder {target.parent} does not exist. Create it first.")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
