@@ -269,6 +269,11 @@ BAD_ROWS = "flash.table must have rows of reads, bytes of a read, microseconds: 
         ('name = "mine"', "name = 3", "the profile.name is 3: it must be a text"),
         ('name = "mine"', 'name = "mine"\nsources = 3', "the profile.sources is 3: it must be a table of texts"),
         (
+            'name = "mine"',
+            'name = "mine"\nsources = {flash = 3}',
+            "sources.flash is 3: say in words where the figure is from",
+        ),
+        (
             "gbps = 2.0",
             'gbps = 2.0\nsustained_gbps = "fast"',
             "flash.sustained_gbps is 'fast': it must be a number",

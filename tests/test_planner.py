@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import tiny
-from dipper import published
+from dipper import planner, published
 from dipper.budget import EngineConfig, plan_run
 from dipper.bundle import Bundle, pack
 from dipper.device import Device
@@ -310,6 +310,18 @@ def test_the_mlp_alone_may_have_a_budget(small):
     } in result.skipped
     assert result.config["mlp_dram"] == "60%"
     assert "dram" not in result.config
+
+
+def test_slots_that_cannot_be_shared_out_are_left_out(small, monkeypatch):
+    why = "no region reads less with a larger cache, or there is no room for slots: raise the budget"
+
+    def refuse(*_, **__):
+        raise BudgetError(why)
+
+    monkeypatch.setattr(planner, "miss_curve_split", refuse)
+    result = plan([own_grid(small[4], QWEN)], dram=half(small[4]), max_ppl_increase=0.05)
+    assert {row["split"] for row in result.rows} == {None, "uniform"}
+    assert {"what": "slots by miss curve", "why": why} in result.skipped
 
 
 def test_nothing_fits(small):

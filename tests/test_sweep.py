@@ -462,7 +462,7 @@ def test_a_miss_curve_keeps_the_bytes_of_a_capacity(tmp_path: Path, kind: str) -
     for even, shared in zip(records[::2], records[1::2], strict=True):
         spare = even.dram_bytes["slots"] - shared.dram_bytes["slots"]
         assert 0 <= spare <= column_a_region, (even.method, even.cached_fraction)
-    assert len({r.dram_bytes["slots"] for r in records[:: 2][: len(shares)]}) == len(shares)
+    assert len({r.dram_bytes["slots"] for r in records[::2][: len(shares)]}) == len(shares)
 
 
 def test_dense_methods_are_told_as_left_out(bundle: Bundle, workload: ModelWorkload) -> None:
@@ -545,8 +545,8 @@ def test_labels_of_a_figure(bundle: Bundle, workload: ModelWorkload) -> None:
     sweep = Sweep(densities=(0.5,), gammas=(0.3,), caches=("lru",), mlp_dram=budgets(bundle, 0.4))
     records = run_sweep(bundle, workload, sweep, [SLOW])
     label = sweep_module._label
-    assert [label(r, ["slow"]) for r in records] == ["dense-stream", "dip 0.50 lru", "dip-ca 0.50 γ 0.3 lru"]
+    assert [label(r) for r in records] == ["dense-stream", "dip 0.50 lru", "dip-ca 0.50 γ 0.3 lru"]
     shared = dataclasses.replace(records[1], split="miss-curve")
-    assert label(shared, ["slow", "fast"]) == "dip 0.50 lru miss-curve on slow"
+    assert label(shared) == "dip 0.50 lru miss-curve"
     assert sweep_module._kinds(records) == "masks live, recorded"
     assert sweep_module._kinds(records[:1]) == "dense"

@@ -69,6 +69,7 @@ class Flash:
         latency_us: of one small read alone.
         queue_depth: reads in flight that these figures hold for.
         alignment: bytes that a read starts and ends at multiples of.
+        stream_gbps: what streaming draws while it multiplies, where that was measured; None: what large reads get.
         sustained_gbps, sustained_reads_per_s: limits in the long run; None: none but the above.
         table: measured seconds of batches, rows of (reads, bytes of a read, microseconds); replaces gbps, cost and
             latency within its range and beyond.
@@ -79,6 +80,7 @@ class Flash:
     latency_us: float
     queue_depth: int
     alignment: int
+    stream_gbps: float | None = None
     sustained_gbps: float | None = None
     sustained_reads_per_s: float | None = None
     table: tuple[tuple[float, float, float], ...] = ()
@@ -87,7 +89,8 @@ class Flash:
         object.__setattr__(self, "table", _rows(self.table))
         _positive(
             "flash", gbps=self.gbps, queue_depth=self.queue_depth, alignment=self.alignment,
-            sustained_gbps=self.sustained_gbps, sustained_reads_per_s=self.sustained_reads_per_s,
+            stream_gbps=self.stream_gbps, sustained_gbps=self.sustained_gbps,
+            sustained_reads_per_s=self.sustained_reads_per_s,
         )  # fmt: skip
         _not_negative("flash", cost_per_read_us=self.cost_per_read_us, latency_us=self.latency_us)
         if self.alignment & (self.alignment - 1):
@@ -105,7 +108,9 @@ class Flash:
     @property
     def flat(self) -> Flash:
         """The same bandwidth without a cost per read or a latency, as the paper's simulator has it."""
-        return dataclasses.replace(self, cost_per_read_us=0.0, latency_us=0.0, table=(), sustained_reads_per_s=None)
+        return dataclasses.replace(
+            self, cost_per_read_us=0.0, latency_us=0.0, table=(), stream_gbps=None, sustained_reads_per_s=None
+        )
 
     def batch_s(self, n_reads: npt.ArrayLike, n_bytes: npt.ArrayLike) -> Floats:
         """Seconds until reads that were asked for at once are all there; zero for none.
@@ -135,6 +140,12 @@ class Flash:
         high = times[i + 1, j] * (1 - y) + times[i + 1, j + 1] * y
         beyond = np.maximum(reads / counts[-1], 1.0) * np.maximum(size / sizes[-1], 1.0)
         return np.asarray(np.exp(low * (1 - x) + high * x) * beyond)
+
+    def stream_s(self, n_reads: float, n_bytes: float) -> float:
+        """Seconds of large reads that run ahead of the products made of them."""
+        if self.stream_gbps is None:
+            return float(self.batch_s(n_reads, n_bytes))
+        return n_bytes / (1e9 * self.stream_gbps)
 
     def sustained_s(self, n_reads: float, n_bytes: float) -> float:
         """Seconds that the limits in the long run ask for."""

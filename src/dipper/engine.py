@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -171,11 +171,9 @@ class Engine:
         if config.calibration is not None or not config.prunes:
             what = "a calibration" if config.prunes else config.method
             raise ConfigError(f"{what} does not go into a simulated engine that is open: open another one")
-        self.finish_trace()
-        plan = plan_run(self.bundle, config, self.plan.parts["host"])
-        if capacity is not None:
-            plan = replace(plan, options={**plan.options, "capacity": list(capacity)})
+        plan = plan_run(self.bundle, config, self.plan.parts["host"], capacity)
         options = plan.options
+        self.finish_trace()
         self._decoder.configure(
             options["k"], options["gamma"], options["cache"], options["cache_decay"], options["capacity"]
         )

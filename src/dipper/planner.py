@@ -500,7 +500,7 @@ class _Search:
         bundle = setting.bundle
         try:
             return miss_curve_split(self.workload(bundle), setting, self.terms.device, steps=CURVE_STEPS)[0]
-        except ConfigError as error:
+        except BudgetError as error:
             self.skip(bundle, "slots by miss curve", str(error))
             return None
 

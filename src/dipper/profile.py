@@ -10,6 +10,7 @@ Compute is fitted to a few short decodes of a bundle, each of which tells one pa
     simulated, density .9 and .3    products by column; masks and cache steps with nothing missing
     simulated, nothing cached       what a missing column costs to plan
     under a budget, from the disk   handing reads over; copying admitted records
+    dense-stream, half pinned       what a stream draws from the disk while it multiplies
 
     profile = measure_profile(Path("smollm2.dipper"))
     profile.save("here.toml")
@@ -17,6 +18,7 @@ Compute is fitted to a few short decodes of a bundle, each of which tells one pa
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +70,7 @@ def measure_profile(
     dram = Dram(bytes=int(machine()["dram_bytes"]["total"]), gbps=dram_gbps)
     say("compute")
     runs = _Runs(bundle, rounds)
+    flash = dataclasses.replace(flash, stream_gbps=runs.stream_gbps())
     measured = (
         f"measured {time.strftime('%Y-%m-%d', time.gmtime())} by dipper doctor --profile with {bundle.model.name}"
     )
@@ -258,6 +261,13 @@ class _Runs:
             copy_gbps=1e-9 * copied / copy_s if copy_s > 0 and copied > 0 else None,
             token_us=1e6 * max(0.0, dense["rest"]),
         )
+
+    def stream_gbps(self) -> float | None:
+        """Of dense streaming that waits for the disk; None where it does not wait."""
+        ledger, counters, _, _ = self.decode(method="dense-stream", mlp_dram="50%")
+        token_s = sum(ledger.values())
+        waits = ledger["wait"] > 0.05 * token_s
+        return 1e-9 * counters.flash_bytes / _TOKENS / token_s if waits else None
 
     def _least(self) -> str:
         """A share of the MLP that caches next to nothing: its scales and buffers alone."""

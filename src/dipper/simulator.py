@@ -177,7 +177,7 @@ def _dense(
     rows, row_bytes = (int(x[0]) for x in embedding_reads(setting, None, 1))
     ledger["rest"] += n_tokens * float(device.flash.batch_s(rows, row_bytes))
     ledger["submit"] += n_tokens * 1e-6 * device.compute.submit_us_per_read * reads
-    io_s = n_tokens * float(device.flash.batch_s(reads, n_bytes))
+    io_s = n_tokens * device.flash.stream_s(reads, n_bytes)
     ledger["wait"] += max(0.0, io_s - sum(ledger.values()))
     return io_s, n_tokens * (reads + rows), n_tokens * (n_bytes + row_bytes)
 
@@ -185,7 +185,7 @@ def _dense(
 def _ttft_s(setting: Setting, device: Device, parts: dict[str, Any], n_prompt: int) -> float:
     """Prefill: a block of tokens streams what is not held once, and multiplies it while the rest is read."""
     plan, seconds = setting.plan, 0.0
-    io_s = float(device.flash.batch_s(plan.stream_reads, plan.stream_bytes))
+    io_s = device.flash.stream_s(plan.stream_reads, plan.stream_bytes)
     for first in range(0, n_prompt, setting.block_tokens):
         n = min(setting.block_tokens, n_prompt - first)
         seconds += max(io_s, n * parts["macs"] / (1e9 * device.compute.gemm_gmacs_per_s))
