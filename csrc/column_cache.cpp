@@ -10,11 +10,8 @@ namespace dipper {
 namespace {
 
 constexpr std::pair<const char*, CachePolicy> kPolicies[] = {
-    {"lru", CachePolicy::kLru},
-    {"lfu", CachePolicy::kLfu},
-    {"lfu-decay", CachePolicy::kLfuDecay},
-    {"static", CachePolicy::kStatic},
-    {"belady", CachePolicy::kBelady},
+    {"lru", CachePolicy::kLru},       {"lfu", CachePolicy::kLfu},       {"lfu-decay", CachePolicy::kLfuDecay},
+    {"static", CachePolicy::kStatic}, {"belady", CachePolicy::kBelady},
 };
 
 constexpr float kSmallestCount = 0x1p-100f;
@@ -161,8 +158,8 @@ void ColumnCache::admit_always() {
   const int32_t column = step_.misses.front();
   if (size_ < capacity_) return admit(column, size_++, -1);
   const auto worth = [this](int32_t c) { return std::pair(history_[c], last_use_[c]); };
-  const auto worst = std::min_element(column_in_.begin(), column_in_.end(),
-                                      [&](int32_t a, int32_t b) { return worth(a) < worth(b); });
+  const auto worst =
+      std::min_element(column_in_.begin(), column_in_.end(), [&](int32_t a, int32_t b) { return worth(a) < worth(b); });
   const int32_t evicted = *worst;
   if (policy_ != CachePolicy::kLru) history_[evicted] = 0;  // of columns that are not cached nothing is known
   admit(column, static_cast<int32_t>(worst - column_in_.begin()), evicted);

@@ -7,13 +7,14 @@
 //   lfu-decay  the same, every count multiplied by `decay` (fp32, rounded) at each token before 1 is added for a use;
 //              a product below 2^-100 becomes 0 (subnormal numbers would cost microseconds a token)
 //   static     never admits; `pin` sets its contents
-//   belady     the token that uses the column next, told with each mask: the fewest misses that any policy of a region can
+//   belady     the token that uses the column next, told with each mask: the fewest misses that any policy of a region
+//   can
 //              have. For recorded masks only: where masks depend on the cache (gamma < 1), nobody knows the next use.
 // Ties: cached first, then the lower column.
 //
 // That is admission `best`. Admission `always` is the textbook's, for comparison with other simulators: one column a
-// step, every miss is admitted, the worst of the columns cached before leaves (among equals the least recently used), and
-// uses are counted of cached columns only.
+// step, every miss is admitted, the worst of the columns cached before leaves (among equals the least recently used),
+// and uses are counted of cached columns only.
 //
 // Slots: columns admitted by one step, in ascending order, take the free slots, lowest first, then the slots that the
 // step freed, lowest first. So while the cache fills, slots 0 .. size-1 are in use.

@@ -432,8 +432,9 @@ void Decoder::forward(std::span<const int32_t> tokens, const ForwardRequest& req
   for (size_t first = 0; first < tokens.size(); first += static_cast<size_t>(options_.block_tokens)) {
     const size_t n = std::min<size_t>(static_cast<size_t>(options_.block_tokens), tokens.size() - first);
     embed(tokens.subspan(first, n), x_);
-    const Block block{request.kind, false, static_cast<int32_t>(first), &request.forced_input, &request.forced_glu,
-                      tokens.data() + first};
+    const Block block{
+        request.kind,         false, static_cast<int32_t>(first), &request.forced_input, &request.forced_glu,
+        tokens.data() + first};
     run_layers(static_cast<int32_t>(n), &block);
     n_past_ += static_cast<int32_t>(n);
     if (request.logits == nullptr && request.nll == nullptr) continue;

@@ -61,7 +61,7 @@ class Decoder {
   // A simulated engine only (GluMlp::configure).
   void configure(const std::vector<int32_t>& k, float gamma, CachePolicy policy, float decay,
                  const std::vector<int32_t>& capacity);
-  void pin_static();   // static caches: the first columns of each region
+  void pin_static();  // static caches: the first columns of each region
   void reset_counters();
   void start_trace(std::unique_ptr<TraceWriter> trace) { mlp_->start_trace(std::move(trace)); }
   void finish_trace() { mlp_->finish_trace(); }

@@ -77,8 +77,9 @@ class FlashReader {
 // Records wanted from a region -> aligned ranges, and where each record lies in staging.
 // offsets: ascending file offsets of records of record_bytes. Ranges are widened to `alignment`; two that touch or
 // overlap become one, cut at max_bytes (a multiple of alignment). dst of the ranges is staging + position, filled from
-// 0 upwards (null where staging is: for whoever wants sizes alone). Where a range is cut inside a record, the record goes on in the next range and is still contiguous in
-// staging. ConfigError: offsets that do not ascend, sizes that are not as said, more than 4 GiB of staging.
+// 0 upwards (null where staging is: for whoever wants sizes alone). Where a range is cut inside a record, the record
+// goes on in the next range and is still contiguous in staging. ConfigError: offsets that do not ascend, sizes that are
+// not as said, more than 4 GiB of staging.
 struct ReadPlan {
   std::vector<ReadRange> ranges;
   std::vector<uint32_t> staging_offset;   // of each record

@@ -340,8 +340,8 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
   }
 }
 
-void GluMlp::trace(TraceWriter::Phase phase, uint32_t position, int32_t token, int32_t r,
-                   std::span<const int32_t> mask, const CacheStep& step, const float* scores) {
+void GluMlp::trace(TraceWriter::Phase phase, uint32_t position, int32_t token, int32_t r, std::span<const int32_t> mask,
+                   const CacheStep& step, const float* scores) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
   const bool reads = phase == TraceWriter::Phase::kDecode;
   trace_->write({phase,

@@ -23,8 +23,8 @@
 
 namespace dipper {
 
-// kSimulated: everything is pinned, and the caches are books only. Masks, counters and traces are kCached's, the products
-// too, but nothing is read: what the reads would have been is counted.
+// kSimulated: everything is pinned, and the caches are books only. Masks, counters and traces are kCached's, the
+// products too, but nothing is read: what the reads would have been is counted.
 enum class Residency { kResident, kStream, kCached, kSimulated };
 
 // What a calibration adds to one pruned region; an empty vector: nothing of its kind.
@@ -85,9 +85,9 @@ struct MlpCounters {
 // How a block of tokens goes through the MLP.
 struct BlockMasks {
   enum class Kind { kDense, kOwn, kForced } kind = Kind::kDense;
-  bool touch_cache = false;        // kDense: warm the column caches with the masks the tokens would have had
+  bool touch_cache = false;         // kDense: warm the column caches with the masks the tokens would have had
   const int32_t* tokens = nullptr;  // [n_tokens] their ids, for the trace
-  const uint8_t* input = nullptr;  // kForced: [n_tokens, hidden], nonzero = used; and [n_tokens, intermediate]
+  const uint8_t* input = nullptr;   // kForced: [n_tokens, hidden], nonzero = used; and [n_tokens, intermediate]
   const uint8_t* glu = nullptr;
 };
 
@@ -127,7 +127,8 @@ class GluMlp {
     position_ = position;
     token_ = token;
   }
-  // kSimulated: other masks and caches, empty, from now on. ConfigError where a calibration is in use, or in another mode.
+  // kSimulated: other masks and caches, empty, from now on. ConfigError where a calibration is in use, or in another
+  // mode.
   void configure(const std::vector<int32_t>& k, float gamma, CachePolicy policy, float decay,
                  const std::vector<int32_t>& capacity);
   static uint64_t scratch_bytes(const Model& model, int32_t block_tokens);
@@ -195,8 +196,8 @@ class GluMlp {
       counters_.simulated.bytes += plan_.staging_bytes;
     }
   }
-  void trace(TraceWriter::Phase phase, uint32_t position, int32_t token, int32_t region,
-             std::span<const int32_t> mask, const CacheStep& step, const float* scores);
+  void trace(TraceWriter::Phase phase, uint32_t position, int32_t token, int32_t region, std::span<const int32_t> mask,
+             const CacheStep& step, const float* scores);
   uint8_t* slot(int32_t region, int32_t slot) const {
     return slot_base_[static_cast<size_t>(region)] +
            static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;

@@ -24,8 +24,8 @@ struct Traffic {
   int64_t* flash_bytes;
 };
 
-// Recorded masks [n_tokens, k] (ascending rows) step through the cache. counted: false warms it without counting. next_use
-// [n_tokens, k]: belady's, empty else. Valid for masks that do not depend on the cache: gamma = 1.
+// Recorded masks [n_tokens, k] (ascending rows) step through the cache. counted: false warms it without counting.
+// next_use [n_tokens, k]: belady's, empty else. Valid for masks that do not depend on the cache: gamma = 1.
 void replay_masks(std::span<const int32_t> masks, int32_t n_tokens, int32_t k, std::span<const int32_t> next_use,
                   const RegionLayout& layout, ColumnCache& cache, bool counted, const Traffic& traffic);
 

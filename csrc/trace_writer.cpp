@@ -48,14 +48,11 @@ void TraceWriter::write(const Frame& f) {
   uint64_t flash_bytes = 0;
   for (const ReadRange& r : f.reads) flash_bytes += r.bytes;
   const size_t n_scores = with_scores_ ? f.scores.size() : 0;
-  const uint32_t head[8] = {static_cast<uint32_t>(f.phase),
-                            f.position,
-                            static_cast<uint32_t>(f.token),
-                            f.region,
-                            static_cast<uint32_t>(f.mask.size()),
-                            static_cast<uint32_t>(f.mask.size() - f.misses.size()),
-                            static_cast<uint32_t>(f.reads.size()),
-                            static_cast<uint32_t>(n_scores)};
+  const uint32_t head[8] = {
+      static_cast<uint32_t>(f.phase),        f.position,
+      static_cast<uint32_t>(f.token),        f.region,
+      static_cast<uint32_t>(f.mask.size()),  static_cast<uint32_t>(f.mask.size() - f.misses.size()),
+      static_cast<uint32_t>(f.reads.size()), static_cast<uint32_t>(n_scores)};
   const uint64_t bytes[2] = {flash_bytes, f.useful_bytes};
   put(head, sizeof head);
   put(bytes, sizeof bytes);

@@ -201,7 +201,8 @@ void bind_cache(nb::module_& m) {
         nb::arg("cache") = nb::none(), nb::arg("counted") = true);
   m.def("next_uses", &next_uses, nb::arg("masks").noconvert(), nb::arg("n_columns"));
   m.def("replay_masks", &replay_masks, nb::arg("masks").noconvert(), nb::arg("offset"), nb::arg("record_bytes"),
-        nb::arg("alignment"), nb::arg("cache"), nb::arg("counted") = true, nb::arg("next_use").noconvert() = nb::none());
+        nb::arg("alignment"), nb::arg("cache"), nb::arg("counted") = true,
+        nb::arg("next_use").noconvert() = nb::none());
   m.def("replay_scores", &replay_scores, nb::arg("scores").noconvert(), nb::arg("k"), nb::arg("gamma"),
         nb::arg("offset"), nb::arg("record_bytes"), nb::arg("alignment"), nb::arg("cache"), nb::arg("counted") = true);
 }

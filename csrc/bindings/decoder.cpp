@@ -256,7 +256,7 @@ std::shared_ptr<const std::vector<RegionFit>> fits_of(const nb::dict& d, const M
 DecoderOptions options_of(const nb::dict& d, const Model& model) {
   DecoderOptions o;
   const auto residency = get<std::string>(d, "residency");
-  o.mlp.residency = residency == "resident" ? Residency::kResident
+  o.mlp.residency = residency == "resident"    ? Residency::kResident
                     : residency == "stream"    ? Residency::kStream
                     : residency == "simulated" ? Residency::kSimulated
                                                : Residency::kCached;
@@ -436,9 +436,7 @@ void bind_decoder(nb::module_& m) {
       .def("pin_static", &Decoder::pin_static)
       .def("configure",
            [](Decoder& self, const std::vector<int32_t>& k, float gamma, const std::string& cache, float decay,
-              const std::vector<int32_t>& capacity) {
-             self.configure(k, gamma, cache_policy(cache), decay, capacity);
-           })
+              const std::vector<int32_t>& capacity) { self.configure(k, gamma, cache_policy(cache), decay, capacity); })
       .def("reset_counters", &Decoder::reset_counters)
       .def("counters", &counters_dict)
       .def("start_trace",
