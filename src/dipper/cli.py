@@ -848,8 +848,10 @@ def doctor(
       dipper doctor smollm2.dipper --profile here.toml && dipper simulate smollm2.dipper --device here.toml
     """
     if profile is not None:
+        from dipper.files import check_target
         from dipper.profile import measure_profile
 
+        check_target(profile)
         made = measure_profile(path, name=profile.stem, progress=lambda what: _say(f"measuring: {what}"))
         made.save(profile)
         print(json.dumps(made.as_dict()) if as_json else profile)
@@ -940,10 +942,12 @@ def simulate(
       dipper simulate smollm2.dipper --method dip --cache none,lru,lfu,belady --capacity 0.25,0.5,0.75
       dipper simulate phi-3-medium --device paper-phone --dram 4GB,5GB,6GB --figure phi.svg
     """
+    from dipper.figures import check_figure
     from dipper.records import json_line
     from dipper.sweep import Sweep, draw_sweep, open_model, open_workload, run_sweep
     from dipper.tables import sim_table
 
+    check_figure(figure)
     sweep = Sweep(
         methods=_listed("--method", method), densities=_numbers("--density", density), d_in=d_in, d_glu=d_glu,
         gammas=_numbers("--gamma", gamma), caches=_listed("--cache", cache),
@@ -1024,11 +1028,12 @@ def plan(
       dipper plan smollm2.dipper --mlp-dram 60% --out plan.json && dipper run smollm2.dipper "Hello" --plan plan.json
       dipper plan --model phi-3-medium --device snapdragon-8-gen-3 --dram 6GB --max-ppl-increase 0.1
     """
-    from dipper.files import write_json
+    from dipper.files import check_target, write_json
     from dipper.planner import make_plan, plan_table
     from dipper.records import json_line
     from dipper.sweep import has_weights, open_model, open_workload
 
+    check_target(out)
     if (bundle is None) == (model is None):
         raise ConfigError("give one model: dipper plan MODEL, or dipper plan --model MODEL.")
     name = str(bundle or model)

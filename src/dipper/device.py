@@ -6,9 +6,9 @@ Units stand in the names; GB are 1e9 bytes. Figures that a profile leaves out co
     device = Device.load("snapdragon-8-gen-3")
     device.flash.batch_s(n_reads=200, n_bytes=3_276_800)        # seconds until all of them are there
 
-The time of n reads asked for at once is `latency + (n - 1) cost + bytes / bandwidth`, or, where a profile has measured
-them, that of a table. `sustained` limits hold over many tokens: a disk that lets bursts through faster than it
-lasts, as a throttled one does, is bound by them in the long run.
+The time of n reads asked for at once is `max(latency, cost) + (n - 1) cost + bytes / bandwidth`, or, where a profile
+has measured them, that of a table. `sustained` limits hold over many tokens: a disk that lets bursts through faster
+than it lasts, as a throttled one does, is bound by them in the long run.
 """
 
 from __future__ import annotations
@@ -38,14 +38,24 @@ Floats = npt.NDArray[np.float64]
 
 def _positive(where: str, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{where}.{name} is {value}: a device has more than none of it; give a positive figure")
+        if value is not None and not _LEAST <= value <= _MOST:
+            raise ConfigError(f"{where}.{name} is {_short(value)}: a device has more than none of it, within reason")
 
 
 def _not_negative(where: str, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{where}.{name} is {value}: give zero or a positive figure")
+        if value is not None and not 0 <= value <= _MOST:
+            raise ConfigError(f"{where}.{name} is {_short(value)}: give zero or a positive figure, within reason")
+
+
+_LEAST, _MOST = 1e-9, 1e18  # of any figure: what lies outside is a slip of the pen
+_MAX_ALIGNMENT = 1 << 20
+
+
+def _short(value: float) -> str:
+    """A figure, cut where it is absurdly long."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:20]}... ({len(text)} digits)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +103,10 @@ class Flash:
             sustained_reads_per_s=self.sustained_reads_per_s,
         )  # fmt: skip
         _not_negative("flash", cost_per_read_us=self.cost_per_read_us, latency_us=self.latency_us)
-        if self.alignment & (self.alignment - 1):
-            raise ConfigError(f"flash.alignment is {self.alignment}: reads are aligned to a power of two")
+        if self.alignment & (self.alignment - 1) or self.alignment > _MAX_ALIGNMENT:
+            raise ConfigError(
+                f"flash.alignment is {self.alignment}: reads are aligned to a power of two, {_MAX_ALIGNMENT} at most"
+            )
         sizes = {row[1] for row in self.table}
         counts = {row[0] for row in self.table}
         pairs = {row[:2] for row in self.table}
@@ -264,7 +276,7 @@ class Device:
         """A profile from TOML; `where` names it in errors. ConfigError as `load`."""
         try:
             content = tomli.loads(text)
-        except tomli.TOMLDecodeError as error:
+        except (tomli.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{where} is no TOML ({error}): correct it, or copy one of dipper's profiles") from error
         try:
             _known(cls, content, "the profile")
@@ -316,6 +328,7 @@ _WANTED: dict[str, tuple[tuple[type, ...], str]] = {
     "float | None": ((int, float), "a number"),
     "str": ((str,), "a text"),
     "Mapping[str, str]": ((dict,), "a table of texts"),
+    "tuple[tuple[float, float, float], ...]": ((list, tuple), "a list of rows"),
 }
 
 

@@ -196,6 +196,7 @@ class Engine:
             "cache": self.config.cache,
             "cache_decay": self.config.cache_decay,
             "cold": self.config.cold,
+            "calibration": self.calibration_sha256,
             "context": self.config.context,
             "block_tokens": self.plan.options["block_tokens"],
             "regions": [

@@ -11,7 +11,22 @@ from typing import Any, BinaryIO
 
 from dipper.errors import ConfigError
 
-__all__ = ["whole_file", "write_json"]
+__all__ = ["check_target", "whole_file", "write_json"]
+
+
+def check_target(path: str | os.PathLike[str] | None) -> None:
+    """Before hours of work: whether a file could be written there; None: nothing is.
+
+    Raises:
+        ConfigError: its folder does not exist, or it is a folder itself.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ConfigError(f"Cannot write {target}: the folder {target.parent} does not exist. Create it first.")
+    if target.is_dir():
+        raise ConfigError(f"Cannot write {target}: it is a folder. Name a file in it.")
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
@@ -31,9 +46,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         ConfigError: the folder does not exist.
     """
+    check_target(path)
     target = Path(path)
-    if not target.parent.is_dir():
-        raise ConfigError(f"Cannot write {target}: the folder {target.parent} does not exist. Create it first.")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as out:

@@ -33,7 +33,7 @@ from .bundle import Bundle
 from .device import Device
 from .errors import BudgetError, ConfigError
 from .records import SimRecord
-from .simulator import miss_curve_split, sim_record
+from .simulator import check_fits, miss_curve_split, sim_record
 from .tables import align
 from .workload import Setting, Traffic, Workload
 
@@ -49,6 +49,7 @@ HOPELESS = 0.7  # of the fastest: neither gamma nor cache policies and miss curv
 DENSITIES = (0.3, 0.95)  # simulated; below, curves say nothing, above, there is nothing to win
 WORTH = 1.1  # over dense: a smaller gain is within the simulator's own error
 SCHEMA = "dipper-plan/1"
+_OPTIONS = {"method", "context", "d_in", "d_glu", "gamma", "cache", "split", "dram", "mlp_dram"}
 
 _NEAR = 0.004  # densities this close are the same
 _HALF = 0.05  # a cache within this of the measured share is as measured
@@ -337,9 +338,11 @@ class _Terms:
     loss: float  # of quality, at most
 
     def setting(self, bundle: Bundle, **options: Any) -> Setting:
-        """A setting under the budget; BudgetError as `plan_run`."""
+        """A setting under the budget and on the device; BudgetError as `plan_run` and `check_fits`."""
         config = EngineConfig(dram=self.dram, mlp_dram=self.mlp_dram, context=self.context, **options)
-        return Setting.plan_for(bundle, config, host_bytes=self.host_bytes, alignment=self.device.flash.alignment)
+        setting = Setting.plan_for(bundle, config, host_bytes=self.host_bytes, alignment=self.device.flash.alignment)
+        check_fits(setting, self.device)
+        return setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -683,6 +686,9 @@ def _front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _result(search: _Search, notes: list[str]) -> PlanResult:
     terms, dense, pruned = search.terms, search.within(False), search.within(True)
     best = max((*dense, *pruned), key=lambda c: (c.tok_per_s, -c.quality.increase))
+    fastest_dense = max(dense, key=lambda c: c.tok_per_s, default=None)
+    if fastest_dense is not None and best.tok_per_s < WORTH * fastest_dense.tok_per_s:
+        best = fastest_dense  # what pruning gains is within the simulator's error, what it loses is not
     rows = sorted((_row(c, terms.loss) for c in search.found), key=lambda row: (-row["tok_per_s"], row["ppl_increase"]))
     bundle, config = best.setting.bundle, best.setting.config
     options: dict[str, Any] = {"method": config.method, "context": terms.context}
@@ -747,15 +753,18 @@ def load_config(path: str | os.PathLike[str], bundle: Bundle) -> dict[str, Any]:
         raise ConfigError(
             f"{path} cannot be read as a plan ({type(error).__name__}: {error}): write one with dipper plan --out"
         ) from None
+    unknown = set(options) - _OPTIONS
+    if unknown:
+        raise ConfigError(f"{path} has options that no plan has ({', '.join(sorted(unknown))}): plan anew")
     if schema != SCHEMA:
         raise ConfigError(f"{path} is {schema}, not {SCHEMA}: write a plan with dipper plan --out")
     if sha256 is None or sha256 != bundle.header.get("header_sha256"):
         raise ConfigError(
             f"{path} is a plan for another bundle ({held.get('model')}), not for {bundle.path}: plan this one anew"
         )
-    if options.get("split") is not None:
-        options["split"] = tuple(options["split"])
     try:
+        if options.get("split") is not None:
+            options["split"] = tuple(options["split"])
         EngineConfig(**options)
     except TypeError as error:
         raise ConfigError(f"{path} has options that the engine does not know ({error}): plan anew") from None

@@ -249,10 +249,14 @@ class _Runs:
         copied = self._copied(plan, counters)
         copy_s = disk["select"] - select_s - per_miss * counters.misses / _TOKENS
         parts = _matrix_weights(self.bundle)
+        model = self.bundle.model
+        kv_s = 8 * model.n_layers * model.n_kv_heads * model.head_dim * (_PROMPT + _TOKENS / 2) / (1e9 * dram.gbps)
         return Compute(
             gemv_gweights_per_s=1e-9 / s_per_weight,
-            gemm_gmacs_per_s=1e-9 * _PROMPT * (self.bundle.mlp_weights + parts["attention"]) / ttft_s,
-            attention_gweights_per_s=1e-9 * parts["attention"] / dense["attention"],
+            gemm_gmacs_per_s=1e-9 * _PROMPT * (self.bundle.mlp_weights + parts["attention"]) / (ttft_s - dense["head"]),
+            attention_gweights_per_s=1e-9
+            * parts["attention"]
+            / max(dense["attention"] - kv_s, 0.1 * dense["attention"]),
             head_gweights_per_s=1e-9 * parts["head"] / dense["head"],
             region_us=1e6 * region_s / n_regions,
             select_ns_per_column=1e9 * select_s / columns,

@@ -327,7 +327,7 @@ class SimRecord:
     cache: str | None  # also none and belady, which no engine has
     split: str  # of the slots over regions: uniform, miss-curve or given
     tok_per_s: float
-    tok_per_s_flat: float  # the same were a read to cost nothing beyond its bytes
+    tok_per_s_flat: float  # the same were a read to cost nothing beyond its (widened) bytes
     ttft_s: float
     hit_rate: float | None
     flash_bytes_per_token: float

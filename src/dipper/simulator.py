@@ -27,7 +27,7 @@ from .errors import BudgetError
 from .records import LEDGER, SimRecord, provenance
 from .workload import Setting, Traffic, Workload, embedding_reads
 
-__all__ = ["Prediction", "miss_curve_split", "predict", "sim_record"]
+__all__ = ["Prediction", "check_fits", "miss_curve_split", "predict", "sim_record"]
 
 LAST_BLOCK = 32  # columns whose products follow the last read
 
@@ -86,7 +86,7 @@ def _model_parts(bundle: Bundle) -> dict[str, Any]:
         "scale_bytes": np.array(
             [sum(s["bytes"] for m in r["matrices"] for n, s in m["scales"].items() if n != "tier") for r in regions]
         ),
-        "kv_bytes": 2 * 4 * model.n_layers * model.n_kv_heads * model.head_dim,  # of a position, fp32
+        "kv_bytes": 2 * 4 * model.n_kv_heads * model.head_dim,  # of a position in a layer, fp32
         "macs": bundle.mlp_weights + parts["attention"][0],  # of a token in prefill, the head aside
     }
 
@@ -102,7 +102,8 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
     """
     parts = _model_parts(setting.bundle)
     positions = n_prompt + (n_tokens - 1) / 2  # mean position of a decoded token
-    kv = positions * parts["kv_bytes"]
+    seen = sum(min(positions, layer.window or positions) for layer in setting.bundle.model.layers)
+    kv = seen * parts["kv_bytes"]
     ledger = dict.fromkeys(LEDGER, 0.0)
     compute = device.compute
     attention_s = float(_products_s(device, compute.attention_gweights_per_s, *parts["attention"]))
@@ -185,7 +186,8 @@ def _dense(
 def _ttft_s(setting: Setting, device: Device, parts: dict[str, Any], n_prompt: int) -> float:
     """Prefill: a block of tokens streams what is not held once, and multiplies it while the rest is read."""
     plan, seconds = setting.plan, 0.0
-    io_s = device.flash.stream_s(plan.stream_reads, plan.stream_bytes)
+    stream = plan.stream_reads, plan.stream_bytes
+    io_s = max(device.flash.stream_s(*stream), device.flash.sustained_s(*stream))
     for first in range(0, n_prompt, setting.block_tokens):
         n = min(setting.block_tokens, n_prompt - first)
         seconds += max(io_s, n * parts["macs"] / (1e9 * device.compute.gemm_gmacs_per_s))
@@ -214,11 +216,14 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
     """Everything that one setting would do on one device, beside the same with flat bandwidth."""
     sizes = {"n_prompt": workload.n_prompt, "n_tokens": workload.n_tokens}
     found = predict(setting, traffic, device, **sizes)
-    flat = predict(setting, traffic, replace(device, flash=device.flash.flat), **sizes)
+    free = replace(device, flash=device.flash.flat, compute=replace(device.compute, submit_us_per_read=0.0))
+    flat = predict(setting, traffic, free, **sizes)
     config = setting.config
     if traffic is None:
-        totals = {"reads": setting.plan.stream_reads * found.n_tokens, "hits": 0, "misses": 0}
-        totals["flash_bytes"] = setting.plan.stream_bytes * found.n_tokens
+        rows, row_bytes = (int(x[0]) for x in embedding_reads(setting, None, 1))
+        totals = {"hits": 0, "misses": 0}
+        totals["reads"] = (setting.plan.stream_reads + rows) * found.n_tokens
+        totals["flash_bytes"] = (setting.plan.stream_bytes + row_bytes) * found.n_tokens
     else:
         totals = traffic.totals
     looked_up = totals["hits"] + totals["misses"]
@@ -242,7 +247,7 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
         dram_bytes=dict(setting.plan.parts),
         dram_budget_bytes=setting.plan.budget_bytes,
         mlp_bits_per_weight=setting.plan.mlp_bits_per_weight,
-        cached_fraction=setting.plan.cached_fraction if setting.cache != "none" else 0.0,
+        cached_fraction=setting.plan.cached_fraction,
         joules_per_token=found.joules_per_token,
         ledger_s=found.ledger_s,
         io_s=found.io_s,
@@ -253,6 +258,21 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
         workload=described,
         provenance=provenance(setting.bundle.path),
     )
+
+
+def check_fits(setting: Setting, device: Device) -> None:
+    """Refuses what the device's DRAM cannot hold.
+
+    Raises:
+        BudgetError: it names both sizes.
+    """
+    total = setting.plan.total_bytes
+    if total > device.dram.bytes:
+        raise BudgetError(
+            f"{setting.config.method} holds {total / 1e6:.0f} MB here, and {device.name} has "
+            f"{device.dram.bytes / 1e6:.0f} MB of DRAM: lower --dram, --mlp-dram or --ctx, or use --method "
+            "dense-stream, dip or dip-ca"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ capacities

@@ -189,6 +189,8 @@ class Sparsified:
         if self._is_paused:
             return
         past = kwargs.get("past_key_values")
+        if past is None:
+            past = kwargs.get("cache")  # its name in newer transformers
         n_past = 0 if past is None else past.get_seq_length()
         if n_past == 0:
             self.reset()

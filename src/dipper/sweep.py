@@ -23,7 +23,7 @@ from dipper.device import Device
 from dipper.errors import BudgetError, ConfigError
 from dipper.figures import panels
 from dipper.records import LEDGER, SimRecord
-from dipper.simulator import miss_curve_split, sim_record
+from dipper.simulator import check_fits, miss_curve_split, sim_record
 from dipper.workload import GeneratedWorkload, ModelWorkload, Setting, TraceWorkload, Workload
 
 __all__ = ["Sweep", "draw_sweep", "has_weights", "open_model", "open_workload", "run_sweep"]
@@ -97,6 +97,10 @@ class Sweep:
             row = {name: value for name, value in row.items() if value is not None}
             if row not in rows:
                 rows.append(row)
+        if not rows and self.dense_left_out == self.methods:
+            raise ConfigError(
+                f"--capacity is of column caches, which {', '.join(self.methods)} do not have: give --dram"
+            )
         if not rows:
             raise ConfigError(
                 f"methods {', '.join(self.methods)} with caches {', '.join(self.caches)} leave nothing to simulate: "
@@ -171,7 +175,11 @@ def open_workload(
         seed: of the generator.
         threads: of the real model.
     """
+    given = {"--text": text is not None, "--generated": generated, "--variant": variant is not None}
+    refused = [name for name, is_given in given.items() if is_given]
     if trace is not None:
+        if refused:
+            raise ConfigError(f"{refused[0]} has no effect with --trace, which has its own masks: drop one of them")
         if not has_weights(bundle):
             raise ConfigError(f"a trace is of a bundle, and {bundle.path} is the shape of a model alone: drop --trace")
         return TraceWorkload(bundle, trace)
@@ -183,6 +191,8 @@ def open_workload(
         return GeneratedWorkload(
             bundle, ScoreGenerator.load(variant=variant), n_prompt=n_prompt, n_tokens=n_tokens, seed=seed
         )
+    if variant is not None:
+        raise ConfigError("--variant is of generated scores: add --generated, or drop it")
     from dipper.evaluate import read_text
     from dipper.tokenizer import Tokenizer
 
@@ -233,7 +243,8 @@ def run_sweep(
         host = 0 if re.fullmatch(r"0\s*[a-zA-Z]*", sweep.host) else parse_bytes(sweep.host, bundle.total_bytes)
     else:
         host = rss_bytes() if has_weights(bundle) else 0  # once: this process grows as it simulates
-    context = context or workload.n_prompt + workload.n_tokens + 1
+    if context is None:
+        context = workload.n_prompt + workload.n_tokens
     records = []
     refused: BudgetError | None = None
     for device in devices:
@@ -283,12 +294,7 @@ def _setting(
             setting = Setting.plan_for(bundle, dataclasses.replace(config, split=weights), **shared)
         else:
             setting = setting.with_shares(weights)
-    if setting.plan.total_bytes > device.dram.bytes:
-        raise BudgetError(
-            f"{config.method} holds {setting.plan.total_bytes / 1e6:.0f} MB here, and {device.name} has "
-            f"{device.dram.bytes / 1e6:.0f} MB of DRAM: lower --dram, --mlp-dram or --ctx, or use --method "
-            "dense-stream, dip or dip-ca"
-        )
+    check_fits(setting, device)
     return setting, split or "uniform"
 
 

@@ -23,6 +23,10 @@ __all__ = ["Frame", "read_trace"]
 
 _MAGIC = b"DIPTRACE"
 _VERSION = 2
+_HEADER_KEYS = {
+    "model", "bundle", "method", "gamma", "densities", "cache", "cache_decay", "cold", "calibration", "context",
+    "block_tokens", "regions",
+}  # fmt: skip
 _FRAME = struct.Struct("<2IiI4I2Q")
 _READ = np.dtype([("offset", "<u8"), ("bytes", "<u4")])
 
@@ -59,8 +63,10 @@ def read_trace(path: str | Path) -> tuple[dict[str, Any], Generator[Frame, None,
     """Header and frames of a trace; frames are read as they are asked for.
 
     Raises:
-        ConfigError: not a trace, a newer version, or cut short.
+        ConfigError: no such file, not a trace, another version, or cut short.
     """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path} is no file: give a trace, as dipper run --trace writes")
     file = open(path, "rb")  # noqa: SIM115  closed by the generator
     start = file.read(16)
     if start[:8] != _MAGIC or len(start) < 16:
@@ -78,7 +84,9 @@ def read_trace(path: str | Path) -> tuple[dict[str, Any], Generator[Frame, None,
     text = file.read(length)
     try:
         header: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+        if not set(header) >= _HEADER_KEYS or not isinstance(header["regions"], list):
+            raise ValueError(f"it lacks {', '.join(sorted(_HEADER_KEYS - set(header))) or 'a list of regions'}")
+    except (ValueError, TypeError, RecursionError) as error:
         file.close()
         raise ConfigError(f"{path} ends inside its header, or that is damaged ({error}): record it again") from error
     return header, _frames(file, path)

@@ -117,6 +117,8 @@ class Setting:
         if capacity_share is not None:
             capacity = [int(capacity_share * region["n_columns"]) for region in bundle.header["regions"]]
         plan = plan_run(bundle, config, host_bytes, capacity)
+        if cache == "none":  # the budget is checked above; what it would give to slots is not held
+            plan = plan_run(bundle, config, host_bytes, [0] * len(plan.options["k"]))
         return cls(bundle=bundle, config=config, plan=plan, cache=cache, alignment=alignment)
 
     def with_shares(self, shares: Sequence[float]) -> Setting:
@@ -142,8 +144,7 @@ class Setting:
     @property
     def capacity(self) -> tuple[int, ...]:
         """Slots, by region."""
-        n_regions = len(self.bundle.header["regions"])
-        return (0,) * n_regions if self.cache == "none" else tuple(self.plan.options["capacity"])
+        return tuple(self.plan.options["capacity"])
 
     @property
     def block_tokens(self) -> int:
@@ -469,6 +470,8 @@ class TraceWorkload:
             raise ConfigError(
                 f"{path} was recorded at gamma {header['gamma']}: its masks belong to its cache; record at gamma 1"
             )
+        if header["calibration"] is not None:
+            raise ConfigError(f"{path} was recorded with a calibration, which is not simulated yet: record it without")
         if header["cold"]:
             raise ConfigError(f"{path} was recorded with --cold: without the prompt's masks; record it without --cold")
         self._k = tuple(region["k"] for region in header["regions"])
@@ -518,6 +521,8 @@ class GeneratedWorkload:
     ) -> None:
         if n_prompt < 1 or n_tokens < 1:
             raise ConfigError(f"{n_prompt} prompt tokens and {n_tokens} after them: each must be at least 1")
+        if seed < 0:
+            raise ConfigError(f"seed is {seed}: give a whole number from 0 up")
         self.bundle, self.generator, self.seed = bundle, generator, seed
         self.n_prompt, self.n_tokens = n_prompt, n_tokens
 
@@ -537,7 +542,8 @@ class GeneratedWorkload:
         n_layers = self.bundle.model.n_layers
         for index, region in enumerate(self.bundle.header["regions"]):
             depth = region["layer"] / max(n_layers - 1, 1)
-            stream = self.generator.region(region["kind"], depth, region["n_columns"], self.seed + index)
+            seed = int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])  # no two alike
+            stream = self.generator.region(region["kind"], depth, region["n_columns"], seed)
             yield stream.scores(self.n_prompt), stream.scores(self.n_tokens)
 
     def describe(self, setting: Setting) -> dict[str, Any]:
