@@ -700,7 +700,7 @@ def test_simulate_says_what_it_leaves_out(capsys):
     assert len(err) == 1
     assert err[0].startswith(
         "left out: paper-phone, dip dram 100MB density 0.7 cache lfu split uniform: --dram gives 100.0 MB, but dip "
-        "with a context of 5 needs at least "
+        "with a context of 4 needs at least "
     )
 
 

@@ -218,7 +218,8 @@ BAD_ROWS = "flash.table must have rows of reads, bytes of a read, microseconds: 
         ('name = "mine"', 'name = "mine"\ntitel = "A"', "the profile has no figure 'titel'; did you mean title?"),
         ("gbps = 40", "gbps = 0", "dram.gbps is 0: a device has more than none of it; give a positive figure"),
         ("gbps = 2.0", "gbps = -1", "flash.gbps is -1: a device has more than none of it; give a positive figure"),
-        ("gbps = 2.0", "gbps = inf", "flash.gbps is inf: a device has more than none of it; give a positive figure"),
+        ("gbps = 2.0", "gbps = inf", "flash.gbps is inf: figures lie between 1e-09 and 1e+18; correct it"),
+        ("gbps = 2.0", "gbps = 1e-320", "flash.gbps is 1e-320: figures lie between 1e-09 and 1e+18; correct it"),
         ("gbps = 2.0", "gbps = nan", "flash.gbps is nan: a device has more than none of it; give a positive figure"),
         (
             "gemv_gweights_per_s = 50.0",

@@ -105,7 +105,7 @@ def test_dense_methods_have_no_capacity() -> None:
     assert dataclasses.replace(sweep, capacity=()).dense_left_out == ()
     with pytest.raises(ConfigError) as e:
         Sweep(methods=("dense-stream",), capacity=(0.25, 0.5)).options()
-    assert str(e.value) == f"methods dense-stream with caches lfu leave nothing to simulate: {NEEDS}"
+    assert str(e.value) == "--capacity is of column caches, which dense-stream do not have: give --dram"
 
 
 def test_one_split_of_the_density_is_instead_of_densities() -> None:
@@ -371,7 +371,7 @@ def test_host_of_a_process_and_of_a_shape(bundle: Bundle, workload: ModelWorkloa
 def test_a_budget_that_is_too_small_names_the_least(bundle: Bundle, workload: ModelWorkload) -> None:
     sweep = Sweep(methods=("dip",), densities=(0.5,), dram=("100KB", "50MB"), host="10MB")
     message = (
-        r"--dram gives 0\.1 MB, but dip with a context of 19 needs at least ([0-9.]+) MB here \(10\.0 MB of it is the "
+        r"--dram gives 0\.1 MB, but dip with a context of 18 needs at least ([0-9.]+) MB here \(10\.0 MB of it is the "
         r"host process\): raise --dram to \1MB"
     )
     with pytest.raises(BudgetError) as e:

@@ -38,24 +38,28 @@ Floats = npt.NDArray[np.float64]
 
 def _positive(where: str, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not _LEAST <= value <= _MOST:
-            raise ConfigError(f"{where}.{name} is {_short(value)}: a device has more than none of it, within reason")
+        _reasonable(where, name, value)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{where}.{name} is {value}: a device has more than none of it; give a positive figure")
 
 
 def _not_negative(where: str, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not 0 <= value <= _MOST:
-            raise ConfigError(f"{where}.{name} is {_short(value)}: give zero or a positive figure, within reason")
+        if value is not None and value > _LEAST:  # a cost of next to nothing is none
+            _reasonable(where, name, value)
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{where}.{name} is {value}: give zero or a positive figure")
 
 
 _LEAST, _MOST = 1e-9, 1e18  # of any figure: what lies outside is a slip of the pen
 _MAX_ALIGNMENT = 1 << 20
 
 
-def _short(value: float) -> str:
-    """A figure, cut where it is absurdly long."""
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:20]}... ({len(text)} digits)"
+def _reasonable(where: str, name: str, value: float | None) -> None:
+    """Refuses what would end as an infinity or a zero."""
+    if value is not None and (abs(value) > _MOST or 0 < value < _LEAST):
+        told = str(value) if len(str(value)) <= 24 else f"a number of {len(str(value))} digits"
+        raise ConfigError(f"{where}.{name} is {told}: figures lie between {_LEAST:g} and {_MOST:g}; correct it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +107,11 @@ class Flash:
             sustained_reads_per_s=self.sustained_reads_per_s,
         )  # fmt: skip
         _not_negative("flash", cost_per_read_us=self.cost_per_read_us, latency_us=self.latency_us)
-        if self.alignment & (self.alignment - 1) or self.alignment > _MAX_ALIGNMENT:
+        if self.alignment & (self.alignment - 1):
+            raise ConfigError(f"flash.alignment is {self.alignment}: reads are aligned to a power of two")
+        if self.alignment > _MAX_ALIGNMENT:
             raise ConfigError(
-                f"flash.alignment is {self.alignment}: reads are aligned to a power of two, {_MAX_ALIGNMENT} at most"
+                f"flash.alignment is {self.alignment}: {_MAX_ALIGNMENT} is the most that reads are made in"
             )
         sizes = {row[1] for row in self.table}
         counts = {row[0] for row in self.table}
@@ -309,7 +315,9 @@ def _made(cls: type[_Made], content: Any, where: str) -> _Made:
         raise ConfigError(f"{where} is {content!r}: it must be a table")
     fields = _known(cls, content, where)
     for key, value in content.items():
-        wanted, told = _WANTED.get(str(fields[key].type), ((object,), ""))
+        if str(fields[key].type) not in _WANTED:
+            continue  # checks itself
+        wanted, told = _WANTED[str(fields[key].type)]
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise ConfigError(f"{where}.{key} is {value!r}: it must be {told}")
     missing = [
@@ -328,7 +336,6 @@ _WANTED: dict[str, tuple[tuple[type, ...], str]] = {
     "float | None": ((int, float), "a number"),
     "str": ((str,), "a text"),
     "Mapping[str, str]": ((dict,), "a table of texts"),
-    "tuple[tuple[float, float, float], ...]": ((list, tuple), "a list of rows"),
 }
 
 
