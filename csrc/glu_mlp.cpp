@@ -305,9 +305,8 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
       const int32_t c = mask_[i];
       batch_.listed_x[i] = means != nullptr ? values[c] - means[c] : values[c];
       const int32_t s = slots[static_cast<size_t>(c)];
-      const bool held = s >= 0 || pinned != nullptr;
       batch_.record[i] = pinned != nullptr ? pinned + static_cast<uint64_t>(c) * region.record_bytes
-                         : held            ? slot(r, s)
+                         : s >= 0          ? slot(r, s)
                                            : nullptr;
     }
     const CacheStep& step = cache.step(mask_);

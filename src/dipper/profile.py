@@ -33,6 +33,7 @@ from dipper.device import Compute, Device, Dram, Flash
 from dipper.doctor import drop_page_cache, machine, measure_dram
 from dipper.engine import Engine
 from dipper.errors import ConfigError
+from dipper.simulator import model_parts
 from dipper.sources import default_cache_dir
 
 __all__ = ["measure_profile", "this_machine"]
@@ -200,13 +201,12 @@ class _Runs:
 
     def __init__(self, bundle: Bundle, rounds: int) -> None:
         self.bundle, self.rounds = bundle, rounds
-        self.regions = bundle.header["regions"]
+        self.parts = model_parts(bundle)
         self.prompt = [1 + 37 * i % (bundle.model.vocab_size - 1) for i in range(_PROMPT)]
 
     def weights(self, k: Sequence[int]) -> float:
         """Products of a token that selects k columns a region."""
-        per_column = [sum(m["rows"] for m in region["matrices"]) for region in self.regions]
-        return float(np.dot(k, per_column))
+        return float(np.dot(k, self.parts["column_weights"]))
 
     def decode(self, simulated: bool = False, **options: Any) -> tuple[dict[str, float], Any, Any, float]:
         """Medians of the ledger (seconds a token, `rest` what is left of wall time), counters, plan, least TTFT."""
@@ -237,29 +237,27 @@ class _Runs:
         dense, _, _, ttft_s = self.decode(method="dense-resident")
         held = {d: self.decode(True, density=d, cache="lru", mlp_dram="1000b") for d in (0.9, 0.3)}
         missing = self.decode(True, density=0.5, cache="static", cold=True, mlp_dram=self._least())
-        disk, counters, plan, _ = self.decode(density=0.5, cache="lru", mlp_dram="60%")
+        disk, counters, _, _ = self.decode(density=0.5, cache="lru", mlp_dram="60%")
 
-        n_regions, columns = len(self.regions), sum(r["n_columns"] for r in self.regions)
-        all_k = [r["n_columns"] for r in self.regions]
-        gemv = [(1.0, self.weights(all_k), dense["gemv"])]
-        gemv += [(1.0, self.weights(run[2].options["k"]), run[0]["gemv"]) for run in held.values()]
-        region_s, s_per_weight = _line([w for _, w, _ in gemv], [s for _, _, s in gemv])
+        n_columns = self.parts["n_columns"]
+        gemv = [(self.weights(n_columns), dense["gemv"])]
+        gemv += [(self.weights(run[2].options["k"]), run[0]["gemv"]) for run in held.values()]
+        region_s, s_per_weight = _line(*zip(*gemv, strict=True))
         select_s = min(held[0.9][0]["select"], held[0.3][0]["select"])
         per_miss = max(0.0, missing[0]["select"] - select_s) / max(missing[1].misses / _TOKENS, 1)
-        copied = self._copied(plan, counters)
+        # Under LRU every miss that fits is admitted; the caches are full by now.
+        copied = counters.evictions * counters.useful_bytes / max(counters.misses, 1) / _TOKENS
         copy_s = disk["select"] - select_s - per_miss * counters.misses / _TOKENS
-        parts = _matrix_weights(self.bundle)
-        model = self.bundle.model
-        kv_s = 8 * model.n_layers * model.n_kv_heads * model.head_dim * (_PROMPT + _TOKENS / 2) / (1e9 * dram.gbps)
+        attention, head = self.parts["attention"][0], self.parts["head"][0]
+        kv_bytes = self.parts["kv_bytes"] * self.bundle.model.n_layers * (_PROMPT + _TOKENS / 2)
+        attention_s = max(dense["attention"] - kv_bytes / (1e9 * dram.gbps), 0.1 * dense["attention"])
         return Compute(
             gemv_gweights_per_s=1e-9 / s_per_weight,
-            gemm_gmacs_per_s=1e-9 * _PROMPT * (self.bundle.mlp_weights + parts["attention"]) / (ttft_s - dense["head"]),
-            attention_gweights_per_s=1e-9
-            * parts["attention"]
-            / max(dense["attention"] - kv_s, 0.1 * dense["attention"]),
-            head_gweights_per_s=1e-9 * parts["head"] / dense["head"],
-            region_us=1e6 * region_s / n_regions,
-            select_ns_per_column=1e9 * select_s / columns,
+            gemm_gmacs_per_s=1e-9 * _PROMPT * self.parts["macs"] / (ttft_s - dense["head"]),
+            attention_gweights_per_s=1e-9 * attention / attention_s,
+            head_gweights_per_s=1e-9 * head / dense["head"],
+            region_us=1e6 * region_s / len(n_columns),
+            select_ns_per_column=1e9 * select_s / int(n_columns.sum()),
             select_ns_per_miss=1e9 * per_miss,
             submit_us_per_read=1e6 * disk["submit"] * _TOKENS / max(counters.reads, 1),
             copy_gbps=1e-9 * copied / copy_s if copy_s > 0 and copied > 0 else None,
@@ -279,18 +277,6 @@ class _Runs:
         parts = plan_run(self.bundle, config).parts
         needed = sum(parts[name] for name in ("mlp_scales", "staging", "bookkeeping"))
         return f"{8 * needed / self.bundle.mlp_weights + 0.01:.3f}b"
-
-    def _copied(self, plan: Any, counters: Any) -> float:
-        """Bytes of admitted records a token: under LRU every miss that fits is admitted."""
-        return float(counters.evictions * counters.useful_bytes / max(counters.misses, 1) / _TOKENS)
-
-
-def _matrix_weights(bundle: Bundle) -> dict[str, int]:
-    weights = {"attention": 0, "head": 0}
-    for name, entry in bundle.header["tensors"].items():
-        if entry["kind"] == "matrix":
-            weights["head" if name == "head" else "attention"] += entry["shape"][0] * entry["shape"][1]
-    return weights
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from .errors import BudgetError
 from .records import LEDGER, SimRecord, provenance
 from .workload import Setting, Traffic, Workload, embedding_reads
 
-__all__ = ["Prediction", "check_fits", "miss_curve_split", "predict", "sim_record"]
+__all__ = ["Prediction", "check_fits", "miss_curve_split", "model_parts", "predict", "sim_record"]
 
 LAST_BLOCK = 32  # columns whose products follow the last read
 
@@ -68,8 +68,8 @@ class Prediction:
         return self.n_tokens / self.decode_s
 
 
-def _model_parts(bundle: Bundle) -> dict[str, Any]:
-    """Weights and bytes that a token touches outside of masks, and by column of each region."""
+def model_parts(bundle: Bundle) -> dict[str, Any]:
+    """Weights and bytes that a token touches: (weights, bytes) of attention and head; arrays by region of the MLP."""
     parts = {"attention": [0, 0], "head": [0, 0]}  # weights, bytes
     for name, entry in bundle.header["tensors"].items():
         if entry["kind"] == "matrix":
@@ -100,7 +100,7 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
         device: where.
         n_prompt, n_tokens: tokens processed before the first, and decoded.
     """
-    parts = _model_parts(setting.bundle)
+    parts = model_parts(setting.bundle)
     positions = n_prompt + (n_tokens - 1) / 2  # mean position of a decoded token
     seen = sum(min(positions, layer.window or positions) for layer in setting.bundle.model.layers)
     kv = seen * parts["kv_bytes"]

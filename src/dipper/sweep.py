@@ -233,8 +233,8 @@ def run_sweep(
         on_skip: told of a combination that its budget does not hold; None: that is an error.
 
     Raises:
-        BudgetError: too little DRAM (the least is named), or more than the device has, when `on_skip` is None or when
-            nothing is left.
+        BudgetError: too little DRAM (the least of that combination is named), or more than the device has: of the first
+            combination when `on_skip` is None, of the last when nothing is left.
     """
     if on_skip is not None:
         for method in sweep.dense_left_out:
