@@ -8,7 +8,7 @@
 #include "simd.hpp"
 
 // Lanes must stay in registers; the scalar reference has none to lose, and inlining it costs minutes of compile time.
-#if defined(DIPPER_ISA_AVX512) || defined(DIPPER_ISA_AVX2)
+#if !defined(DIPPER_ISA_SCALAR)
 #define DIPPER_INLINE inline __attribute__((always_inline))
 #else
 #define DIPPER_INLINE inline
