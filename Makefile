@@ -3,6 +3,7 @@
 #   make setup        .venv with dipper (editable) and its tools; again only when the build's inputs change
 #   make demo         a real model, four modes, one table: about five minutes on two cores
 #   make test         lint, native tests under sanitizers, Python tests
+#   make test-neon    native tests as built for AArch64, under qemu
 #   make test-slow    the tests that take minutes
 #   make fix          format and fix what the linters can
 
@@ -21,7 +22,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 NATIVE_FILES = $(shell find csrc tests/cpp -name '*.[chi]pp' -o -name '*.inl')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-native test-python test-slow lint fix clean
+.PHONY: help setup demo bench test test-native test-neon test-python test-slow lint fix clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -60,6 +61,15 @@ test-native: setup
 	  -DDIPPER_NATIVE_TESTS=ON -DDIPPER_SANITIZE=address,undefined -Wno-dev >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/native
 	cd build/native && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --output-on-failure
+
+# The same as compiled for AArch64, without sanitizers. An AArch64 machine has these kernels in `make test`.
+test-neon: setup
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64-static; do command -v $$tool >/dev/null || { \
+	  echo "test-neon: $$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }; done
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/neon -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DDIPPER_NATIVE_TESTS=ON -Wno-dev >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/neon
+	cd build/neon && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --verbose
 
 test-python: .venv/.torch
 	$(BIN)/python -m pytest -q -m 'not slow'

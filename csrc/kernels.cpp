@@ -17,6 +17,10 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -33,6 +37,8 @@ std::vector<const Kernels*> available() {
     tables.push_back(&avx512::table);
   }
   if (has_avx2) tables.push_back(&avx2::table);
+#elif defined(__aarch64__)
+  tables.push_back(&neon::table);
 #endif
   tables.push_back(&scalar::table);
   return tables;

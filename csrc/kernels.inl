@@ -10,12 +10,24 @@
 // Lanes must stay in registers; the scalar reference has none to lose, and inlining it costs minutes of compile time.
 #if !defined(DIPPER_ISA_SCALAR)
 #define DIPPER_INLINE inline __attribute__((always_inline))
+#define DIPPER_EACH [&]<int k>() __attribute__((always_inline))
 #else
 #define DIPPER_INLINE inline
+#define DIPPER_EACH [&]<int k>()
 #endif
 
 namespace dipper::DIPPER_ISA {
 namespace {
+
+// fn<0>() .. fn<N - 1>(). Loops over arrays of lanes are written so: GCC turns an array into registers only where its
+// indices are constants before it looks at loops, and stores it at every use otherwise.
+template <int N, int K = 0, typename Fn>
+DIPPER_INLINE void unrolled(Fn&& fn) {
+  if constexpr (K < N) {
+    fn.template operator()<K>();
+    unrolled<N, K + 1>(fn);
+  }
+}
 
 constexpr bool has_nibbles(Codes c) { return c == Codes::kQ4 || c == Codes::kQ5 || c == Codes::kQ6; }
 
@@ -23,7 +35,7 @@ constexpr bool has_nibbles(Codes c) { return c == Codes::kQ4 || c == Codes::kQ5 
 template <Codes C, int K0, int KN>
 DIPPER_INLINE void decode(const uint8_t* p, F (&out)[KN]) {
   static_assert(is_float(C));
-  for (int k = 0; k < KN; ++k) {
+  unrolled<KN>(DIPPER_EACH {
     if constexpr (C == Codes::kF16) {
       out[k] = load_f16(p + 32 * (K0 + k));
     } else if constexpr (C == Codes::kBF16) {
@@ -31,10 +43,11 @@ DIPPER_INLINE void decode(const uint8_t* p, F (&out)[KN]) {
     } else {
       out[k] = load(reinterpret_cast<const float*>(p) + 16 * (K0 + k));
     }
-  }
+  });
 }
 
-// Nibble codes of odd fields come out of decode_pairs four bits too high, which saves their shift; sums shift back.
+// Nibble codes of odd fields come out of decode_pairs four bits too high, which saves their shift: their sums are 16
+// times too large, and exactly so when they are floats.
 constexpr int field_shift(Codes c, int field) { return has_nibbles(c) && field % 2 == 1 ? 4 : 0; }
 
 // Fields [K0, K0 + KN) of one tile of two columns of packed codes: a lane a row, one column's code in the lower int16
@@ -43,7 +56,8 @@ template <Codes C, int K0, int KN, bool Half>
 DIPPER_INLINE void decode_pairs(const uint8_t* const (&a)[2], const uint8_t* const (&b)[2], I (&out)[KN]) {
   static_assert(!is_float(C));
   if constexpr (C == Codes::kQ8) {
-    for (int k = 0; k < KN; ++k) out[k] = lower_halves(lanes_i8(a[0] + 16 * (K0 + k)), lanes_i8(b[0] + 16 * (K0 + k)));
+    unrolled<KN>(
+        DIPPER_EACH { out[k] = lower_halves(lanes_i8(a[0] + 16 * (K0 + k)), lanes_i8(b[0] + 16 * (K0 + k))); });
   } else {
     I fours[2];  // fields 0-3 and 4-7: four nibbles of a in the lower half of a lane, of b in the upper
     if constexpr (Half) {
@@ -57,20 +71,20 @@ DIPPER_INLINE void decode_pairs(const uint8_t* const (&a)[2], const uint8_t* con
     I high;  // the bits above the nibbles, all fields
     if constexpr (C == Codes::kQ5 || (C == Codes::kQ6 && Half)) high = lower_halves(lanes_u8(a[1]), lanes_u8(b[1]));
     if constexpr (C == Codes::kQ6 && !Half) high = lower_halves(lanes_u16(a[1]), lanes_u16(b[1]));
-    for (int k = 0; k < KN; ++k) {
-      const int field = K0 + k;
-      const int at = field_shift(C, field);  // where the code's lowest bit goes
-      const I nibbles = field % 4 < 2 ? fours[field / 4] : shift_right(fours[field / 4], 8);
-      const uint32_t nibble = 0x000F000Fu << at;
+    unrolled<KN>(DIPPER_EACH {
+      constexpr int kField = K0 + k;
+      constexpr int kAt = field_shift(C, kField);  // where the code's lowest bit goes
+      constexpr uint32_t kNibble = 0x000F000Fu << kAt;
+      const I nibbles = kField % 4 < 2 ? fours[kField / 4] : shift_right(fours[kField / 4], 8);
       if constexpr (C == Codes::kQ4) {
-        out[k] = bits_and(nibbles, nibble);
+        out[k] = bits_and(nibbles, kNibble);
       } else {
         constexpr int kWidth = C == Codes::kQ5 ? 1 : 2;
-        const int up = at + 4 - kWidth * field;
-        const I moved = up >= 0 ? shift_left(high, up) : shift_right(high, -up);
-        out[k] = bits_from(nibbles, nibble, moved, (kWidth == 1 ? 0x00010001u : 0x00030003u) << (at + 4));
+        constexpr int kUp = kAt + 4 - kWidth * kField;
+        const I moved = kUp >= 0 ? shift_left(high, kUp < 0 ? 0 : kUp) : shift_right(high, kUp < 0 ? -kUp : 0);
+        out[k] = bits_from(nibbles, kNibble, moved, (kWidth == 1 ? 0x00010001u : 0x00030003u) << (kAt + 4));
       }
-    }
+    });
   }
 }
 
@@ -100,26 +114,40 @@ DIPPER_INLINE F scale_of(const WeightView& w, ScaleAt at, int row) {
   }
 }
 
-// What a block's sums need of its inputs.
+// What a block's sums need of its inputs, by field_shift: even fields, odd ones.
+template <Codes C>
 struct BlockTerms {
-  I zero;   // zero_point * sum_q
-  F scale;  // of q
-  F sum_x;  // scale * sum_q
+  I start[2];  // what a sum starts at: -zero_point * sum_q
+  F scale[2];  // of the sum
+  F sum_x;     // scale * sum_q
 };
-DIPPER_INLINE BlockTerms terms_of(const WeightView& w, const BlockInputs& x) {
-  return {set1(w.grid.zero_point * x.sum), set1(x.scale), set1(x.scale * static_cast<float>(x.sum))};
+template <Codes C>
+DIPPER_INLINE BlockTerms<C> terms_of(const WeightView& w, const BlockInputs& x) {
+  constexpr int kShift = field_shift(C, 1);
+  const int32_t start = -w.grid.zero_point * x.sum;
+  return {{set1(start), set1(start * (1 << kShift))},
+          {set1(x.scale), set1(x.scale * (1.0f / (1 << kShift)))},
+          set1(x.scale * static_cast<float>(x.sum))};
 }
 
-// y += s * scale * (sum - zero) + m * sum_x for 16 rows.
+// Scale and offset of 16 rows of a block: y += s * scale * sum + m * sum_x.
 template <Scale S>
-DIPPER_INLINE F apply_scale(const WeightView& w, ScaleAt at, int row, I sum, const BlockTerms& terms, F y) {
-  y = fma(scale_of<S>(w, at, row), mul(terms.scale, to_float(sub(sum, terms.zero))), y);
-  if constexpr (S == Scale::kF16M) {
-    y = fma(load_f16(w.dm + at.block + row), terms.sum_x, y);
-  } else if constexpr (S == Scale::kU8M) {
-    const F m = mul(load_f16(w.dm + at.super + row), load_u8(w.subm + at.block + row));
-    y = fma(sub(set1(0.0f), m), terms.sum_x, y);
-  }
+struct RowScales {
+  F s, m;
+};
+template <Scale S>
+DIPPER_INLINE RowScales<S> row_scales(const WeightView& w, ScaleAt at, int row) {
+  RowScales<S> r;
+  r.s = scale_of<S>(w, at, row);
+  if constexpr (S == Scale::kF16M) r.m = load_f16(w.dm + at.block + row);
+  if constexpr (S == Scale::kU8M)
+    r.m = sub(set1(0.0f), mul(load_f16(w.dm + at.super + row), load_u8(w.subm + at.block + row)));
+  return r;
+}
+template <Scale S>
+DIPPER_INLINE F apply_scale(const RowScales<S>& r, I sum, F scale, F sum_x, F y) {
+  y = fma(r.s, mul(scale, to_float(sum)), y);
+  if constexpr (S == Scale::kF16M || S == Scale::kU8M) y = fma(r.m, sum_x, y);
   return y;
 }
 
@@ -146,7 +174,7 @@ DIPPER_INLINE void accumulate(const Columns<Strided>& columns, int32_t n, const 
     F code[KN];
     decode<C, K0, KN>(columns.at(i) + columns.offset[0], code);
     const F xi = set1(x[i]);
-    for (int k = 0; k < KN; ++k) sum[k] = fma(code[k], xi, sum[k]);
+    unrolled<KN>(DIPPER_EACH { sum[k] = fma(code[k], xi, sum[k]); });
   }
 }
 // The same of packed codes, two columns at once; the column that an odd n lacks has the input 0.
@@ -159,29 +187,7 @@ DIPPER_INLINE void accumulate(const Columns<Strided>& columns, int32_t n, const 
     decode_pairs<C, K0, KN, Half>({a + columns.offset[0], a + columns.offset[1]},
                                   {b + columns.offset[0], b + columns.offset[1]}, codes);
     const I xi = input_pair(q + i);
-    for (int k = 0; k < KN; ++k) sum[k] = dot(codes[k], xi, sum[k]);
-  }
-}
-
-template <Codes C, Scale S, int K0, int KN, bool Half>
-DIPPER_INLINE void tile_part(const WeightView& w, const Columns<true>& columns, int32_t n, const TiledInputs& x,
-                             int32_t block, ScaleAt at, float* y) {
-  const int32_t first = block * w.grid.group;
-  if constexpr (is_float(C)) {
-    F sum[KN];
-    for (int k = 0; k < KN; ++k) sum[k] = load(y + 16 * (K0 + k));
-    accumulate<C, K0, KN, Half>(columns, n, x.x + first, sum);
-    for (int k = 0; k < KN; ++k) store(y + 16 * (K0 + k), sum[k]);
-  } else {
-    I sum[KN];
-    for (int k = 0; k < KN; ++k) sum[k] = set1(0);
-    accumulate<C, K0, KN, Half>(columns, n, x.q + first, sum);
-    const BlockTerms terms = terms_of(w, x.blocks[block]);
-    for (int k = 0; k < KN; ++k) {
-      const int row = 16 * (K0 + k);
-      const I whole = shift_right_signed(sum[k], field_shift(C, K0 + k));
-      store(y + row, apply_scale<S>(w, at, row, whole, terms, load(y + row)));
-    }
+    unrolled<KN>(DIPPER_EACH { sum[k] = dot(codes[k], xi, sum[k]); });
   }
 }
 
@@ -207,14 +213,6 @@ inline Columns<true> tiled_columns(const WeightView& w, int32_t t, int32_t block
   return {nullptr, base, bytes, {0, static_cast<uint32_t>(plane_tile_bytes(C, 0, half))}};
 }
 
-constexpr int32_t kStripColumns = 4;  // sequential streams at once, which the hardware's prefetchers can follow
-
-// The next columns after those at hand, to be fetched into the CPU's caches.
-struct Ahead {
-  const uint8_t* record[kStripColumns];
-  int64_t offset[2];  // from the tile at hand to theirs, planes 0 and 1 (0: the same tile of another record)
-};
-
 // Float codes meet floats and sum to floats; packed ones meet int16 and sum to int32.
 template <bool Float>
 struct SumOf {
@@ -235,12 +233,39 @@ using Lanes = typename SumOf<is_float(C)>::lanes;
 template <Codes C>
 using Input = typename SumOf<is_float(C)>::input;
 
-template <Codes C, int K0, int KN, bool Half, int N>
-DIPPER_INLINE void strip_part(const Columns<false>& columns, const Input<C>* x, bool fresh, Sum<C>* sums) {
+// Where sums of a tile's columns come from and go to. Packed codes: a block may take several passes, between which its
+// integer sums are kept; y takes them up after the last. Float codes have y itself for sums.
+struct Pass {
+  bool first, last;
+};
+
+// Fields [K0, K0 + KN) of a tile: y (and `kept`, the sums between passes) += columns * x. Pointers are the tile's.
+template <Codes C, Scale S, int K0, int KN, bool Half, bool Strided>
+DIPPER_INLINE void tile_part(const WeightView& w, const Columns<Strided>& columns, int32_t n, const Input<C>* x,
+                             const BlockInputs& inputs, ScaleAt at, Pass pass, int32_t* kept, float* y) {
   Lanes<C> sum[KN];
-  for (int k = 0; k < KN; ++k) sum[k] = fresh ? set1(Sum<C>{}) : load(sums + 16 * (K0 + k));
-  accumulate<C, K0, KN, Half>(columns, N, x, sum);
-  for (int k = 0; k < KN; ++k) store(sums + 16 * (K0 + k), sum[k]);
+  if constexpr (is_float(C)) {
+    unrolled<KN>(DIPPER_EACH { sum[k] = load(y + 16 * (K0 + k)); });
+    accumulate<C, K0, KN, Half>(columns, n, x, sum);
+    unrolled<KN>(DIPPER_EACH { store(y + 16 * (K0 + k), sum[k]); });
+  } else {
+    const BlockTerms<C> terms = terms_of<C>(w, inputs);
+    if (pass.first) {
+      unrolled<KN>(DIPPER_EACH { sum[k] = terms.start[k % 2]; });
+    } else {
+      unrolled<KN>(DIPPER_EACH { sum[k] = load(kept + 16 * (K0 + k)); });
+    }
+    accumulate<C, K0, KN, Half>(columns, n, x, sum);
+    if (!pass.last) {
+      unrolled<KN>(DIPPER_EACH { store(kept + 16 * (K0 + k), sum[k]); });
+    } else {
+      unrolled<KN>(DIPPER_EACH {
+        constexpr int kRow = 16 * (K0 + k);
+        store(y + kRow,
+              apply_scale<S>(row_scales<S>(w, at, kRow), sum[k], terms.scale[k % 2], terms.sum_x, load(y + kRow)));
+      });
+    }
+  }
 }
 
 // Which half tiles of a tile lie in [begin, end): threads share rows by half tiles, since small matrices have few
@@ -252,95 +277,67 @@ inline Halves halves_of(int32_t tile, int32_t begin, int32_t end) {
   return {2 * tile >= begin && 2 * tile < end, 2 * tile + 1 >= begin && 2 * tile + 1 < end};
 }
 
-// sums[tiles] += columns * x for N columns at once: sequential streams, led by a line a column asked for by hand.
-// Dozens of records tile by tile no prefetcher follows.
-template <Codes C, int N>
-DIPPER_INLINE void strip(const WeightView& w, const uint8_t* const* record, const Input<C>* x, int32_t begin,
-                         int32_t end, bool fresh, const Ahead& ahead, Sum<C>* sums) {
-  constexpr int32_t kHighBytes = plane_tile_bytes(C, 1, false);
-  for (int32_t t = begin / 2; 2 * t < end; ++t, sums += kTileRows) {
-    const Halves halves = halves_of(t, begin, end);
-    const Columns<false> columns = record_columns<C>(w, record, t);
-    for (const uint8_t* next : ahead.record) {
-      __builtin_prefetch(next + columns.offset[0] + ahead.offset[0]);
-      if constexpr (kHighBytes != 0) {
-        if (t == begin / 2 || t % (64 / kHighBytes) == 0)
-          __builtin_prefetch(next + columns.offset[1] + ahead.offset[1]);
-      }
-      for (int32_t line = 64; line < plane_tile_bytes(C, 0, false); line += 64)
-        __builtin_prefetch(next + columns.offset[0] + ahead.offset[0] + line);
-    }
-    if (tile_rows(w, t) == kHalfTileRows) {
-      strip_part<C, 0, 4, true, N>(columns, x, fresh, sums);
-    } else if (kFieldsAtOnce == 8 && halves.lower && halves.upper) {
-      strip_part<C, 0, 8, false, N>(columns, x, fresh, sums);
-    } else {
-      if (halves.lower) strip_part<C, 0, 4, false, N>(columns, x, fresh, sums);
-      if (halves.upper) strip_part<C, 4, 4, false, N>(columns, x, fresh, sums);
-    }
+// The half tiles [half_begin, half_end) of one tile.
+template <Codes C, Scale S, bool Strided>
+DIPPER_INLINE void gemv_tile(const WeightView& w, const Columns<Strided>& columns, int32_t n, const Input<C>* x,
+                             const BlockInputs& inputs, int32_t t, int32_t block, int32_t half_begin, int32_t half_end,
+                             Pass pass, int32_t* kept, float* y) {
+  const Halves halves = halves_of(t, half_begin, half_end);
+  const int32_t rows = tile_rows(w, t);
+  const ScaleAt at = scale_at(w, t, rows, block);
+  if (rows == kHalfTileRows) {
+    tile_part<C, S, 0, 4, true>(w, columns, n, x, inputs, at, pass, kept, y);
+  } else if (kFieldsAtOnce == 8 && halves.lower && halves.upper) {
+    tile_part<C, S, 0, 8, false>(w, columns, n, x, inputs, at, pass, kept, y);
+  } else {
+    if (halves.lower) tile_part<C, S, 0, 4, false>(w, columns, n, x, inputs, at, pass, kept, y);
+    if (halves.upper) tile_part<C, S, 4, 4, false>(w, columns, n, x, inputs, at, pass, kept, y);
   }
 }
 
+inline void prefetch_far(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+
+// A pass goes along the rows of up to 16 records at once: as many sequential streams as the hardware's prefetchers
+// follow (measured: 8 to 16 streams over whole records read at nine tenths of one stream's rate, 32 at a third).
+constexpr int32_t kMaxStreams = 16;
+constexpr int32_t kStripTiles = 128;  // whose sums are kept between passes: 64 KiB
+
 template <Codes C, Scale S>
 void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, int32_t half_end, float* y) {
-  constexpr int32_t kStripHalves = 40;  // 20 tiles, whose sums stay in L1: 10 KiB
-  alignas(64) Sum<C> block_sums[(kStripHalves / 2 + 1) * kTileRows];
+  alignas(64) int32_t kept[is_float(C) ? 1 : kStripTiles * kTileRows];
   const Input<C>* x;
   if constexpr (is_float(C)) {
     x = c.x;
   } else {
     x = c.q;
   }
-  for (int32_t begin = half_begin; begin < half_end; begin += kStripHalves) {
-    const int32_t end = begin + kStripHalves < half_end ? begin + kStripHalves : half_end;
-    Sum<C>* sums = block_sums;
-    if constexpr (is_float(C)) sums = y + begin / 2 * kTileRows;
-    for (int32_t i = 0; i < c.n;) {
-      const int32_t n = c.n - i < kStripColumns ? c.n - i : kStripColumns;
-      // After these columns come the next ones; after the last the first again, a strip on, or those of the next block.
-      const int32_t next = i + n + kStripColumns;  // those after the next: time for a DRAM access
-      const bool turns = next >= c.n;
-      const bool is_next_block = turns && end >= half_end;
-      const int32_t to_tile = !turns ? 0 : is_next_block ? (half_begin - begin) / 2 : kStripHalves / 2;
-      Ahead ahead{{},
-                  {static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 0, false),
-                   static_cast<int64_t>(to_tile) * plane_tile_bytes(C, 1, false)}};
-      const uint8_t* const* from = is_next_block && c.n_next > 0 ? c.next_record : c.record;
-      const int32_t n_from = is_next_block && c.n_next > 0 ? c.n_next : c.n;
-      for (int32_t j = 0; j < kStripColumns; ++j) {
-        const int32_t at = (turns ? next - c.n : next) + j;
-        ahead.record[j] = from[at < n_from ? at : n_from - 1];
-      }
-      const bool fresh = !is_float(C) && i == 0;
-      switch (n) {
-        case 4:
-          strip<C, 4>(w, c.record + i, x + i, begin, end, fresh, ahead, sums);
-          break;
-        case 3:
-          strip<C, 3>(w, c.record + i, x + i, begin, end, fresh, ahead, sums);
-          break;
-        case 2:
-          strip<C, 2>(w, c.record + i, x + i, begin, end, fresh, ahead, sums);
-          break;
-        default:
-          strip<C, 1>(w, c.record + i, x + i, begin, end, fresh, ahead, sums);
-      }
-      i += n;
-    }
-    if constexpr (!is_float(C)) {
-      const BlockTerms terms = terms_of(w, c.inputs);
-      for (int32_t t = begin / 2; 2 * t < end; ++t, sums += kTileRows) {
-        const Halves halves = halves_of(t, begin, end);
-        const int32_t rows = tile_rows(w, t);
-        const ScaleAt at = scale_at(w, t, rows, c.block);
-        float* out = y + t * kTileRows;
-        const int32_t last = halves.upper ? rows : kHalfTileRows;
-        for (int32_t row = halves.lower ? 0 : kHalfTileRows; row < last; row += 32) {
-          for (int k = 0; k < 2; ++k) {  // an even field and an odd one
-            const I sum = shift_right_signed(load(sums + row + 16 * k), field_shift(C, k));
-            store(out + row + 16 * k, apply_scale<S>(w, at, row + 16 * k, sum, terms, load(out + row + 16 * k)));
+  const int32_t n_passes = (c.n + kMaxStreams - 1) / kMaxStreams;
+  for (int32_t begin = half_begin; begin < half_end; begin += 2 * kStripTiles) {
+    const int32_t end = begin + 2 * kStripTiles < half_end ? begin + 2 * kStripTiles : half_end;
+    const int32_t first_tile = begin / 2;
+    const int32_t end_tile = (end + 1) / 2;
+    for (int32_t p = 0; p < n_passes; ++p) {
+      const int32_t first = c.n * p / n_passes / 2 * 2;  // pairs stay together
+      const int32_t last = p + 1 < n_passes ? c.n * (p + 1) / n_passes / 2 * 2 : c.n;
+      const uint8_t* const* records = c.record + first;
+      const bool same_block = p + 1 < n_passes;
+      const uint8_t* const* next = same_block ? c.record + last : c.next_record;
+      const int32_t n_left = same_block ? c.n - last : c.n_next;
+      const int32_t n_next = n_left < kMaxStreams ? n_left : kMaxStreams;
+      int32_t* sums = kept;
+      for (int32_t t = first_tile; t < end_tile; ++t) {
+        const Columns<false> lead = record_columns<C>(w, next, t);
+        for (int32_t i = 0; i < n_next; ++i) {
+          constexpr int32_t kHighBytes = plane_tile_bytes(C, 1, false);
+          for (int32_t line = 0; line < plane_tile_bytes(C, 0, false); line += 64)
+            prefetch_far(lead.at(i) + lead.offset[0] + line);
+          if constexpr (kHighBytes != 0) {
+            if (t % (64 / kHighBytes) == 0) prefetch_far(lead.at(i) + lead.offset[1]);
           }
         }
+        gemv_tile<C, S>(w, record_columns<C>(w, records, t), last - first, x + first, c.inputs, t, c.block, begin, end,
+                        {p == 0, p + 1 == n_passes}, sums, y + t * kTileRows);
+        if constexpr (!is_float(C)) sums += kTileRows;
       }
     }
   }
@@ -349,23 +346,18 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, 
 template <Codes C, Scale S>
 void gemv_tiled(const WeightView& w, const TiledInputs& x, int32_t half_begin, int32_t half_end, float* y) {
   for (int32_t t = half_begin / 2; 2 * t < half_end; ++t) {
-    const Halves halves = halves_of(t, half_begin, half_end);
-    const int32_t rows = tile_rows(w, t);
-    const bool half = rows == kHalfTileRows;
+    const bool half = tile_rows(w, t) == kHalfTileRows;
     for (int32_t b = 0; b < w.n_blocks; ++b) {
       const int32_t first = b * w.grid.group;
       const int32_t n = w.n_cols - first < w.grid.group ? w.n_cols - first : w.grid.group;
-      const Columns<true> columns = tiled_columns<C>(w, t, b, half);
-      const ScaleAt at = scale_at(w, t, rows, b);
-      float* out = y + t * kTileRows;
-      if (half) {
-        tile_part<C, S, 0, 4, true>(w, columns, n, x, b, at, out);
-      } else if (kFieldsAtOnce == 8 && halves.lower && halves.upper) {
-        tile_part<C, S, 0, 8, false>(w, columns, n, x, b, at, out);
+      const Input<C>* inputs;
+      if constexpr (is_float(C)) {
+        inputs = x.x + first;
       } else {
-        if (halves.lower) tile_part<C, S, 0, 4, false>(w, columns, n, x, b, at, out);
-        if (halves.upper) tile_part<C, S, 4, 4, false>(w, columns, n, x, b, at, out);
+        inputs = x.q + first;
       }
+      gemv_tile<C, S>(w, tiled_columns<C>(w, t, b, half), n, inputs, is_float(C) ? BlockInputs{} : x.blocks[b], t, b,
+                      half_begin, half_end, {true, true}, nullptr, y + t * kTileRows);
     }
   }
 }
@@ -373,45 +365,45 @@ void gemv_tiled(const WeightView& w, const TiledInputs& x, int32_t half_begin, i
 // Several tokens: the block's codes are decoded once into L1, then multiplied register-blocked (Rows x Tokens sums).
 // codes [n, or pairs of columns][kTileRows].
 template <Codes C, Scale S, int Rows, int Tokens>
-DIPPER_INLINE void multiply(const WeightView& w, const Sum<C>* codes, const BlockTokens& c, int32_t token, ScaleAt at,
-                            int32_t row, float* y, int64_t y_stride) {
-  Lanes<C> sum[Tokens][Rows];
+DIPPER_INLINE void multiply(const WeightView& w, const Sum<C>* codes, const BlockTokens& c, int32_t token,
+                            const RowScales<S> (&scales)[Rows], int32_t row, float* y, int64_t y_stride) {
+  static_assert(Rows % 2 == 0);  // `row` is an even field's
+  Lanes<C> sum[Tokens * Rows];
   float* out = y + token * y_stride + row;
-  for (int t = 0; t < Tokens; ++t) {
-    for (int r = 0; r < Rows; ++r) {
-      if constexpr (is_float(C)) {
-        sum[t][r] = load(out + t * y_stride + 16 * r);
-      } else {
-        sum[t][r] = set1(0);
-      }
+  unrolled<Tokens * Rows>(DIPPER_EACH {
+    if constexpr (is_float(C)) {
+      sum[k] = load(out + k / Rows * y_stride + 16 * (k % Rows));
+    } else {
+      const int32_t start = -w.grid.zero_point * c.inputs[(token + k / Rows) * c.inputs_stride].sum;
+      sum[k] = set1(start * (1 << field_shift(C, k % Rows)));
     }
-  }
+  });
   constexpr int kAtOnce = is_float(C) ? 1 : 2;  // columns a lane of codes
   for (int32_t i = 0; i < c.n; i += kAtOnce, codes += kTileRows) {
     Lanes<C> code[Rows];
-    for (int r = 0; r < Rows; ++r) code[r] = load(codes + row + 16 * r);
-    for (int t = 0; t < Tokens; ++t) {
+    unrolled<Rows>(DIPPER_EACH { code[k] = load(codes + row + 16 * k); });
+    Lanes<C> x;  // of the token at hand: registers are few
+    unrolled<Tokens * Rows>(DIPPER_EACH {
       if constexpr (is_float(C)) {
-        const F xi = set1(c.x[(token + t) * c.x_stride + i]);
-        for (int r = 0; r < Rows; ++r) sum[t][r] = fma(code[r], xi, sum[t][r]);
+        if constexpr (k % Rows == 0) x = set1(c.x[(token + k / Rows) * c.x_stride + i]);
+        sum[k] = fma(code[k % Rows], x, sum[k]);
       } else {
-        const I xi = input_pair(c.q + (token + t) * c.q_stride + i);
-        for (int r = 0; r < Rows; ++r) sum[t][r] = dot(code[r], xi, sum[t][r]);
+        if constexpr (k % Rows == 0) x = input_pair(c.q + (token + k / Rows) * c.q_stride + i);
+        sum[k] = dot(code[k % Rows], x, sum[k]);
       }
-    }
+    });
   }
-  for (int t = 0; t < Tokens; ++t) {
+  unrolled<Tokens * Rows>(DIPPER_EACH {
+    float* to = out + k / Rows * y_stride + 16 * (k % Rows);
     if constexpr (is_float(C)) {
-      for (int r = 0; r < Rows; ++r) store(out + t * y_stride + 16 * r, sum[t][r]);
+      store(to, sum[k]);
     } else {
-      const BlockTerms terms = terms_of(w, c.inputs[(token + t) * c.inputs_stride]);
-      for (int r = 0; r < Rows; ++r) {  // `row` is an even field's
-        float* to = out + t * y_stride + 16 * r;
-        const I whole = shift_right_signed(sum[t][r], field_shift(C, r));
-        store(to, apply_scale<S>(w, at, row + 16 * r, whole, terms, load(to)));
-      }
+      const BlockInputs& in = c.inputs[(token + k / Rows) * c.inputs_stride];
+      const F scale = set1(in.scale * (1.0f / (1 << field_shift(C, k % Rows))));
+      const F sum_x = set1(in.scale * static_cast<float>(in.sum));
+      store(to, apply_scale<S>(scales[k % Rows], sum[k], scale, sum_x, load(to)));
     }
-  }
+  });
 }
 
 // All fields of one column, or of two, of a tile.
@@ -426,7 +418,7 @@ DIPPER_INLINE void decode_part(const Columns<Strided>& columns, int32_t i, int32
     decode_pairs<C, K0, 4, Half>({a + columns.offset[0], a + columns.offset[1]},
                                  {b + columns.offset[0], b + columns.offset[1]}, lanes);
   }
-  for (int k = 0; k < 4; ++k) store(codes + 16 * (K0 + k), lanes[k]);
+  unrolled<4>(DIPPER_EACH { store(codes + 16 * (K0 + k), lanes[k]); });
 }
 
 template <Codes C, Scale S, bool Strided>
@@ -447,10 +439,12 @@ void gemm_tile(const WeightView& w, const Columns<Strided>& columns, const Block
   constexpr int kTokens = kFieldsAtOnce == 8 ? 6 : 3;
   const int32_t rows = half ? kHalfTileRows : kTileRows;
   for (int32_t row = 0; row < rows; row += 16 * kRows) {
+    RowScales<S> scales[kRows];
+    if constexpr (!is_float(C)) unrolled<kRows>(DIPPER_EACH { scales[k] = row_scales<S>(w, at, row + 16 * k); });
     int32_t t = 0;
     for (; t + kTokens <= c.n_tokens; t += kTokens)
-      multiply<C, S, kRows, kTokens>(w, codes, c, t, at, row, y, y_stride);
-    for (; t < c.n_tokens; ++t) multiply<C, S, kRows, 1>(w, codes, c, t, at, row, y, y_stride);
+      multiply<C, S, kRows, kTokens>(w, codes, c, t, scales, row, y, y_stride);
+    for (; t < c.n_tokens; ++t) multiply<C, S, kRows, 1>(w, codes, c, t, scales, row, y, y_stride);
   }
 }
 

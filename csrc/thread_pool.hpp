@@ -14,6 +14,8 @@ namespace dipper {
 inline void cpu_relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield" ::: "memory");
 #else
   std::this_thread::yield();
 #endif
