@@ -25,7 +25,7 @@ uint64_t embedding_slot_bytes(const Model& model) {
 
 // Offsets, in floats, of the buffers that one block of tokens needs.
 struct ScratchLayout {
-  int64_t x, normed, branch, q, k, v, attended, scores, logits, input_q[2], input_blocks[2], angles, total;
+  int64_t x, normed, branch, q, k, v, attended, scores, logits, angles, total;
 
   ScratchLayout(const Model& m, const DecoderOptions& o) {
     const int64_t t = o.block_tokens;
@@ -46,14 +46,12 @@ struct ScratchLayout {
     attended = take(t * heads);
     scores = take(static_cast<int64_t>(o.n_threads) * score_floats(o.context));
     logits = take(std::min<int64_t>(t, kHeadTokens) * padded_rows(m.vocab));
-    const int64_t widest = padded_inputs(std::max(heads, m.hidden));
-    for (int64_t& q16 : input_q) q16 = take(t * widest * static_cast<int64_t>(sizeof(int16_t)) / 4);
-    for (int64_t& blocks : input_blocks)
-      blocks = take(t * (widest / 16 + 1) * static_cast<int64_t>(sizeof(BlockInputs)) / 4);
     angles = take(static_cast<int64_t>(m.ropes.size()) * t * m.head_dim);
     total = at;
   }
 };
+
+int32_t widest_input(const Model& m) { return std::max({m.n_heads * m.head_dim, m.hidden, m.intermediate}); }
 
 uint64_t kv_bytes(const Model& m, int32_t context) {
   return 2ull * static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) *
@@ -68,16 +66,24 @@ MemoryPlan plan_memory(const Model& model, const DecoderOptions& options) {
   plan.mlp = plan_mlp_memory(model, options.mlp);
   plan.kv = kv_bytes(model, options.context);
   plan.scratch = static_cast<uint64_t>(ScratchLayout(model, options).total) * sizeof(float) +
-                 GluMlp::scratch_bytes(model, options.block_tokens) + kEmbeddingReads * embedding_slot_bytes(model);
+                 GluMlp::scratch_bytes(model, options.block_tokens) +
+                 Projector::bytes(widest_input(model), options.block_tokens) +
+                 kEmbeddingReads * embedding_slot_bytes(model);
   return plan;
 }
 
-Decoder::Decoder(std::unique_ptr<Model> model, const DecoderOptions& options)
-    : model_(std::move(model)), options_(options), kernels_(&select_kernels(options.isa)), pool_(options.n_threads) {
-  const Model& m = *model_;
+Decoder::Decoder(std::unique_ptr<Model> model, const DecoderOptions& options,
+                 const std::function<void(std::span<const uint8_t>)>& check_resident)
+    : model_(std::move(model)),
+      options_(options),
+      kernels_(&select_kernels(options.isa)),
+      pool_(options.n_threads),
+      projector_(*kernels_, pool_, widest_input(*model_), options.block_tokens) {
+  Model& m = *model_;
   load_resident();
+  check_resident({m.resident.data(), m.resident_bytes});
   flash_ = std::make_unique<FlashReader>(m.flash_path, options.reader);
-  mlp_ = std::make_unique<GluMlp>(m, options.mlp, *kernels_, pool_, *flash_, options.block_tokens);
+  mlp_ = std::make_unique<GluMlp>(m, options.mlp, *kernels_, pool_, projector_, *flash_, options.block_tokens);
   if (!m.tied) {
     ReaderOptions rows = options.reader;
     rows.depth = kEmbeddingReads;
@@ -104,10 +110,6 @@ Decoder::Decoder(std::unique_ptr<Model> model, const DecoderOptions& options)
   attended_ = base + layout.attended;
   scores_ = base + layout.scores;
   logits_ = base + layout.logits;
-  for (size_t i = 0; i < 2; ++i) {
-    input_q_[i] = reinterpret_cast<int16_t*>(base + layout.input_q[i]);
-    input_blocks_[i] = reinterpret_cast<BlockInputs*>(base + layout.input_blocks[i]);
-  }
   angles_ = base + layout.angles;
   reset_counters();
 }
@@ -207,65 +209,6 @@ void rotate(float* head, int32_t dim, const float* angles) {
 
 }  // namespace
 
-// y = W x + bias for each of the matrices, whose outputs' rows the threads share.
-void Decoder::project(std::span<const Projection> projections, const float* x, int32_t n_cols, int32_t n_tokens) {
-  // Inputs as integers, in blocks of 32 and of 16: those that some matrix wants.
-  const int64_t stride = padded_inputs(n_cols);
-  const auto slot_of = [](const WeightView& w) { return w.grid.group == kMaxGroup ? size_t{0} : size_t{1}; };
-  TiledInputs inputs[2] = {{x, nullptr, stride, nullptr}, {x, nullptr, stride, nullptr}};
-  for (const Projection& p : projections) {
-    const WeightView& w = p.weight;
-    TiledInputs& in = inputs[slot_of(w)];
-    if (is_float(w.grid.codes) || in.q != nullptr) continue;
-    int16_t* q = input_q_[slot_of(w)];
-    BlockInputs* blocks = input_blocks_[slot_of(w)];
-    const auto quantise = [&](int thread, int n_threads) {
-      const Share tokens = share(n_tokens, thread, n_threads);
-      for (int32_t t = tokens.first; t < tokens.last; ++t)
-        quantise_blocks(*kernels_, x + static_cast<int64_t>(t) * n_cols, n_cols, w.grid.group, q + t * stride,
-                        blocks + static_cast<int64_t>(t) * w.n_blocks);
-    };
-    if (n_tokens == 1) {
-      quantise(0, 1);
-    } else {
-      pool_.run([&](int thread) { quantise(thread, pool_.size()); });
-    }
-    in.q = q;
-    in.blocks = blocks;
-  }
-  int32_t n_halves = 0;
-  for (const Projection& p : projections) n_halves += p.weight.n_halves();
-  pool_.run([&](int thread) {
-    // One share of all projections' rows together: k and v of a small model have a tile each.
-    const Share all = share(n_halves, thread, pool_.size());
-    int32_t before = 0;
-    for (const Projection& p : projections) {
-      const WeightView& w = p.weight;
-      int32_t first = std::clamp(all.first - before, 0, w.n_halves());
-      int32_t last = std::clamp(all.last - before, 0, w.n_halves());
-      before += w.n_halves();
-      if (n_tokens > 1) {  // products of many tokens go by whole tiles
-        first = (first + 1) / 2 * 2;
-        last = std::min(w.n_halves(), (last + 1) / 2 * 2);
-      }
-      if (first >= last) continue;
-      const int32_t row = first * kHalfTileRows;
-      const int32_t end = last * kHalfTileRows;
-      for (int32_t t = 0; t < n_tokens; ++t) {
-        float* y = p.out + t * p.stride;
-        std::fill(y + row, y + end, 0.0f);
-        if (p.bias != nullptr) std::copy(p.bias + row, p.bias + std::min(end, p.n_rows), y + row);
-      }
-      const TiledInputs& in = inputs[slot_of(w)];
-      if (n_tokens == 1) {
-        kernels_->gemv_tiled(w, in, first, last, p.out);
-      } else {
-        kernels_->gemm_tiled(w, in, n_tokens, first / 2, (last + 1) / 2, p.out, p.stride);
-      }
-    }
-  });
-}
-
 void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* out) {
   const Model& m = *model_;
   const LayerWeights& l = m.layers[static_cast<size_t>(layer)];
@@ -273,7 +216,8 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
   const Projection qkv[3] = {{l.q, l.q_bias, m.n_heads * hd, q_, q_p_},
                              {l.k, l.k_bias, m.n_kv_heads * hd, k_, kv_p_},
                              {l.v, l.v_bias, m.n_kv_heads * hd, v_, kv_p_}};
-  project(qkv, x, m.hidden, n_tokens);
+  projector_.take(x, m.hidden, n_tokens);
+  projector_.project(qkv);
 
   const int64_t head_floats = padded_positions(options_.context) * hd;
   float* keys = keys_ + static_cast<int64_t>(layer) * m.n_kv_heads * head_floats;
@@ -318,7 +262,8 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
     }
   });
   const Projection o{l.o, l.o_bias, m.hidden, out, hidden_p_};
-  project({&o, 1}, attended_, m.n_heads * hd, n_tokens);
+  projector_.take(attended_, m.n_heads * hd, n_tokens);
+  projector_.project({&o, 1});
 }
 
 // x += norm(branch), the norm where the model has sandwich norms.
@@ -327,8 +272,7 @@ void Decoder::add_branch(float* branch, const float* norm, int32_t n_tokens) {
   for (int32_t t = 0; t < n_tokens; ++t) {
     float* b = branch + t * hidden_p_;
     if (norm != nullptr) kernels_->rms_norm(b, norm, n, model_->norm_eps, b);
-    float* x = x_ + static_cast<int64_t>(t) * n;
-    for (int32_t i = 0; i < n; ++i) x[i] += b[i];
+    kernels_->add(b, n, x_ + static_cast<int64_t>(t) * n);
   }
 }
 
@@ -388,8 +332,9 @@ void Decoder::run_head(const float* x, int32_t n_tokens, float* logits) {
     kernels_->rms_norm(x + static_cast<int64_t>(t) * m.hidden, m.final_norm, m.hidden, m.norm_eps,
                        normed_ + static_cast<int64_t>(t) * m.hidden);
   }
-  const Projection head{m.head, nullptr, m.vocab, logits, vocab_p_};
-  project({&head, 1}, normed_, m.hidden, n_tokens);
+  const Projection head{m.head, nullptr, 0, logits, vocab_p_};
+  projector_.take(normed_, m.hidden, n_tokens);
+  projector_.project({&head, 1});
   ledger_.head += now_s() - start;
 }
 

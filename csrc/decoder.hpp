@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "glu_mlp.hpp"
 #include "model.hpp"
+#include "projection.hpp"
 
 namespace dipper {
 
@@ -46,8 +48,10 @@ struct ForwardRequest {
 
 class Decoder {
  public:
-  // Reads resident.bin and pinned regions. Throws BundleError / FlashError / ConfigError.
-  Decoder(std::unique_ptr<Model> model, const DecoderOptions& options);
+  // Reads resident.bin and pinned regions. Throws BundleError / FlashError / ConfigError. check_resident is told
+  // resident.bin as it was read, before anything is laid out anew, and may throw.
+  Decoder(std::unique_ptr<Model> model, const DecoderOptions& options,
+          const std::function<void(std::span<const uint8_t>)>& check_resident);
 
   // One token through its own masks: logits [vocab], valid until the next call.
   std::span<const float> step(int32_t token);
@@ -86,19 +90,11 @@ class Decoder {
     const std::vector<const uint8_t*>* forced_glu;
     const int32_t* tokens;  // of the block
   };
-  struct Projection {
-    const WeightView& weight;
-    const float* bias;  // [n_rows], may be null
-    int32_t n_rows;
-    float* out;  // [n_tokens, stride], stride padded to the weight's rows
-    int64_t stride;
-  };
 
   void load_resident();
   void check_tokens(std::span<const int32_t> tokens) const;
   void embed(std::span<const int32_t> tokens, float* x);
   void fill_angles(int32_t first, int32_t n_tokens);
-  void project(std::span<const Projection> projections, const float* x, int32_t n_cols, int32_t n_tokens);
   void attention(int32_t layer, const float* x, int32_t n_tokens, float* out);
   void add_branch(float* branch, const float* norm, int32_t n_tokens);
   void normalise(const float* weight, int32_t n_tokens);
@@ -111,6 +107,7 @@ class Decoder {
   DecoderOptions options_;
   const Kernels* kernels_;
   ThreadPool pool_;
+  Projector projector_;
   std::unique_ptr<FlashReader> flash_;
   Arena embedding_buffer_;                         // before its reader: freed after its reads are drained
   std::unique_ptr<FlashReader> embedding_reader_;  // untied: rows must not queue behind the weights
@@ -125,8 +122,6 @@ class Decoder {
   Arena scratch_;
   float *x_ = nullptr, *normed_ = nullptr, *branch_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr,
         *attended_ = nullptr, *scores_ = nullptr, *logits_ = nullptr, *angles_ = nullptr;
-  int16_t* input_q_[2] = {nullptr, nullptr};  // of a matrix product: in blocks of 32 and of 16
-  BlockInputs* input_blocks_[2] = {nullptr, nullptr};
   Ledger ledger_;
   ReaderCounters flash_start_;
 };

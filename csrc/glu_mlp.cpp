@@ -73,25 +73,31 @@ ReaderCounters stream_reads(const Model& model, const MlpOptions& options) {
 uint64_t GluMlp::scratch_bytes(const Model& model, int32_t block_tokens) {
   const auto wide = static_cast<uint64_t>(padded_rows(model.intermediate));
   const auto columns = static_cast<uint64_t>(std::max(model.intermediate, model.hidden));
+  const auto narrow = static_cast<uint64_t>(padded_rows(model.hidden));
   // A column at hand: its index, record, ticket, input, read plan and admission.
   constexpr uint64_t kBatchBytes = 100;
-  // gate, up, hidden; masks; the inputs as integers and their scales, for two matrices in groups of 16 at worst
-  return kBatchBytes * columns + static_cast<uint64_t>(block_tokens) * ((3 * wide + 2 * columns + 2) * sizeof(float) +
-                                                                        2 * (columns / 16 + 1) * sizeof(BlockInputs));
+  // gate, up and down in halves, hidden; masks
+  return kBatchBytes * columns + static_cast<uint64_t>(block_tokens) * ((5 * wide + narrow + columns) * sizeof(float));
 }
 
-GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool,
+GluMlp::GluMlp(Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, Projector& projector,
                FlashReader& reader, int32_t block_tokens)
-    : model_(model), options_(options), kernels_(kernels), pool_(pool), reader_(reader) {
+    : model_(model), options_(options), kernels_(kernels), pool_(pool), projector_(projector), reader_(reader) {
   const MlpMemory memory = plan_mlp_memory(model, options);
   pinned_memory_ = Arena(memory.pinned);
   slot_memory_ = Arena(memory.slots);
   staging_ = Arena(memory.staging);
   wide_ = padded_rows(model.intermediate);
-  scratch_ = Arena(3 * static_cast<uint64_t>(block_tokens) * static_cast<uint64_t>(wide_) * sizeof(float));
+  const auto tokens = static_cast<uint64_t>(block_tokens);
+  const uint64_t narrow = static_cast<uint64_t>(padded_rows(model.hidden));
+  const uint64_t wide = static_cast<uint64_t>(wide_);
+  scratch_ = Arena(tokens * (5 * wide + narrow) * sizeof(float));
   gate_ = scratch_.floats();
-  up_ = gate_ + block_tokens * wide_;
-  hidden_ = up_ + block_tokens * wide_;
+  up_ = gate_ + tokens * wide;
+  second_gate_ = up_ + tokens * wide;
+  second_up_ = second_gate_ + tokens * wide;
+  hidden_ = second_up_ + tokens * wide;
+  second_down_ = hidden_ + tokens * wide;
 
   const std::vector<int32_t> streamed = streamed_regions(model, options);
   region_base_.assign(model.regions.size(), nullptr);
@@ -114,7 +120,7 @@ GluMlp::GluMlp(const Model& model, const MlpOptions& options, const Kernels& ker
     const uint32_t slot = ring_slot_bytes(chunks);
     stream_ = std::make_unique<WeightStream>(reader, std::move(chunks), staging_.data(), slot, options.stream_slots);
   }
-  load_pinned();
+  load_pinned(model);
 }
 
 void GluMlp::make_caches() {
@@ -160,18 +166,92 @@ void GluMlp::abandon() {
   for (ColumnCache& cache : caches_) cache.clear();
 }
 
-void GluMlp::load_pinned() {
+void GluMlp::load_pinned(Model& model) {
+  if (options_.residency != Residency::kSimulated) {  // all of a region's columns are used
+    for (size_t r = 0; r < model.regions.size(); ++r) {
+      if (region_base_[r] == nullptr) continue;
+      tile_region(model.regions[r],
+                  const_cast<uint8_t*>(region_base_[r]));  // in pinned_memory_, which this object owns
+      region_base_[r] = nullptr;
+    }
+    return;
+  }
   std::vector<ReadRange> ranges;
-  for (size_t r = 0; r < model_.regions.size(); ++r) {
+  for (size_t r = 0; r < model.regions.size(); ++r) {
     if (region_base_[r] == nullptr) continue;
-    auto* to = const_cast<uint8_t*>(region_base_[r]);  // into pinned_memory_, which this object owns
-    const uint64_t end = aligned(model_.regions[r].bytes());
+    auto* to = const_cast<uint8_t*>(region_base_[r]);
+    const uint64_t end = aligned(model.regions[r].bytes());
     for (uint64_t at = 0; at < end; at += 1u << 20) {
       ranges.push_back(
-          {model_.regions[r].offset + at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, end - at)), to + at});
+          {model.regions[r].offset + at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, end - at)), to + at});
     }
   }
   if (!ranges.empty()) reader_.wait(reader_.submit(ranges) + ranges.size());
+}
+
+namespace {
+
+// [n_entries][n_rows] -> by tile, then entry, as resident matrices have their scales.
+template <typename T>
+void tile_scales(const T* scales, int32_t n_entries, int32_t n_rows) {
+  if (scales == nullptr) return;
+  const std::vector<T> rows(scales, scales + static_cast<int64_t>(n_entries) * n_rows);
+  T* to = const_cast<T*>(scales);  // in Model::resident
+  for (int32_t first = 0; first < n_rows; first += kTileRows) {
+    const int32_t n = std::min(kTileRows, n_rows - first);
+    for (int32_t e = 0; e < n_entries; ++e)
+      to = std::copy_n(rows.data() + static_cast<int64_t>(e) * n_rows + first, n, to);
+  }
+}
+
+}  // namespace
+
+// A region whose columns are all used lies by tiles, as resident matrices do: one sequential stream, where records give
+// as many as there are columns in a block. Its scales follow.
+void GluMlp::tile_region(Region& region, uint8_t* to) {
+  constexpr uint32_t kChunkBytes = 4u << 20;
+  std::vector<uint8_t*> base;
+  for (WeightView& w : region.matrices) {
+    w.tiled = to;
+    base.push_back(to);
+    to += static_cast<uint64_t>(region.n_columns) * w.column_bytes();
+  }
+  const auto index = static_cast<int32_t>(&region - model_.regions.data());
+  const std::vector<StreamChunk> chunks = make_chunks(model_, {index}, kChunkBytes);
+  const Arena bounce(ring_slot_bytes(chunks));
+  for (const StreamChunk& chunk : chunks) {
+    std::vector<ReadRange> ranges;
+    for (uint32_t at = 0; at < chunk.bytes; at += kMaxReadBytes)
+      ranges.push_back(
+          {chunk.file_offset + at, std::min<uint32_t>(kMaxReadBytes, chunk.bytes - at), bounce.data() + at});
+    reader_.wait(reader_.submit(ranges) + ranges.size());
+    for (size_t m = 0; m < region.matrices.size(); ++m) {
+      const WeightView& w = region.matrices[m];
+      const Codes codes = w.grid.codes;
+      const auto tile_bytes = static_cast<uint64_t>(column_tile_bytes(codes, false));
+      for (int32_t t = 0; t < w.n_tiles(); ++t) {
+        const bool half = w.n_rows - t * kTileRows < kTileRows;
+        const auto bytes = static_cast<uint64_t>(column_tile_bytes(codes, half));
+        uint8_t* out = base[m] + static_cast<uint64_t>(t) * static_cast<uint64_t>(region.n_columns) * tile_bytes +
+                       static_cast<uint64_t>(chunk.first) * bytes;
+        const uint8_t* record = bounce.data() + chunk.skip;
+        for (int32_t c = chunk.first; c < chunk.last; ++c, record += region.record_bytes) {
+          for (int p = 0; p < 2; ++p) {
+            const auto n = static_cast<size_t>(plane_tile_bytes(codes, p, half));
+            std::memcpy(out, record + w.plane_offset[p] + t * plane_tile_bytes(codes, p, false), n);
+            out += n;
+          }
+        }
+      }
+    }
+  }
+  for (const WeightView& w : region.matrices) {
+    const bool by_super = w.grid.scale == Scale::kU8 || w.grid.scale == Scale::kI8 || w.grid.scale == Scale::kU8M;
+    tile_scales(w.d, by_super ? w.n_super() : w.n_blocks, w.n_rows);
+    tile_scales(w.dm, by_super ? w.n_super() : w.n_blocks, w.n_rows);
+    tile_scales(w.sub, w.n_blocks, w.n_rows);
+    tile_scales(w.subm, w.n_blocks, w.n_rows);
+  }
 }
 
 void GluMlp::take_dense(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket,
@@ -182,6 +262,7 @@ void GluMlp::take_dense(int32_t region, const uint8_t* base, int32_t first, int3
   batch_.first = first;
   batch_.stride = model_.regions[static_cast<size_t>(region)].record_bytes;
   batch_.dense_ticket = ticket;
+  batch_.awaits = ticket != 0;
 }
 
 bool GluMlp::wait_ticket(int thread, uint64_t ticket, Ledger& ledger) {
@@ -202,9 +283,10 @@ bool GluMlp::wait_ticket(int thread, uint64_t ticket, Ledger& ledger) {
   return true;
 }
 
-void GluMlp::make_spans(const Grid& grid, Spans& spans) const {
+void GluMlp::make_spans(const Grid& grid, int32_t split, Spans& spans) const {
   const bool packed = batch_.x != nullptr && !is_float(grid.codes);
   spans.list.clear();
+  spans.n_first = 0;
   // Every span is padded to pairs, and each of the columns may be a span of its own.
   spans.q.resize(packed ? 2 * static_cast<size_t>(batch_.n) + 16 : 0);
   int32_t first_q = 0;
@@ -219,33 +301,41 @@ void GluMlp::make_spans(const Grid& grid, Spans& spans) const {
     }
     if (packed) s.inputs = kernels_.quantise(batch_.x + i, s.n, spans.q.data() + first_q);
     first_q += (s.n + 1) / 2 * 2;
+    spans.n_first += s.block * grid.group < split;
     spans.list.push_back(s);
     i += s.n;
   }
 }
 
-void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
+void GluMlp::multiply(const Region& region, const Sums& sums, Ledger& ledger) {
   const double start = now_s();
   const double waited = ledger.wait;
   const size_t n_matrices = region.matrices.size();
   size_t spans_of[2] = {0, 0};
   const Grid& grid = region.matrices[0].grid;
-  make_spans(grid, spans_[0]);
+  make_spans(grid, region.split(), spans_[0]);
   if (n_matrices == 2) {
     const Grid& other = region.matrices[1].grid;
     if (other.group != grid.group || is_float(other.codes) != is_float(grid.codes)) {
-      make_spans(other, spans_[1]);
+      make_spans(other, region.split(), spans_[1]);
       spans_of[1] = 1;
     }
   }
   int32_t n_halves = 0;
   for (const WeightView& w : region.matrices) n_halves += w.n_halves();
+  // Threads share rows and, where nothing is waited for, the two halves of the columns: runs of bytes are twice as
+  // long. Reads complete in column order, so that while they do all work on the same half.
+  const int n_sides = batch_.awaits || pool_.size() % 2 == 1 ? 1 : 2;
   pool_.run([&](int thread) {
     // One share of all matrices' rows together: a thread's part of a record is one run of bytes where it can be.
-    const Share all = share(n_halves, thread, pool_.size());
+    const Share all = share(n_halves, thread / n_sides, pool_.size() / n_sides);
+    const int side = thread % n_sides;
     for (size_t l = 0; l <= spans_of[1]; ++l) {
       const Spans& spans = spans_[l];
-      for (size_t i = 0; i < spans.list.size(); ++i) {
+      size_t i = 0;
+      size_t end = spans.list.size();
+      if (n_sides == 2) (side == 0 ? end : i) = spans.n_first;
+      for (; i < end; ++i) {
         const Span& s = spans.list[i];
         if (!wait_ticket(thread, s.ticket, ledger)) return;
         const uint8_t* room[2][kMaxGroup];
@@ -257,11 +347,12 @@ void GluMlp::multiply(const Region& region, float* const* y, Ledger& ledger) {
                              s.inputs,
                              nullptr,
                              0};
-        if (i + 1 < spans.list.size()) {
+        if (i + 1 < end) {
           const Span& next = spans.list[i + 1];
           columns.next_record = batch_.records(next.first, next.n, room[1]);
           columns.n_next = next.n;
         }
+        float* const* y = sums.of(i >= spans.n_first);
         int32_t before = 0;
         for (size_t m = 0; m < n_matrices; ++m) {
           const WeightView& w = region.matrices[m];
@@ -295,6 +386,7 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     batch_.n = k;
     batch_.base = nullptr;
     batch_.dense_ticket = 0;
+    batch_.awaits = false;
     batch_.index = mask_;
     batch_.record.resize(mask_.size());
     batch_.ticket.assign(mask_.size(), 0);
@@ -326,6 +418,7 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     first_ticket = reader_.submit(plan_.ranges);
   }
   const Timed timed(ledger.select);
+  batch_.awaits = true;
   size_t miss = 0;
   size_t admission = 0;
   admitted_record_.resize(admissions_.size());
@@ -363,63 +456,112 @@ void GluMlp::admit(int32_t region, Ledger& ledger) {
     std::memcpy(slot(region, admissions_[i].slot), admitted_record_[i], bytes);
 }
 
-void GluMlp::step_region(int32_t r, const float* values, float* const* y, Ledger& ledger) {
+void GluMlp::step_region(int32_t r, const float* values, const Sums& sums, Ledger& ledger) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
+  if (region.matrices[0].tiled != nullptr) {
+    project(r, values, 1, true, sums, ledger);
+    return;
+  }
+  start_sums(r, true, 1, sums);
   if (has_caches()) {
     fetch_cached(r, values, ledger);
-    multiply(region, y, ledger);
+    multiply(region, sums, ledger);
     if (options_.residency == Residency::kCached) admit(r, ledger);
-    return;
+  } else {
+    for (bool more = true; more;) {
+      const StreamChunk chunk = stream_->current();
+      take_dense(r, stream_->data(), chunk.first, chunk.last, stream_->ticket(), values + chunk.first);
+      multiply(region, sums, ledger);
+      const Timed timed(ledger.submit);
+      stream_->release();
+      more = chunk.last < region.n_columns;
+    }
   }
-  const auto dense = [&](const uint8_t* base, int32_t first, int32_t last, uint64_t ticket) {
-    take_dense(r, base, first, last, ticket, values + first);
-    multiply(region, y, ledger);
-  };
-  if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
-    dense(base, 0, region.n_columns, 0);
-    return;
-  }
-  for (bool more = true; more;) {
-    const StreamChunk chunk = stream_->current();
-    dense(stream_->data(), chunk.first, chunk.last, stream_->ticket());
-    const Timed timed(ledger.submit);
-    stream_->release();
-    more = chunk.last < region.n_columns;
-  }
+  const Timed timed(ledger.gemv);
+  add_halves(region, 1, sums);
 }
 
-// Where sums start: at the products of the means, whose columns add to them only by how far they are from their mean;
-// at zero without means, and where all columns are used as they are (prefill).
-void GluMlp::start_sums(int32_t r, bool masked, int32_t n_tokens, float* const* y, int64_t y_stride) const {
+// A region that lies by tiles.
+void GluMlp::project(int32_t r, const float* x, int32_t n_tokens, bool masked, const Sums& sums, Ledger& ledger) {
+  const Timed timed(ledger.gemv);
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  std::vector<Projection> products;
+  for (size_t m = 0; m < region.matrices.size(); ++m) {
+    const WeightView& w = region.matrices[m];
+    products.push_back({w, bias(r, m, masked), w.n_rows, sums.first[m], sums.stride, sums.second[m], region.split()});
+  }
+  projector_.take(x, region.n_columns, n_tokens);
+  projector_.project(products);
+}
+
+// The products of the means, whose columns add to them only by how far they are from their mean; null without means,
+// and where all columns are used as they are (prefill).
+const float* GluMlp::bias(int32_t r, size_t matrix, bool masked) const {
+  const bool biased = masked && fit(r, &RegionFit::mean) != nullptr;
+  return biased ? (*options_.fits)[static_cast<size_t>(r)].bias[matrix].data() : nullptr;
+}
+
+void GluMlp::start_sums(int32_t r, bool masked, int32_t n_tokens, const Sums& sums) const {
   const std::vector<WeightView>& matrices = model_.regions[static_cast<size_t>(r)].matrices;
   for (size_t m = 0; m < matrices.size(); ++m) {
     const auto n_rows = static_cast<size_t>(matrices[m].n_rows);
-    const bool biased = masked && fit(r, &RegionFit::mean) != nullptr;
-    const float* bias = biased ? (*options_.fits)[static_cast<size_t>(r)].bias[m].data() : nullptr;
+    const float* start = bias(r, m, masked);
     for (int32_t t = 0; t < n_tokens; ++t) {
-      float* sums = y[m] + t * y_stride;
-      if (bias != nullptr) {
-        std::memcpy(sums, bias, n_rows * sizeof(float));
+      float* first = sums.first[m] + t * sums.stride;
+      if (start != nullptr) {
+        std::copy_n(start, n_rows, first);
       } else {
-        std::memset(sums, 0, n_rows * sizeof(float));
+        std::fill_n(first, n_rows, 0.0f);
       }
+      std::fill_n(sums.second[m] + t * sums.stride, n_rows, 0.0f);
     }
   }
 }
 
+void GluMlp::add_halves(const Region& region, int32_t n_tokens, const Sums& sums) {
+  const auto add = [&](int32_t first, int32_t last) {
+    for (size_t m = 0; m < region.matrices.size(); ++m) {
+      for (int32_t t = first; t < last; ++t)
+        kernels_.add(sums.second[m] + t * sums.stride, region.matrices[m].n_rows, sums.first[m] + t * sums.stride);
+    }
+  };
+  if (n_tokens == 1) {
+    add(0, 1);
+    return;
+  }
+  pool_.run([&](int thread) {
+    const Share tokens = share(n_tokens, thread, pool_.size());
+    add(tokens.first, tokens.last);
+  });
+}
+
+// hidden = act(gate) * up
+void GluMlp::activate(int32_t n_tokens) {
+  const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
+  const auto activate = [&](int32_t first, int32_t last) {
+    for (int32_t t = first; t < last; ++t) {
+      act(gate_ + t * wide_, up_ + t * wide_, model_.intermediate,
+          hidden_ + static_cast<int64_t>(t) * model_.intermediate);
+    }
+  };
+  if (n_tokens == 1) {
+    activate(0, 1);
+    return;
+  }
+  pool_.run([&](int thread) {
+    const Share tokens = share(n_tokens, thread, pool_.size());
+    activate(tokens.first, tokens.last);
+  });
+}
+
 void GluMlp::step(int32_t layer, const float* x, float* y, Ledger& ledger) {
   if (options_.residency == Residency::kStream && stream_ && !stream_->running()) stream_->start(true);
-  float* gate_up[2] = {gate_, up_};
-  start_sums(2 * layer, true, 1, gate_up, wide_);
-  step_region(2 * layer, x, gate_up, ledger);
-  float* down[1] = {y};
+  step_region(2 * layer, x, input_sums(), ledger);
   {
     const Timed timed(ledger.gemv);
-    const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
-    act(gate_, up_, model_.intermediate, hidden_);
-    start_sums(2 * layer + 1, true, 1, down, padded_rows(model_.hidden));
+    activate(1);
   }
-  step_region(2 * layer + 1, hidden_, down, ledger);
+  step_region(2 * layer + 1, hidden_, glu_sums(y, padded_rows(model_.hidden)), ledger);
 }
 
 void GluMlp::begin_block() {
@@ -501,18 +643,21 @@ void GluMlp::copy_streamed(int32_t r, const StreamChunk& chunk, const uint8_t* d
   }
 }
 
-void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride,
-                            Ledger& ledger) {
+void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_tokens, const Sums& sums, Ledger& ledger) {
   const double start = now_s();
   const double waited = ledger.wait;
-  for (size_t m = 0; m < region.matrices.size(); ++m) make_spans(region.matrices[m].grid, spans_[m]);
+  for (size_t m = 0; m < region.matrices.size(); ++m) make_spans(region.matrices[m].grid, region.split(), spans_[m]);
+  MatrixInputs inputs[2];  // made before the threads ask for them
+  for (size_t m = 0; m < region.matrices.size(); ++m) inputs[m] = projector_.inputs(region.matrices[m].grid);
   pool_.run([&](int thread) {
     for (size_t m = 0; m < region.matrices.size(); ++m) {
       const WeightView& w = region.matrices[m];
+      const MatrixInputs& in = inputs[m];
       const Share tiles = share(w.n_tiles(), thread, pool_.size());
-      for (int32_t t = tiles.first; t < tiles.last;
-           ++t) {  // tile by tile, so that its outputs stay in cache over the blocks
-        for (const Span& s : spans_[m].list) {
+      // Tile by tile, so that its outputs stay in cache over the blocks.
+      for (int32_t t = tiles.first; t < tiles.last; ++t) {
+        for (size_t i = 0; i < spans_[m].list.size(); ++i) {
+          const Span& s = spans_[m].list[i];
           if (!wait_ticket(thread, s.ticket, ledger)) return;
           const int32_t column = batch_.column(s.first);
           const uint8_t* room[kMaxGroup];
@@ -521,12 +666,12 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
                                    batch_.records(s.first, s.n, room),
                                    x + column,
                                    region.n_columns,
-                                   block_q_[m].data() + column,
-                                   padded_inputs(region.n_columns),
-                                   block_inputs_[m].data() + s.block,
+                                   in.q + column,
+                                   in.q_stride,
+                                   in.blocks + s.block,
                                    w.n_blocks,
                                    n_tokens};
-          kernels_.gemm_block(w, tokens, t, t + 1, y[m], y_stride);
+          kernels_.gemm_block(w, tokens, t, t + 1, sums.of(i >= spans_[m].n_first)[m], sums.stride);
         }
       }
       // The owner drives the reads that the others follow, also when there are too few tiles for it to have one.
@@ -537,64 +682,47 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
 }
 
 void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
-                          float* const* y, int64_t y_stride, Ledger& ledger) {
+                          const Sums& sums, Ledger& ledger) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
   {
     const Timed timed(ledger.select);
     mask_block(r, x, n_tokens, masks, forced);
   }
-  for (size_t m = 0; m < region.matrices.size(); ++m) {
-    const WeightView& w = region.matrices[m];
-    if (!is_float(w.grid.codes)) {
-      const int64_t stride = padded_inputs(region.n_columns);
-      block_q_[m].resize(static_cast<size_t>(n_tokens * stride));
-      block_inputs_[m].resize(static_cast<size_t>(n_tokens) * static_cast<size_t>(w.n_blocks));
-      pool_.run([&](int thread) {
-        const Share tokens = share(n_tokens, thread, pool_.size());
-        for (int32_t t = tokens.first; t < tokens.last; ++t) {
-          quantise_blocks(kernels_, x + static_cast<int64_t>(t) * region.n_columns, region.n_columns, w.grid.group,
-                          block_q_[m].data() + t * stride,
-                          block_inputs_[m].data() + static_cast<int64_t>(t) * w.n_blocks);
-        }
-      });
-    }
-  }
-  start_sums(r, masks.kind != BlockMasks::Kind::kDense, n_tokens, y, y_stride);
-  if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
-    take_dense(r, base, 0, region.n_columns, 0, nullptr);
-    multiply_block(region, x, n_tokens, y, y_stride, ledger);
+  const bool masked = masks.kind != BlockMasks::Kind::kDense;
+  if (region.matrices[0].tiled != nullptr) {
+    project(r, x, n_tokens, masked, sums, ledger);
     return;
   }
-  // The caches of a block whose masks moved them take their new contents from the stream.
-  const bool fills_slots =
-      options_.residency == Residency::kCached && (masks.kind == BlockMasks::Kind::kOwn || masks.touch_cache);
-  for (bool more = true; more;) {
-    const StreamChunk chunk = stream_->current();
-    take_dense(r, stream_->data(), chunk.first, chunk.last, stream_->ticket(), nullptr);
-    multiply_block(region, x, n_tokens, y, y_stride, ledger);
-    if (fills_slots) copy_streamed(r, chunk, stream_->data());
-    stream_->release();
-    more = chunk.last < region.n_columns;
+  start_sums(r, masked, n_tokens, sums);
+  projector_.take(x, region.n_columns, n_tokens);
+  if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
+    take_dense(r, base, 0, region.n_columns, 0, nullptr);
+    multiply_block(region, x, n_tokens, sums, ledger);
+  } else {
+    // The caches of a block whose masks moved them take their new contents from the stream.
+    const bool fills_slots =
+        options_.residency == Residency::kCached && (masks.kind == BlockMasks::Kind::kOwn || masks.touch_cache);
+    for (bool more = true; more;) {
+      const StreamChunk chunk = stream_->current();
+      take_dense(r, stream_->data(), chunk.first, chunk.last, stream_->ticket(), nullptr);
+      multiply_block(region, x, n_tokens, sums, ledger);
+      if (fills_slots) copy_streamed(r, chunk, stream_->data());
+      stream_->release();
+      more = chunk.last < region.n_columns;
+    }
   }
+  const Timed timed(ledger.gemv);
+  add_halves(region, n_tokens, sums);
 }
 
 void GluMlp::forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks& masks, float* y, int64_t y_stride,
                      Ledger& ledger) {
-  float* gate_up[2] = {gate_, up_};
-  block_region(2 * layer, x, n_tokens, masks, masks.input, gate_up, wide_, ledger);
+  block_region(2 * layer, x, n_tokens, masks, masks.input, input_sums(), ledger);
   {
     const Timed timed(ledger.gemv);
-    const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
-    pool_.run([&](int thread) {
-      const Share tokens = share(n_tokens, thread, pool_.size());
-      for (int32_t t = tokens.first; t < tokens.last; ++t) {
-        act(gate_ + t * wide_, up_ + t * wide_, model_.intermediate,
-            hidden_ + static_cast<int64_t>(t) * model_.intermediate);
-      }
-    });
+    activate(n_tokens);
   }
-  float* down[1] = {y};
-  block_region(2 * layer + 1, hidden_, n_tokens, masks, masks.glu, down, y_stride, ledger);
+  block_region(2 * layer + 1, hidden_, n_tokens, masks, masks.glu, glu_sums(y, y_stride), ledger);
 }
 
 void GluMlp::clear_caches() {

@@ -16,6 +16,7 @@
 #include "flash_reader.hpp"
 #include "kernels.hpp"
 #include "model.hpp"
+#include "projection.hpp"
 #include "selection.hpp"
 #include "thread_pool.hpp"
 #include "trace_writer.hpp"
@@ -93,8 +94,9 @@ struct BlockMasks {
 
 class GluMlp {
  public:
-  GluMlp(const Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, FlashReader& reader,
-         int32_t block_tokens);
+  // Regions that are pinned for dense products are laid out by tiles, in `model` too.
+  GluMlp(Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, Projector& projector,
+         FlashReader& reader, int32_t block_tokens);
 
   ~GluMlp();
   GluMlp(const GluMlp&) = delete;
@@ -149,6 +151,7 @@ class GluMlp {
     int32_t first = 0;
     uint64_t stride = 0;
     uint64_t dense_ticket = 0;
+    bool awaits = false;  // some read may not be done
 
     int32_t column(int32_t i) const { return base != nullptr ? first + i : index[static_cast<size_t>(i)]; }
     // Records [i, i + count); `room` is where those of a dense batch are put.
@@ -168,20 +171,33 @@ class GluMlp {
   };
   struct Spans {
     std::vector<Span> list;
+    size_t n_first = 0;  // of the region's first half
     std::vector<int16_t> q;
+  };
+  // A region's products by matrix: sums over its first half of columns, which start at the bias and end as the whole,
+  // and over its second.
+  struct Sums {
+    float* first[2];
+    float* second[2];
+    int64_t stride;  // between tokens
+    float* const* of(bool in_second) const { return in_second ? second : first; }
   };
 
   void fetch_cached(int32_t region, const float* values, Ledger& ledger);
   void admit(int32_t region, Ledger& ledger);
-  void step_region(int32_t region, const float* values, float* const* y, Ledger& ledger);
-  void multiply(const Region& region, float* const* y, Ledger& ledger);
+  Sums input_sums() const { return {{gate_, up_}, {second_gate_, second_up_}, wide_}; }
+  Sums glu_sums(float* y, int64_t y_stride) const { return {{y, nullptr}, {second_down_, nullptr}, y_stride}; }
+  void step_region(int32_t region, const float* values, const Sums& sums, Ledger& ledger);
+  void project(int32_t region, const float* x, int32_t n_tokens, bool masked, const Sums& sums, Ledger& ledger);
+  void multiply(const Region& region, const Sums& sums, Ledger& ledger);
   void block_region(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
-                    float* const* y, int64_t y_stride, Ledger& ledger);
+                    const Sums& sums, Ledger& ledger);
   void mask_block(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced);
-  void multiply_block(const Region& region, const float* x, int32_t n_tokens, float* const* y, int64_t y_stride,
-                      Ledger& ledger);
+  void multiply_block(const Region& region, const float* x, int32_t n_tokens, const Sums& sums, Ledger& ledger);
+  void add_halves(const Region& region, int32_t n_tokens, const Sums& sums);
+  void activate(int32_t n_tokens);
   void copy_streamed(int32_t region, const StreamChunk& chunk, const uint8_t* data);
-  void make_spans(const Grid& grid, Spans& spans) const;
+  void make_spans(const Grid& grid, int32_t split, Spans& spans) const;
   bool wait_ticket(int thread, uint64_t ticket, Ledger& ledger);
   bool has_caches() const {
     return options_.residency == Residency::kCached || options_.residency == Residency::kSimulated;
@@ -202,26 +218,29 @@ class GluMlp {
     return slot_base_[static_cast<size_t>(region)] +
            static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;
   }
-  void load_pinned();
+  void load_pinned(Model& model);
+  void tile_region(Region& region, uint8_t* to);
   // A part of a region's calibration, null where it has none.
   const float* fit(int32_t region, std::vector<float> RegionFit::*part) const {
     if (!options_.fits) return nullptr;
     const std::vector<float>& values = (*options_.fits)[static_cast<size_t>(region)].*part;
     return values.empty() ? nullptr : values.data();
   }
-  void start_sums(int32_t region, bool masked, int32_t n_tokens, float* const* y, int64_t y_stride) const;
+  const float* bias(int32_t region, size_t matrix, bool masked) const;
+  void start_sums(int32_t region, bool masked, int32_t n_tokens, const Sums& sums) const;
   void take_dense(int32_t region, const uint8_t* base, int32_t first, int32_t last, uint64_t ticket, const float* x);
 
   const Model& model_;
   MlpOptions options_;
   const Kernels& kernels_;
   ThreadPool& pool_;
+  Projector& projector_;
   FlashReader& reader_;
 
   Arena pinned_memory_;
   Arena slot_memory_;
   Arena staging_;
-  std::vector<const uint8_t*> region_base_;  // pinned regions, else null
+  std::vector<const uint8_t*> region_base_;  // pinned regions whose records lie as on flash, else null
   std::vector<uint8_t*> slot_base_;
   std::vector<ColumnCache> caches_;
   std::unique_ptr<WeightStream> stream_;
@@ -234,15 +253,16 @@ class GluMlp {
   std::vector<uint64_t> miss_offsets_;
   std::vector<Admission> admissions_;
   std::vector<const uint8_t*> admitted_record_;
-  std::vector<int32_t> block_masks_;          // [n_tokens, k]
-  std::vector<int16_t> block_q_[2];           // inputs of a block of tokens as integers, by matrix: [n_tokens, padded]
-  std::vector<BlockInputs> block_inputs_[2];  // [n_tokens, n_blocks]
+  std::vector<int32_t> block_masks_;  // [n_tokens, k]
 
   Arena scratch_;
   float* gate_ = nullptr;  // [block_tokens, I padded]
   float* up_ = nullptr;
-  float* hidden_ = nullptr;  // act(gate) * up, [block_tokens, I]
-  int64_t wide_ = 0;         // I padded
+  float* second_gate_ = nullptr;  // Sums::second
+  float* second_up_ = nullptr;
+  float* second_down_ = nullptr;  // [block_tokens, D padded]
+  float* hidden_ = nullptr;       // act(gate) * up, [block_tokens, I]
+  int64_t wide_ = 0;              // I padded
 
   MlpCounters counters_;
   std::unique_ptr<TraceWriter> trace_;

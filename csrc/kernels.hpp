@@ -100,13 +100,18 @@ struct BlockColumns {
   int32_t n_next = 0;
 };
 
-// The inputs of a resident matrix: x [tokens, n_cols] for float codes; q [tokens, q_stride] and blocks [tokens,
-// n_blocks] for packed ones.
-struct TiledInputs {
+// The inputs of a matrix: x [tokens, n_cols] for float codes; q [tokens, q_stride] and blocks [tokens, n_blocks] for
+// packed ones.
+struct MatrixInputs {
   const float* x;
   const int16_t* q;
   int64_t q_stride;
   const BlockInputs* blocks;
+};
+
+// Blocks [begin, end) of a matrix's columns.
+struct BlockRange {
+  int32_t begin, end;
 };
 
 // One block for several tokens: the input of token t, column c is x[t * x_stride + c] or q[t * q_stride + c].
@@ -129,14 +134,16 @@ struct Kernels {
   BlockInputs (*quantise)(const float* x, int32_t n, int16_t* q);
   // y[rows of half tiles [begin, end)] += W[:, columns of one block] x
   void (*gemv_block)(const WeightView& w, const BlockColumns& columns, int32_t half_begin, int32_t half_end, float* y);
-  // y[...] += W x over all columns of a resident matrix
-  void (*gemv_tiled)(const WeightView& w, const TiledInputs& x, int32_t half_begin, int32_t half_end, float* y);
+  // y[...] += W x over some blocks of a matrix that lies by tiles
+  void (*gemv_tiled)(const WeightView& w, const MatrixInputs& x, BlockRange blocks, int32_t half_begin,
+                     int32_t half_end, float* y);
   // The same for n_tokens at once, y of token t at y + t * y_stride; bit-identical to n_tokens gemv calls.
   void (*gemm_block)(const WeightView& w, const BlockTokens& columns, int32_t tile_begin, int32_t tile_end, float* y,
                      int64_t y_stride);
-  void (*gemm_tiled)(const WeightView& w, const TiledInputs& x, int32_t n_tokens, int32_t tile_begin, int32_t tile_end,
-                     float* y, int64_t y_stride);
+  void (*gemm_tiled)(const WeightView& w, const MatrixInputs& x, BlockRange blocks, int32_t n_tokens,
+                     int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride);
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float* out);
+  void (*add)(const float* x, int32_t n, float* y);  // y += x
   // out = act(gate) * up
   void (*silu_mul)(const float* gate, const float* up, int32_t n, float* out);
   void (*gelu_tanh_mul)(const float* gate, const float* up, int32_t n, float* out);

@@ -344,10 +344,11 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, 
 }
 
 template <Codes C, Scale S>
-void gemv_tiled(const WeightView& w, const TiledInputs& x, int32_t half_begin, int32_t half_end, float* y) {
+void gemv_tiled(const WeightView& w, const MatrixInputs& x, BlockRange blocks, int32_t half_begin, int32_t half_end,
+                float* y) {
   for (int32_t t = half_begin / 2; 2 * t < half_end; ++t) {
     const bool half = tile_rows(w, t) == kHalfTileRows;
-    for (int32_t b = 0; b < w.n_blocks; ++b) {
+    for (int32_t b = blocks.begin; b < blocks.end; ++b) {
       const int32_t first = b * w.grid.group;
       const int32_t n = w.n_cols - first < w.grid.group ? w.n_cols - first : w.grid.group;
       const Input<C>* inputs;
@@ -459,12 +460,12 @@ void gemm_block(const WeightView& w, const BlockTokens& c, int32_t tile_begin, i
 }
 
 template <Codes C, Scale S>
-void gemm_tiled(const WeightView& w, const TiledInputs& x, int32_t n_tokens, int32_t tile_begin, int32_t tile_end,
-                float* y, int64_t y_stride) {
+void gemm_tiled(const WeightView& w, const MatrixInputs& x, BlockRange blocks, int32_t n_tokens, int32_t tile_begin,
+                int32_t tile_end, float* y, int64_t y_stride) {
   for (int32_t t = tile_begin; t < tile_end; ++t) {
     const int32_t rows = tile_rows(w, t);
     const bool half = rows == kHalfTileRows;
-    for (int32_t b = 0; b < w.n_blocks; ++b) {
+    for (int32_t b = blocks.begin; b < blocks.end; ++b) {
       const int32_t first = b * w.grid.group;
       const int32_t n = w.n_cols - first < w.grid.group ? w.n_cols - first : w.grid.group;
       const BlockTokens c{b,           n,          nullptr,      x.x + first, w.n_cols,
@@ -549,16 +550,18 @@ inline void with_grid(const Grid& grid, Fn&& fn) {
 void gemv_block_any(const WeightView& w, const BlockColumns& c, int32_t half_begin, int32_t half_end, float* y) {
   with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_block<C, S>(w, c, half_begin, half_end, y); });
 }
-void gemv_tiled_any(const WeightView& w, const TiledInputs& x, int32_t half_begin, int32_t half_end, float* y) {
-  with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_tiled<C, S>(w, x, half_begin, half_end, y); });
+void gemv_tiled_any(const WeightView& w, const MatrixInputs& x, BlockRange blocks, int32_t half_begin, int32_t half_end,
+                    float* y) {
+  with_grid(w.grid, [&]<Codes C, Scale S>() { gemv_tiled<C, S>(w, x, blocks, half_begin, half_end, y); });
 }
 void gemm_block_any(const WeightView& w, const BlockTokens& c, int32_t tile_begin, int32_t tile_end, float* y,
                     int64_t y_stride) {
   with_grid(w.grid, [&]<Codes C, Scale S>() { gemm_block<C, S>(w, c, tile_begin, tile_end, y, y_stride); });
 }
-void gemm_tiled_any(const WeightView& w, const TiledInputs& x, int32_t n_tokens, int32_t tile_begin, int32_t tile_end,
-                    float* y, int64_t y_stride) {
-  with_grid(w.grid, [&]<Codes C, Scale S>() { gemm_tiled<C, S>(w, x, n_tokens, tile_begin, tile_end, y, y_stride); });
+void gemm_tiled_any(const WeightView& w, const MatrixInputs& x, BlockRange blocks, int32_t n_tokens, int32_t tile_begin,
+                    int32_t tile_end, float* y, int64_t y_stride) {
+  with_grid(w.grid,
+            [&]<Codes C, Scale S>() { gemm_tiled<C, S>(w, x, blocks, n_tokens, tile_begin, tile_end, y, y_stride); });
 }
 
 // exp for x <= 88; results below 2^-126 are flushed to 2^-126 * p, far under what a softmax can see. Relative error < 2
@@ -598,6 +601,12 @@ inline F gelu_tanh(F g) {
   const F cubic = mul(mul(g, g), g);
   const F u2 = mul(set1(1.5957691216f), fma(set1(0.044715f), cubic, g));
   return mul(g, sub(set1(1.0f), div(set1(1.0f), add(exp(u2), set1(1.0f)))));
+}
+
+void add_to(const float* x, int32_t n, float* y) {
+  int32_t i = 0;
+  for (; i + 16 <= n; i += 16) store(y + i, add(load(y + i), load(x + i)));
+  for (; i < n; ++i) y[i] += x[i];
 }
 
 template <typename Act>
@@ -696,6 +705,6 @@ double log_sum_exp(const float* x, int32_t n) {
 
 extern const Kernels table;
 const Kernels table{DIPPER_ISA_NAME, quantise, gemv_block_any, gemv_tiled_any, gemm_block_any, gemm_tiled_any,
-                    rms_norm,        silu_mul, gelu_tanh_mul,  attend,         log_sum_exp};
+                    rms_norm,        add_to,   silu_mul,       gelu_tanh_mul,  attend,         log_sum_exp};
 
 }  // namespace dipper::DIPPER_ISA

@@ -397,13 +397,18 @@ void bind_decoder(nb::module_& m) {
   nb::class_<Decoder>(m, "Decoder")
       .def(
           "__init__",
-          [](Decoder* self, const nb::dict& header, const std::string& directory, const nb::dict& options) {
+          [](Decoder* self, const nb::dict& header, const std::string& directory, const nb::dict& options,
+             const nb::callable& check_resident) {
             std::unique_ptr<Model> model = Reader(header, directory).read();
             const DecoderOptions o = options_of(options, *model);
-            nb::gil_scoped_release released;
-            new (self) Decoder(std::move(model), o);
+            const nb::gil_scoped_release released;
+            new (self) Decoder(std::move(model), o, [&](std::span<const uint8_t> bytes) {
+              const nb::gil_scoped_acquire acquired;
+              check_resident(nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(bytes.data(), {bytes.size()},
+                                                                                nb::none()));
+            });
           },
-          nb::arg("header"), nb::arg("directory"), nb::arg("options"))
+          nb::arg("header"), nb::arg("directory"), nb::arg("options"), nb::arg("check_resident"))
       .def("step",
            [](Decoder& self, int32_t token) {
              std::span<const float> logits;
@@ -444,11 +449,6 @@ void bind_decoder(nb::module_& m) {
              self.start_trace(std::make_unique<TraceWriter>(path, header, with_scores));
            })
       .def("finish_trace", &Decoder::finish_trace)
-      .def("resident_bytes",  // a view of resident.bin as loaded, for its checksum
-           [](Decoder& self) {
-             return nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(self.model().resident.data(),
-                                                                       {self.model().resident.bytes()}, nb::find(self));
-           })
       .def_prop_ro("n_past", &Decoder::n_past)
       .def_prop_ro("isa", [](const Decoder& self) { return self.kernels().name; })
       .def_prop_ro(

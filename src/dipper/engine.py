@@ -138,12 +138,15 @@ class Engine:
         if simulated and not config.prunes:
             raise ConfigError(f"{config.method} has no masks and no caches to simulate: use dip or dip-ca")
         residency = {"residency": "simulated"} if simulated else {}
-        decoder = _core.Decoder(bundle.header, str(bundle.path), plan.options | vectors | residency)
-        digest = hashlib.sha256(decoder.resident_bytes().data).hexdigest()
-        if digest != bundle.header["files"]["resident.bin"]["sha256"]:
-            raise BundleError(
-                f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again"
-            )
+
+        def check_resident(data: npt.NDArray[np.uint8]) -> None:
+            if hashlib.sha256(data.data).hexdigest() != bundle.header["files"]["resident.bin"]["sha256"]:
+                raise BundleError(
+                    f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again"
+                )
+
+        options = plan.options | vectors | residency
+        decoder = _core.Decoder(bundle.header, str(bundle.path), options, check_resident)
         sha256 = None if calibration is None else calibration.sha256
         engine = cls(bundle, config, plan, decoder, mean_densities(densities), sha256)
         if config.split is not None:

@@ -198,9 +198,11 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
     CHECK(same_bits(sparse_gemv(k, p, masked, {}), sparse));  // skipping a column is multiplying it by zero
     std::vector<float> y(static_cast<size_t>(tiled.n_rows));
     const int32_t split = tiled.n_halves() / 2;
-    const TiledInputs one{x.data(), q.data(), stride, blocks.data()};
-    k.gemv_tiled(tiled, one, 0, split, y.data());
-    k.gemv_tiled(tiled, one, split, tiled.n_halves(), y.data());
+    const MatrixInputs one{x.data(), q.data(), stride, blocks.data()};
+    const BlockRange all{0, tiled.n_blocks};
+    k.gemv_tiled(tiled, one, {0, 1}, 0, split, y.data());
+    k.gemv_tiled(tiled, one, {1, tiled.n_blocks}, 0, split, y.data());
+    k.gemv_tiled(tiled, one, all, split, tiled.n_halves(), y.data());
     CHECK(same_bits(y, dense));
 
     constexpr int32_t kTokens = 8;  // one register block and a remainder
@@ -214,7 +216,7 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
                       many_blocks.data() + t * tiled.n_blocks);
     }
     std::vector<float> out(static_cast<size_t>(kTokens) * static_cast<size_t>(tiled.n_rows));
-    k.gemm_tiled(tiled, {many.data(), many_q.data(), stride, many_blocks.data()}, kTokens, 0, tiled.n_tiles(),
+    k.gemm_tiled(tiled, {many.data(), many_q.data(), stride, many_blocks.data()}, all, kTokens, 0, tiled.n_tiles(),
                  out.data(), tiled.n_rows);
     std::vector<float> out_block(out.size());
     for (int32_t b = 0; b < tiled.n_blocks; ++b) {
