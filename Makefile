@@ -19,7 +19,7 @@ TRANSFORMERS_SPEC ?= transformers>=5
 CLANG_FORMAT_SPEC ?= clang-format==18.1.8
 
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
-NATIVE_FILES = $(shell find csrc tests/cpp -name '*.[chi]pp' -o -name '*.inl')
+NATIVE_FILES = $(shell find csrc tests/cpp benchmarks -name '*.[chi]pp' -o -name '*.inl')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo bench test test-native test-neon test-python test-slow lint fix clean

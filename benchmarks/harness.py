@@ -1,4 +1,4 @@
-"""What the benchmarks share: bundles by name, windows of text, turns of an engine, one table and one JSON line."""
+"""What the benchmarks share: models by name, windows of text, turns of an engine, one table and one JSON line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,14 +53,30 @@ def hold_disk(path: Path) -> None:
     os.execvp("bash", ["bash", str(script), "--path", str(path), "--", *command])
 
 
+def source_for(spec: str, workdir: Path) -> Path:
+    """A checkpoint: a path, a name that `dipper pull` knows, or synthetic:SHAPE, which is made in `workdir` once."""
+    kind, _, shape = spec.partition(":")
+    if kind != "synthetic":
+        from dipper.sources import pull
+
+        return Path(pull(spec))
+    from synthetic import synthetic_gguf  # imports this module
+
+    target = workdir / f"synthetic-{shape}.gguf"
+    if not target.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        print(f"making {target}", file=sys.stderr)
+        synthetic_gguf(shape, target)
+    return target
+
+
 def bundle_for(spec: str, bits: str, workdir: Path) -> Path:
-    """The bundle at `spec`, or the model that `dipper pull` knows under this name, packed into `workdir` once."""
+    """The bundle at `spec`, or of the checkpoint that `source_for` finds, packed into `workdir` once."""
     if is_bundle(spec):
         return Path(spec)
     from dipper.bundle import pack
-    from dipper.sources import pull
 
-    source = Path(pull(spec))
+    source = source_for(spec, workdir)
     name = source.stem if source.is_file() else source.name  # a folder's name may have dots
     target = workdir / f"{name}-{bits}.dipper"
     if not target.exists():
@@ -93,13 +109,16 @@ def _tokenise(bundle: Path, text: str) -> tuple[list[int], int | None]:
     return ids, model["bos_id"] if model["add_bos"] else None
 
 
+def repeated(bos: int | None, ids: Sequence[int], n: int) -> list[int]:
+    """A prompt of n tokens, BOS included: ids again and again."""
+    start = [] if bos is None else [bos]
+    return (start + list(ids) * (n // len(ids) + 1))[:n]
+
+
 def prompt_tokens(bundle: Path, n: int) -> list[int]:
-    """A prompt of n tokens, BOS included."""
+    """A prompt of n tokens, BOS included: the built-in text, repeated where it is too short."""
     ids, bos = _tokenise(bundle, PROMPT)
-    tokens = ([] if bos is None else [bos]) + ids
-    if n > len(tokens):
-        fail(f"the built-in prompt has {len(tokens)} tokens, {n} were asked for")
-    return tokens[:n]
+    return repeated(bos, ids, n)
 
 
 def text_tokens(bundle: Path, text: Path) -> tuple[list[int], int | None]:
@@ -121,6 +140,9 @@ def text_windows(bundle: Path, text: Path, window: int, n_windows: int) -> Windo
 
 # --- the engine
 
+# Every column of the MLP in a slot before the first token, whatever the mask: what a pruned token costs without reads.
+ALL_CACHED = {"cache": "static", "cold": True, "mlp_dram": "1000b"}
+
 
 def open_engine(bundle: Path, **config: Any):
     from dipper.engine import Engine, EngineConfig
@@ -135,6 +157,9 @@ class Decode:
     prefill_s: float
     decode_s: float
     tokens: list[int]
+    # Of dipper's engine alone: the decode's time by part; what a token must read of DRAM, where that was asked for.
+    ledger_s: dict[str, float] = field(default_factory=dict)
+    touched_bytes: float | None = None
 
     @property
     def tok_per_s(self) -> float:
@@ -145,9 +170,13 @@ class Decode:
         return self.decode_s / (len(self.tokens) - 1)
 
 
-def greedy(engine: Any, prompt: Sequence[int], n: int) -> Decode:
-    """Prefill, then n single-token steps with an argmax outside: the same loop that llama_worker.py runs."""
-    engine.reset()
+def greedy(engine: Any, prompt: Sequence[int], n: int, *, fresh: bool = True) -> Decode:
+    """Prefill, then n single-token steps with an argmax outside: the same loop that llama_worker.py runs.
+
+    `fresh`: the context is emptied first; otherwise the prompt goes on where it ends.
+    """
+    if fresh:
+        engine.reset()
     start = time.perf_counter()
     tokens = [int(engine.prefill(list(prompt)).argmax())]
     engine.reset_counters()
@@ -155,7 +184,50 @@ def greedy(engine: Any, prompt: Sequence[int], n: int) -> Decode:
     for _ in range(n):
         tokens.append(int(engine.step(tokens[-1]).argmax()))
     done = time.perf_counter()
-    return Decode(prefilled - start, done - prefilled, tokens)
+    return Decode(prefilled - start, done - prefilled, tokens, engine.counters().ledger_s)
+
+
+def touched_bytes(engine: Any, n_before: int, n: int) -> float:
+    """Bytes of DRAM that each of n tokens after `n_before` must read, on average."""
+    from dipper import simulator
+
+    bundle, positions = engine.bundle, n_before + np.arange(1, max(n, 1) + 1)
+    parts, used = simulator.model_parts(bundle), engine.plan.options["k"]
+    return sum(simulator.touched_bytes(bundle, parts, used, positions, engine.config.kv).values())
+
+
+class Shelf:
+    """What turns need, opened when first asked for and closed at the end.
+
+    Where memory does not hold everything, what was used longest ago is closed for what comes next.
+    """
+
+    def __init__(self) -> None:
+        from dipper.doctor import machine
+
+        self.room_bytes = 0.9 * machine()["dram_bytes"]["available"]
+        self.n_closed = 0  # before the end
+        self._held: dict[Hashable, tuple[Any, int]] = {}  # the longest unused first
+
+    def get(self, key: Hashable, n_bytes: int, open_: Callable[[], Any]) -> tuple[Any, bool]:
+        """What `open_` gave for this key, and whether that was just now."""
+        is_new = key not in self._held
+        if is_new:
+            while self._held and sum(size for _, size in self._held.values()) + n_bytes > self.room_bytes:
+                thing, _ = self._held.pop(next(iter(self._held)))
+                thing.close()
+                self.n_closed += 1
+            self._held[key] = open_(), n_bytes
+        self._held[key] = self._held.pop(key)
+        return self._held[key][0], is_new
+
+    def __enter__(self) -> Shelf:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for thing, _ in self._held.values():
+            thing.close()
+        self._held.clear()
 
 
 # --- statistics and output

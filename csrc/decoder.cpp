@@ -53,9 +53,20 @@ struct ScratchLayout {
 
 int32_t widest_input(const Model& m) { return std::max({m.n_heads * m.head_dim, m.hidden, m.intermediate}); }
 
-uint64_t kv_bytes(const Model& m, int32_t context) {
-  return 2ull * static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) *
-         static_cast<uint64_t>(padded_positions(context)) * static_cast<uint64_t>(m.head_dim) * sizeof(float);
+// Bytes of one head's keys, or values, and of their scales.
+struct KvLayout {
+  uint64_t codes, scales;
+
+  KvLayout(const Model& m, const DecoderOptions& o) {
+    const auto positions = static_cast<uint64_t>(padded_positions(o.context));
+    codes = positions * static_cast<uint64_t>(m.head_dim * kv_code_bytes(o.kv));
+    scales = o.kv == KvCodes::kI8 ? positions * sizeof(float) : 0;
+  }
+  uint64_t head() const { return 2 * (codes + scales); }
+};
+
+uint64_t kv_bytes(const Model& m, const DecoderOptions& o) {
+  return static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) * KvLayout(m, o).head();
 }
 
 }  // namespace
@@ -64,7 +75,7 @@ MemoryPlan plan_memory(const Model& model, const DecoderOptions& options) {
   MemoryPlan plan;
   plan.resident = model.resident_bytes;
   plan.mlp = plan_mlp_memory(model, options.mlp);
-  plan.kv = kv_bytes(model, options.context);
+  plan.kv = kv_bytes(model, options);
   plan.scratch = static_cast<uint64_t>(ScratchLayout(model, options).total) * sizeof(float) +
                  GluMlp::scratch_bytes(model, options.block_tokens) +
                  Projector::bytes(widest_input(model), options.block_tokens) +
@@ -95,9 +106,7 @@ Decoder::Decoder(std::unique_ptr<Model> model, const DecoderOptions& options,
   kv_p_ = padded_rows(m.n_kv_heads * m.head_dim);
   vocab_p_ = padded_rows(m.vocab);
 
-  kv_ = Arena(kv_bytes(m, options.context));
-  keys_ = kv_.floats();
-  values_ = keys_ + kv_.bytes() / sizeof(float) / 2;
+  kv_ = Arena(kv_bytes(m, options));
   const ScratchLayout layout(m, options);
   scratch_ = Arena(static_cast<uint64_t>(layout.total) * sizeof(float));
   float* base = scratch_.floats();
@@ -209,6 +218,14 @@ void rotate(float* head, int32_t dim, const float* angles) {
 
 }  // namespace
 
+KvHead Decoder::kv_head(int32_t layer, int32_t head) const {
+  const KvLayout layout(*model_, options_);
+  uint8_t* k = kv_.data() + static_cast<uint64_t>(layer * model_->n_kv_heads + head) * layout.head();
+  uint8_t* scales = k + 2 * layout.codes;
+  return {options_.kv, k, k + layout.codes, reinterpret_cast<float*>(scales),
+          reinterpret_cast<float*>(scales + layout.scales)};
+}
+
 void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* out) {
   const Model& m = *model_;
   const LayerWeights& l = m.layers[static_cast<size_t>(layer)];
@@ -219,9 +236,6 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
   projector_.take(x, m.hidden, n_tokens);
   projector_.project(qkv);
 
-  const int64_t head_floats = padded_positions(options_.context) * hd;
-  float* keys = keys_ + static_cast<int64_t>(layer) * m.n_kv_heads * head_floats;
-  float* values = values_ + static_cast<int64_t>(layer) * m.n_kv_heads * head_floats;
   const RopeTable& rope = m.ropes[static_cast<size_t>(l.rope)];
   const auto place = [&](int32_t t) {  // norms, rotation and the KV cache of one token
     const float* angles = angles_ + (static_cast<int64_t>(l.rope) * options_.block_tokens + t) * hd;
@@ -234,11 +248,7 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
       float* k = k_ + t * kv_p_ + h * hd;
       if (l.k_norm != nullptr) kernels_->rms_norm(k, l.k_norm, hd, m.norm_eps, k);
       rotate(k, rope.dim, angles);
-      const int32_t position = n_past_ + t;
-      float* column = keys + h * head_floats + static_cast<int64_t>(position / 16) * 16 * hd + position % 16;
-      for (int32_t i = 0; i < hd; ++i) column[16 * i] = k[i];
-      const float* v = v_ + t * kv_p_ + h * hd;
-      std::copy(v, v + hd, values + h * head_floats + static_cast<int64_t>(position) * hd);
+      kernels_->keep(k, v_ + t * kv_p_ + h * hd, n_past_ + t, hd, kv_head(layer, h));
     }
   };
   if (n_tokens == 1) {
@@ -256,8 +266,8 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
       const int32_t h = i % m.n_heads;
       const int32_t last = n_past_ + t + 1;
       const int32_t first = l.window > 0 ? std::max(0, last - l.window) : 0;
-      const int64_t kv = static_cast<int64_t>(h / (m.n_heads / m.n_kv_heads)) * head_floats;
-      kernels_->attend(q_ + t * q_p_ + h * hd, keys + kv, values + kv, hd, first, last, m.attention_scale, scores,
+      const KvHead kv = kv_head(layer, h / (m.n_heads / m.n_kv_heads));
+      kernels_->attend(q_ + t * q_p_ + h * hd, kv, hd, first, last, m.attention_scale, scores,
                        attended_ + static_cast<int64_t>(t) * m.n_heads * hd + h * hd);
     }
   });

@@ -16,7 +16,8 @@ namespace dipper {
 
 struct DecoderOptions {
   MlpOptions mlp;
-  int32_t context = 1024;      // positions that the KV cache has room for
+  int32_t context = 1024;  // positions that the KV cache has room for
+  KvCodes kv = KvCodes::kF16;
   int32_t block_tokens = 256;  // tokens that prefill and evaluation take at once
   int32_t n_threads = 1;
   std::string isa = "auto";
@@ -95,6 +96,7 @@ class Decoder {
   void check_tokens(std::span<const int32_t> tokens) const;
   void embed(std::span<const int32_t> tokens, float* x);
   void fill_angles(int32_t first, int32_t n_tokens);
+  KvHead kv_head(int32_t layer, int32_t head) const;
   void attention(int32_t layer, const float* x, int32_t n_tokens, float* out);
   void add_branch(float* branch, const float* norm, int32_t n_tokens);
   void normalise(const float* weight, int32_t n_tokens);
@@ -117,8 +119,6 @@ class Decoder {
   uint64_t n_steps_ = 0;
   int64_t hidden_p_ = 0, q_p_ = 0, kv_p_ = 0, vocab_p_ = 0;  // padded widths
   Arena kv_;
-  float* keys_ = nullptr;    // [layer][kv head][context / 16][head_dim][16]
-  float* values_ = nullptr;  // [layer][kv head][context][head_dim]
   Arena scratch_;
   float *x_ = nullptr, *normed_ = nullptr, *branch_ = nullptr, *q_ = nullptr, *k_ = nullptr, *v_ = nullptr,
         *attended_ = nullptr, *scores_ = nullptr, *logits_ = nullptr, *angles_ = nullptr;

@@ -2,88 +2,71 @@
 
 #include <algorithm>
 #include <array>
-#include <barrier>
-#include <chrono>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "arena.hpp"
 #include "errors.hpp"
+#include "stopwatch.hpp"
+#include "thread_pool.hpp"
 
 namespace dipper {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+constexpr size_t kLineBytes = 64;
+constexpr size_t kPageBytes = 4096;
 
-// Independent sums, so that loads and not additions are the limit; the compiler makes vectors of them.
-uint64_t sum_words(const uint64_t* words, size_t n_words) {
-  constexpr size_t kLanes = 32;
-  std::array<uint64_t, kLanes> sums{};
-  for (size_t i = 0; i + kLanes <= n_words; i += kLanes) {
-    for (size_t k = 0; k < kLanes; ++k) sums[k] += words[i + k];
+// A line at a time into sums of its own words: one stream, which hardware prefetchers follow, and few enough sums for
+// the registers of any instruction set. Wider loads, more streams or prefetches read no faster.
+uint64_t sum_lines(const Arena& part) {
+  constexpr size_t kWords = kLineBytes / sizeof(uint64_t);
+  const auto* words = reinterpret_cast<const uint64_t*>(part.data());
+  const size_t n_words = part.bytes() / sizeof(uint64_t);
+  std::array<uint64_t, kWords> sums{};
+  for (size_t i = 0; i + kWords <= n_words; i += kWords) {
+    for (size_t k = 0; k < kWords; ++k) sums[k] += words[i + k];
   }
   uint64_t total = 0;
   for (const uint64_t s : sums) total += s;
   return total;
 }
 
-struct Free {
-  void operator()(uint64_t* p) const { std::free(p); }
-};
-
 }  // namespace
 
 double dram_read_gbps(int n_threads, uint64_t bytes, double seconds) {
-  constexpr uint64_t kAlignment = 4096;
   if (n_threads < 1 || n_threads > 1024 || bytes < (1 << 20)) {
     throw ConfigError("dram_read_gbps: n_threads " + std::to_string(n_threads) +
                       " must be between 1 and 1024 and bytes " + std::to_string(bytes) + " at least 1 MiB.");
   }
-  const size_t part_bytes = bytes / static_cast<uint64_t>(n_threads) / kAlignment * kAlignment;
-  const size_t part_words = part_bytes / sizeof(uint64_t);
-  const std::unique_ptr<uint64_t, Free> owner(static_cast<uint64_t*>(
-      std::aligned_alloc(kAlignment, std::max(part_bytes * static_cast<size_t>(n_threads), size_t{kAlignment}))));
-  if (!owner) throw std::bad_alloc();
-  uint64_t* const words = owner.get();
+  const auto n = static_cast<size_t>(n_threads);
+  const size_t part_bytes = bytes / n / kLineBytes * kLineBytes;
+  ThreadPool pool(n_threads);
+  const ThreadPool::PinnedCaller pinned(pool);
+  std::vector<Arena> parts(n);
+  for (Arena& part : parts) part = Arena(part_bytes);
+  pool.run([&](int thread) {  // each page written by its reader: on its NUMA node, and not the system's page of zeros
+    const Arena& part = parts[static_cast<size_t>(thread)];
+    for (size_t at = 0; at < part.bytes(); at += kPageBytes) part.data()[at] = 1;
+  });
 
+  std::vector<uint64_t> sums(n);
   std::vector<double> pass_s;
-  std::vector<uint64_t> sums(static_cast<size_t>(n_threads));
-  bool done = false;
-  const Clock::time_point end =
-      Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-  Clock::time_point last;
-  // Runs on one thread when all have finished a pass. The first call ends the filling of the buffer.
-  const auto on_pass = [&]() noexcept {
-    const Clock::time_point now = Clock::now();
-    if (last != Clock::time_point{}) pass_s.push_back(std::chrono::duration<double>(now - last).count());
-    last = now;
-    done = now >= end && !pass_s.empty();
-  };
-  pass_s.reserve(1 << 16);
-  std::barrier barrier(n_threads, on_pass);
-  const auto work = [&](size_t thread) {
-    uint64_t* const part = words + thread * part_words;
-    for (size_t i = 0; i < part_words; ++i) part[i] = i;  // written by its reader: on its NUMA node
-    barrier.arrive_and_wait();
-    while (!done) {
-      sums[thread] += sum_words(part, part_words);
-      barrier.arrive_and_wait();
-    }
-  };
-  {
-    std::vector<std::jthread> threads;
-    for (size_t t = 1; t < static_cast<size_t>(n_threads); ++t) threads.emplace_back(work, t);
-    work(0);
-  }
+  const double end = now_s() + seconds;
+  do {
+    const double start = now_s();
+    pool.run([&](int thread) {
+      const auto t = static_cast<size_t>(thread);
+      sums[t] += sum_lines(parts[t]);
+    });
+    pass_s.push_back(now_s() - start);
+  } while (now_s() < end);
   // The sums are used, so that no pass can be left out.
   volatile uint64_t sink = 0;
   for (const uint64_t s : sums) sink = sink + s;
-  std::nth_element(pass_s.begin(), pass_s.begin() + static_cast<std::ptrdiff_t>(pass_s.size() / 2), pass_s.end());
-  const double median_s = pass_s[pass_s.size() / 2];
-  return static_cast<double>(part_bytes) * n_threads / median_s * 1e-9;
+
+  const auto middle = pass_s.begin() + static_cast<std::ptrdiff_t>(pass_s.size() / 2);
+  std::nth_element(pass_s.begin(), middle, pass_s.end());
+  return static_cast<double>(part_bytes * n) / *middle * 1e-9;
 }
 
 }  // namespace dipper

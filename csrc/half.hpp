@@ -1,4 +1,4 @@
-// IEEE binary16 to binary32 without instructions that a baseline CPU may lack.
+// IEEE binary16 to binary32 and back without instructions that a baseline CPU may lack.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,23 @@ static inline float half_to_float(uint16_t half) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// Rounded to the nearest, ties to even; infinity where binary16 has no number that large.
+static inline uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7FFFFFFFu;
+  if (bits > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u | ((bits >> 13) & 0x1FFu));
+  if (bits >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);
+  if (bits < 0x38800000u) {  // subnormal: in units of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(__builtin_rintf(magnitude * 0x1p24f)));
+  }
+  const uint32_t odd = (bits >> 13) & 1u;
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000u + 0xFFFu + odd) >> 13));
 }
 
 }  // namespace dipper

@@ -128,6 +128,20 @@ struct BlockTokens {
   int32_t n_tokens;
 };
 
+// How K and V are kept: as f32, as f16, or as int8 with a scale for each position and head.
+enum class KvCodes : uint8_t { kF32, kF16, kI8 };
+constexpr int32_t kv_code_bytes(KvCodes c) { return c == KvCodes::kF32 ? 4 : c == KvCodes::kF16 ? 2 : 1; }
+
+// The keys and values of one head. k is [position / 16][head_dim][16], so that 16 positions are 16 lanes; v is
+// [position][head_dim]. Scales [position]: kI8 only.
+struct KvHead {
+  KvCodes codes;
+  uint8_t* k;
+  uint8_t* v;
+  float* k_scale;
+  float* v_scale;
+};
+
 struct Kernels {
   const char* name;
   // q [n, and a zero more if n is odd] of x [n], one block.
@@ -147,10 +161,11 @@ struct Kernels {
   // out = act(gate) * up
   void (*silu_mul)(const float* gate, const float* up, int32_t n, float* out);
   void (*gelu_tanh_mul)(const float* gate, const float* up, int32_t n, float* out);
-  // Attention of one query head over positions [first, last). k is [position / 16][head_dim][16], so that 16 positions
-  // are 16 lanes; v is [position][head_dim]; scores is scratch [last - first + 31].
-  void (*attend)(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last,
-                 float scale, float* scores, float* out);
+  // Keeps k and v [head_dim] of one position. f16 keeps what is beyond its largest number as that number.
+  void (*keep)(const float* k, const float* v, int32_t position, int32_t head_dim, const KvHead& kv);
+  // Attention of one query head over positions [first, last); scores is scratch [last - first + 31].
+  void (*attend)(const float* q, const KvHead& kv, int32_t head_dim, int32_t first, int32_t last, float scale,
+                 float* scores, float* out);
   // log(sum(exp(x))) in fp32 lanes, combined in double.
   double (*log_sum_exp)(const float* x, int32_t n);
 };

@@ -644,42 +644,153 @@ inline float exponentiate(float* scores, int32_t n) {
   return reduce_add(sum);
 }
 
-// out[16 * Chunks] = sum over positions of p * v, ascending; several chunks at once hide the latency of fma.
-template <int Chunks>
-DIPPER_INLINE void weighted_sum(const float* p, const float* v, int32_t n, int32_t head_dim, F scale, float* out) {
-  F acc[Chunks];
-  for (int c = 0; c < Chunks; ++c) acc[c] = set1(0.0f);
-  for (int32_t i = 0; i < n; ++i) {
-    const F weight = set1(p[i]);
-    for (int c = 0; c < Chunks; ++c)
-      acc[c] = fma(weight, load(v + static_cast<int64_t>(i) * head_dim + 16 * c), acc[c]);
+constexpr int64_t kv_bytes(KvCodes c) { return kv_code_bytes(c); }
+template <KvCodes K>
+DIPPER_INLINE F load_kv(const uint8_t* p) {
+  if constexpr (K == KvCodes::kF32) {
+    return load(reinterpret_cast<const float*>(p));
+  } else if constexpr (K == KvCodes::kF16) {
+    return load_f16(p);
+  } else {
+    return load_i8(p);
   }
-  for (int c = 0; c < Chunks; ++c) store(out + 16 * c, mul(acc[c], scale));
 }
 
-void attend(const float* q, const float* k, const float* v, int32_t head_dim, int32_t first, int32_t last, float scale,
-            float* scores, float* out) {
-  const int32_t first_block = first / 16;
-  const F scale_lanes = set1(scale);
-  for (int32_t b = first_block; b * 16 < last; ++b) {  // lanes outside [first, last) are computed and not used
-    const float* block = k + static_cast<int64_t>(b) * 16 * head_dim;
-    F acc = set1(0.0f);
-    for (int32_t i = 0; i < head_dim; ++i) acc = fma(set1(q[i]), load(block + 16 * i), acc);
-    store(scores + (b - first_block) * 16, mul(acc, scale_lanes));
+// x [n] to codes; returns their scale.
+template <KvCodes K>
+inline float kv_codes(const float* x, int32_t n, uint8_t* codes) {
+  int32_t i = 0;
+  if constexpr (K == KvCodes::kF32) {
+    std::memcpy(codes, x, static_cast<size_t>(n) * sizeof(float));
+    return 1.0f;
+  } else if constexpr (K == KvCodes::kF16) {
+    const auto clamp = [](F v) { return min(set1(65504.0f), max(set1(-65504.0f), v)); };  // a NaN stays one
+    for (; i + 16 <= n; i += 16) store_f16(codes + 2 * i, clamp(load(x + i)));
+    if (i < n) {
+      uint8_t last[32];
+      store_f16(last, clamp(load_partial(x + i, n - i, 0.0f)));
+      std::memcpy(codes + 2 * i, last, static_cast<size_t>(2 * (n - i)));
+    }
+    return 1.0f;
+  } else {
+    F top = set1(0.0f);
+    for (; i + 16 <= n; i += 16) top = max(abs(load(x + i)), top);
+    if (i < n) top = max(abs(load_partial(x + i, n - i, 0.0f)), top);
+    const float largest = reduce_max(top);
+    const F inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+    for (i = 0; i < n; i += 16) {
+      const int32_t left = n - i < 16 ? n - i : 16;
+      int32_t q[16];
+      store(q, to_int(mul(left == 16 ? load(x + i) : load_partial(x + i, left, 0.0f), inverse)));
+      for (int32_t lane = 0; lane < left; ++lane) codes[i + lane] = static_cast<uint8_t>(q[lane]);
+    }
+    return largest / 127.0f;
   }
+}
+
+template <KvCodes K>
+inline void keep_as(const float* k, const float* v, int32_t position, int32_t head_dim, const KvHead& kv) {
+  constexpr int64_t kBytes = kv_bytes(K);
+  constexpr int32_t kAtOnce = 64;
+  uint8_t* column = kv.k + (static_cast<int64_t>(position / 16) * 16 * head_dim + position % 16) * kBytes;
+  if constexpr (K != KvCodes::kI8) {
+    for (int32_t i = 0; i < head_dim; i += kAtOnce) {
+      const int32_t n = head_dim - i < kAtOnce ? head_dim - i : kAtOnce;
+      uint8_t codes[kAtOnce * kBytes];
+      kv_codes<K>(k + i, n, codes);
+      for (int32_t j = 0; j < n; ++j) std::memcpy(column + 16 * (i + j) * kBytes, codes + j * kBytes, kBytes);
+    }
+    kv_codes<K>(v, head_dim, kv.v + static_cast<int64_t>(position) * head_dim * kBytes);
+  } else {
+    uint8_t* row = kv.v + static_cast<int64_t>(position) * head_dim;
+    kv.k_scale[position] = kv_codes<K>(k, head_dim, row);  // by way of v's place
+    for (int32_t i = 0; i < head_dim; ++i) column[16 * i] = row[i];
+    kv.v_scale[position] = kv_codes<K>(v, head_dim, row);
+  }
+}
+void keep(const float* k, const float* v, int32_t position, int32_t head_dim, const KvHead& kv) {
+  switch (kv.codes) {
+    case KvCodes::kF32:
+      return keep_as<KvCodes::kF32>(k, v, position, head_dim, kv);
+    case KvCodes::kF16:
+      return keep_as<KvCodes::kF16>(k, v, position, head_dim, kv);
+    default:
+      return keep_as<KvCodes::kI8>(k, v, position, head_dim, kv);
+  }
+}
+
+// scores[16 * Blocks] = scale * q . k of as many positions from block b on; several blocks at once hide the latency of
+// fma.
+template <KvCodes K, int Blocks>
+DIPPER_INLINE void score_blocks(const float* q, const KvHead& kv, int32_t head_dim, int32_t b, F scale, float* scores) {
+  const int64_t stride = 16 * head_dim * kv_bytes(K);
+  const uint8_t* block = kv.k + b * stride;
+  F acc[Blocks];
+  unrolled<Blocks>(DIPPER_EACH { acc[k] = set1(0.0f); });
+  for (int32_t i = 0; i < head_dim; ++i) {
+    const F x = set1(q[i]);
+    unrolled<Blocks>(DIPPER_EACH { acc[k] = fma(x, load_kv<K>(block + k * stride + 16 * i * kv_bytes(K)), acc[k]); });
+  }
+  unrolled<Blocks>(DIPPER_EACH {
+    if constexpr (K == KvCodes::kI8) acc[k] = mul(acc[k], load(kv.k_scale + 16 * (b + k)));
+    store(scores + 16 * k, mul(acc[k], scale));
+  });
+}
+
+// out[16 * Chunks] = sum over positions of p * v, ascending.
+template <KvCodes K, int Chunks>
+DIPPER_INLINE void weighted_sum(const float* p, const uint8_t* v, int32_t n, int32_t head_dim, F scale, float* out) {
+  F acc[Chunks];
+  unrolled<Chunks>(DIPPER_EACH { acc[k] = set1(0.0f); });
+  for (int32_t i = 0; i < n; ++i) {
+    const F weight = set1(p[i]);
+    const uint8_t* row = v + static_cast<int64_t>(i) * head_dim * kv_bytes(K);
+    unrolled<Chunks>(DIPPER_EACH { acc[k] = fma(weight, load_kv<K>(row + 16 * k * kv_bytes(K)), acc[k]); });
+  }
+  unrolled<Chunks>(DIPPER_EACH { store(out + 16 * k, mul(acc[k], scale)); });
+}
+
+template <KvCodes K>
+inline void attend_as(const float* q, const KvHead& kv, int32_t head_dim, int32_t first, int32_t last, float scale,
+                      float* scores, float* out) {
+  const int32_t first_block = first / 16;
+  const int32_t end_block = (last + 15) / 16;
+  const F scale_lanes = set1(scale);
+  int32_t b = first_block;  // lanes outside [first, last) are computed and not used
+  for (; b + 4 <= end_block; b += 4)
+    score_blocks<K, 4>(q, kv, head_dim, b, scale_lanes, scores + (b - first_block) * 16);
+  for (; b < end_block; ++b) score_blocks<K, 1>(q, kv, head_dim, b, scale_lanes, scores + (b - first_block) * 16);
   float* used = scores + (first - 16 * first_block);
   const int32_t n = last - first;
   const F inverse = set1(1.0f / exponentiate(used, n));
-  const float* rows = v + static_cast<int64_t>(first) * head_dim;
+  if constexpr (K == KvCodes::kI8) {
+    for (int32_t i = 0; i < n; ++i) used[i] *= kv.v_scale[first + i];
+  }
+  constexpr int64_t kBytes = kv_bytes(K);
+  const uint8_t* rows = kv.v + static_cast<int64_t>(first) * head_dim * kBytes;
   int32_t i = 0;
-  for (; i + 64 <= head_dim; i += 64) weighted_sum<4>(used, rows + i, n, head_dim, inverse, out + i);
-  for (; i + 16 <= head_dim; i += 16) weighted_sum<1>(used, rows + i, n, head_dim, inverse, out + i);
+  for (; i + 64 <= head_dim; i += 64) weighted_sum<K, 4>(used, rows + i * kBytes, n, head_dim, inverse, out + i);
+  for (; i + 16 <= head_dim; i += 16) weighted_sum<K, 1>(used, rows + i * kBytes, n, head_dim, inverse, out + i);
   if (i < head_dim) {
+    uint8_t codes[64] = {};
     F acc = set1(0.0f);
     for (int32_t p = 0; p < n; ++p) {
-      acc = fma(set1(used[p]), load_partial(rows + static_cast<int64_t>(p) * head_dim + i, head_dim - i, 0.0f), acc);
+      std::memcpy(codes, rows + (static_cast<int64_t>(p) * head_dim + i) * kBytes,
+                  static_cast<size_t>((head_dim - i) * kBytes));
+      acc = fma(set1(used[p]), load_kv<K>(codes), acc);
     }
     store_partial(out + i, head_dim - i, mul(acc, inverse));
+  }
+}
+void attend(const float* q, const KvHead& kv, int32_t head_dim, int32_t first, int32_t last, float scale, float* scores,
+            float* out) {
+  switch (kv.codes) {
+    case KvCodes::kF32:
+      return attend_as<KvCodes::kF32>(q, kv, head_dim, first, last, scale, scores, out);
+    case KvCodes::kF16:
+      return attend_as<KvCodes::kF16>(q, kv, head_dim, first, last, scale, scores, out);
+    default:
+      return attend_as<KvCodes::kI8>(q, kv, head_dim, first, last, scale, scores, out);
   }
 }
 
@@ -704,7 +815,7 @@ double log_sum_exp(const float* x, int32_t n) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table{DIPPER_ISA_NAME, quantise, gemv_block_any, gemv_tiled_any, gemm_block_any, gemm_tiled_any,
-                    rms_norm,        add_to,   silu_mul,       gelu_tanh_mul,  attend,         log_sum_exp};
+const Kernels table{DIPPER_ISA_NAME, quantise, gemv_block_any, gemv_tiled_any, gemm_block_any, gemm_tiled_any, rms_norm,
+                    add_to,          silu_mul, gelu_tanh_mul,  keep,           attend,         log_sum_exp};
 
 }  // namespace dipper::DIPPER_ISA

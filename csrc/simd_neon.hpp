@@ -117,6 +117,13 @@ inline F load_f16(const void* p) {
   return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
            vcvt_high_f32_f16(high)}};
 }
+inline F abs(F v) { DIPPER_LANES(vabsq_f32(v.v[i])); }
+inline void store_f16(void* p, F v) {
+  const float16x8_t low = vcvt_high_f16_f32(vcvt_f16_f32(v.v[0]), v.v[1]);
+  const float16x8_t high = vcvt_high_f16_f32(vcvt_f16_f32(v.v[2]), v.v[3]);
+  vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_f16(low));
+  vst1q_u8(static_cast<uint8_t*>(p) + 16, vreinterpretq_u8_f16(high));
+}
 inline F load_bf16(const void* p) {
   const I bits = shift_left(lanes_u16(static_cast<const uint8_t*>(p)), 16);
   DIPPER_LANES(vreinterpretq_f32_u32(bits.v[i]));

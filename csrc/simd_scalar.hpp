@@ -53,6 +53,12 @@ inline F load_f16(const void* p) {
   std::memcpy(t, p, sizeof t);
   DIPPER_LANES(half_to_float(t[i]));
 }
+inline F abs(F x) { DIPPER_LANES(__builtin_fabsf(x.v[i])); }
+inline void store_f16(void* p, F x) {
+  uint16_t t[16];
+  for (int i = 0; i < 16; ++i) t[i] = float_to_half(x.v[i]);
+  std::memcpy(p, t, sizeof t);
+}
 inline F load_bf16(const void* p) {
   I lanes = lanes_u16(static_cast<const uint8_t*>(p));
   for (uint32_t& lane : lanes.v) lane <<= 16;

@@ -1,10 +1,15 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from dipper import bench
+import tiny
+from dipper import bench, doctor, tokenizer
 from dipper.bench import BenchCase, measure_apart, run_bench, with_disk_probe
+from dipper.bundle import Bundle, pack
+from dipper.engine import Engine, EngineConfig
 from dipper.errors import BundleError, ConfigError, FlashError
+from dipper.simulator import model_parts, touched_bytes
 from fakes import FakeEngine
 from test_records import record
 
@@ -109,6 +114,101 @@ class _Letters:
         return [3] * len(text)
 
     def stream(self):
-        from types import SimpleNamespace
-
         return SimpleNamespace(push=lambda token: "x", finish=lambda: "")
+
+
+# ------------------------------------------------------------------------------------------------ what a token touches
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return {
+        kind: pack(tiny.write_hf(folder / kind, kind), folder / f"{kind}.dipper", bits="4", tokenizer=False)
+        for kind in ("llama", "mistral")
+    }
+
+
+# Of tiny.py's Llama at 4 bits, rows padded to 64: hidden 96, intermediate 176, 6 heads of 16 and 2 of keys, 160 words.
+N_LAYERS = 3
+UP_SCALES, DOWN_SCALES = 192 * (4 + 2 * 3), 128 * (4 + 2 * 6)  # two f16 a row, two bytes a group of 32
+ATTENTION = 2 * (64 + 128) * (96 + 2 * 3)  # k, v, q, o at 8 bits, a f16 a group
+HEAD = 192 * (96 + 2 * 3)
+
+
+def mlp_bytes(n_input, n_glu):
+    return N_LAYERS * (n_input * 2 * 192 // 2 + 2 * UP_SCALES + n_glu * 128 // 2 + DOWN_SCALES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv", "position_bytes", "seen"),
+    [
+        ("llama", "f16", 2 * 2 * 16 * 2, (6 + 7 + 10) / 3),
+        ("llama", "int8", 2 * 2 * (16 + 4), (6 + 7 + 10) / 3),  # and a scale
+        ("mistral", "f16", 2 * 2 * 16 * 2, (6 + 7 + 8) / 3),  # a window of 8
+    ],
+)
+def test_touched_bytes_are_codes_scales_keys_and_values(bundles, kind, kv, position_bytes, seen):
+    bundle = Bundle.open(bundles[kind])
+    parts = model_parts(bundle)
+    touched = touched_bytes(bundle, parts, [48, 88] * N_LAYERS, [6, 7, 10], kv)
+    attention = N_LAYERS * (ATTENTION + position_bytes * seen)
+    assert touched == {"gemv": mlp_bytes(48, 88), "attention": pytest.approx(attention, rel=1e-12), "head": HEAD}
+    dense = touched_bytes(bundle, parts, parts["n_columns"], 6, kv)
+    assert dense["gemv"] == mlp_bytes(96, 176)
+    assert dense["gemv"] == sum(r["bytes"] for r in bundle.header["regions"]) + parts["scale_bytes"].sum()
+
+
+def test_the_columns_of_the_plan_are_those_the_engine_selects(bundles):
+    for method in ("dip", "dip-ca"):
+        config = EngineConfig(method=method, density=0.5, mlp_dram="1000b", context=16, threads=1)
+        with Engine.open(bundles["llama"], config) as engine:
+            engine.prefill([3, 14, 15])
+            engine.reset_counters()
+            for token in (9, 26, 5):
+                engine.step(token)
+            assert engine.counters().selected == 3 * sum(engine.plan.options["k"]) == 3 * N_LAYERS * (48 + 88)
+
+
+@pytest.fixture
+def roofs(monkeypatch):
+    """Measurements in this process, of a disk of 2 GB/s and DRAM of 10; the list holds the thread counts asked for."""
+    asked = []
+    monkeypatch.setattr(tokenizer.Tokenizer, "open", lambda path: _Letters())
+    monkeypatch.setattr(bench, "_read_gbps", lambda *_: 2.0)
+    monkeypatch.setattr(
+        doctor, "measure_dram", lambda n_threads: asked.append(n_threads) or dict.fromkeys(n_threads, 10.0)
+    )
+    return asked
+
+
+def test_measure_counts_what_a_token_touches_when_asked(bundles, roofs):
+    config = {"method": "dip", "density": 0.5, "mlp_dram": "1000b", "threads": 1}
+    one = BenchCase(bundle=str(bundles["llama"]), config=config, n_prompt=4, n_gen=4, ledger=True)
+    runs = bench.measure(one)
+    positions = (5 + 6 + 7) / 3  # three tokens after the first, each reads its own, too
+    for run in runs.values():
+        assert (run.dram_gbps, run.n_tokens) == (10.0, 4)
+        assert run.touched_bytes == {
+            "gemv": mlp_bytes(48, 88), "attention": N_LAYERS * (ATTENTION + 128 * positions), "head": HEAD,
+        }  # fmt: skip
+    assert roofs == [[1]]
+    plain = bench.measure(replace(one, ledger=False))["warm"]
+    assert (plain.dram_gbps, plain.touched_bytes, roofs) == (None, None, [[1]])
+
+
+def test_the_roof_is_the_median_of_all_measurements_on_as_many_threads():
+    roofs = iter([30.0, 5.0, 10.0, 6.0, 20.0, 50.0])
+
+    def measure(one):
+        threads = 1 if one.mode == "dip-ca" else 2
+        run = record(n_steps=4, touched_bytes={"gemv": 1e6}, dram_gbps=next(roofs), n_threads=threads)
+        return {"cold": run, "warm": run}
+
+    rows = run_bench([case("dip"), case("dip-ca"), case("dense-stream")], 2, measure=measure)
+    decodes = [r for r in rows if r.ledger is not None]
+    assert [(r.mode, r.state, r.ledger.roof_gbps) for r in decodes] == [
+        ("dip", "cold", 10.0), ("dip", "warm", 10.0), ("dip-ca", "cold", 5.0), ("dip-ca", "warm", 5.0),
+        ("dense-stream", "cold", 10.0), ("dense-stream", "warm", 10.0),
+    ]  # fmt: skip
+    assert [r.as_dict()["ledger"] is None for r in rows] == [True, False] * 6  # not of prompts

@@ -298,7 +298,9 @@ def saved(tmp_path):
 
 
 def open_engine(bundle: Bundle, **options) -> Engine:
-    return Engine.open(bundle.path, EngineConfig(**{"mlp_dram": ALL, "context": 64, "threads": 2, **options}))
+    return Engine.open(
+        bundle.path, EngineConfig(**{"mlp_dram": ALL, "context": 64, "threads": 2, "kv": "f32", **options})
+    )
 
 
 def same_bits(a, b):

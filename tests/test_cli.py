@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,7 @@ def lines(capsys):
         (["run", "b", "p", "--raw", "--system", "x"], "--system needs a chat template, and --raw leaves the chat"),
         (["bench", "b", "--modes", "dip,dense"], "there is no mode 'dense'; the modes are dense-resident,"),
         (["bench", "b", "--modes", "dpi-ca"], "there is no mode 'dpi-ca'; did you mean dip-ca?"),
+        (["bench", "b", "-n", "1", "--ledger"], "-n 1 decodes nothing after the first new token: --ledger needs at"),
         (["bench", "b", "--reps", "0"], "0 repetitions were asked for; at least 1 is needed."),
         (
             ["eval", "b", "--text", "no.txt", "--window", "2049"],
@@ -434,6 +436,74 @@ def test_bench_gives_each_mode_the_options_that_act(measured, capsys):
     out, _ = lines(capsys)
     assert out[0].split()[:4] == ["mode", "state", "test", "tok/s"]
     assert len(out) == 1 + 4 * 4
+
+
+def test_bench_shows_the_ledger_of_warm_decodes(monkeypatch, header, capsys):
+    from test_records import record
+
+    seconds = {"select": 0.04, "submit": 0.0, "wait": 0.2, "gemv": 1.2, "attention": 0.32, "head": 0.16, "rest": 0.08}
+    cases = []
+
+    def measure(case):
+        cases.append(case)
+        run = record(
+            ledger_s=seconds, touched_bytes={"gemv": 30e6, "attention": 8e6, "head": 2e6}, dram_gbps=0.2,
+            disk_gbps_at_size=2.0,
+        )  # fmt: skip
+        still = dict.fromkeys(("flash_bytes_per_token", "reads_per_token"), 0.0)
+        return {"cold": run, "warm": run if case.mode == "dip" else replace(run, **still)}
+
+    monkeypatch.setattr(bench, "measure_apart", measure)
+    assert main([*BENCH, "--modes", "dense-resident,dip", "--ledger"]) == 0
+    assert [case.ledger for case in cases] == [True, True]
+    rows, resident, dip = capsys.readouterr().out.split("\n\n")
+    assert len(rows.splitlines()) == 1 + 2 * 4
+    assert dip.splitlines() == [
+        "dip, warm, tg5 after 3: 2 threads, avx2",
+        "stage           ms    share  DRAM/token  GB/s  of roof",
+        "select      10.000    2.0 %           -     -        -",
+        "submit       0.000    0.0 %           -     -        -",
+        "wait        50.000   10.0 %           -     -        -",
+        "gemv       300.000   60.0 %     30.0 MB   0.1   50.0 %",
+        "attention   80.000   16.0 %      8.0 MB   0.1   50.0 %",
+        "head        40.000    8.0 %      2.0 MB   0.1   25.0 %",
+        "rest        20.000    4.0 %           -     -        -",
+        "total      500.000  100.0 %     40.0 MB   0.1   40.0 %",
+        "limit      200.000   40.0 %           -     -        -",
+        "limit: the longer of DRAM 200.000 ms at its roof, 0.2 GB/s, and flash 0.006 ms, 12.3 KB at 2.00 GB/s",
+    ]
+    assert resident.splitlines()[0] == "dense-resident, warm, tg5 after 3: 2 threads, avx2"
+    assert resident.splitlines()[-1] == "limit: DRAM 200.000 ms at its roof, 0.2 GB/s"
+    assert main([*BENCH, "--modes", "dip", "--ledger", "--json"]) == 0
+    results = json.loads(lines(capsys)[0][-1])["results"]
+    assert [r["state"] for r in results if r["ledger"] is not None] == ["cold", "warm"]
+    assert results[-1]["ledger"]["total"]["of_roof"] == pytest.approx(0.4)
+
+
+def test_bench_ledger_of_a_bundle(tiny_bundle, letters, monkeypatch, capsys):
+    from dipper import doctor
+
+    one_a_letter = SimpleNamespace(
+        encode=lambda text: [ord(c) for c in text], eos_ids=(),
+        stream=lambda: SimpleNamespace(push=lambda token: "x", finish=lambda: ""),
+    )  # fmt: skip
+    monkeypatch.setattr(tokenizer_module.Tokenizer, "open", lambda path: one_a_letter)
+    monkeypatch.setattr(bench, "measure_apart", bench.measure)
+    monkeypatch.setattr(doctor, "measure_dram", lambda n_threads: dict.fromkeys(n_threads, 10.0))
+    args = ["--modes", "dense-resident,dense-stream,dip", "--mlp-dram", "1000b", "--threads", "2", "--text", letters]
+    assert main(["bench", str(tiny_bundle), "-p", "12", "-n", "6", "--reps", "1", *args, "--ledger", "--json"]) == 0
+    rows = [r for r in json.loads(lines(capsys)[0][-1])["results"] if r["test"] == "tg6"]
+    assert len(rows) == 6
+    for row in rows:
+        told = row["ledger"]
+        assert sum(stage["share"] for stage in told["stages"]) == pytest.approx(1.0)
+        assert told["total"]["dram_bytes"] == sum(stage["dram_bytes"] or 0 for stage in told["stages"])
+        assert told["total"]["ms"] == pytest.approx(1e3 / row["tok_per_s"])
+        assert told["roof_gbps"] == 10.0
+    touched = {row["mode"]: row["touched_bytes"] for row in rows}
+    assert touched["dense-resident"] == touched["dense-stream"]
+    assert touched["dip"]["attention"] == touched["dense-stream"]["attention"]
+    assert touched["dip"]["gemv"] < touched["dense-stream"]["gemv"]
 
 
 def test_bench_names_the_mode_that_failed(monkeypatch, header, capsys):

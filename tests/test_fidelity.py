@@ -46,7 +46,9 @@ def original_logits(folder: Path, ids: list[int]) -> np.ndarray:
 def open_engine(bundle: Bundle, method: str = "dense-resident", context: int = N_TOKENS, **config) -> Engine:
     if method != "dense-resident":
         config["mlp_dram"] = "80%"  # staging is a large share of an MLP this small
-    return Engine.open(bundle.path, EngineConfig(method=method, context=context, threads=2, **config))
+    return Engine.open(
+        bundle.path, EngineConfig(**{"method": method, "context": context, "threads": 2, "kv": "f32"} | config)
+    )
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:

@@ -23,6 +23,7 @@ from dipper.records import (
     provenance,
     ratio,
     run_record,
+    token_ledger,
 )
 from fakes import FakeEngine
 
@@ -111,6 +112,57 @@ def test_bench_row_has_llama_bench_fields_and_the_limit():
     assert (row["avg_ts"], row["stddev_ts"], row["median_ts"], row["of_limit"]) == (20.0, 10.0, 20.0, 0.5)
     assert (row["n_gen"], row["test"], row["reps"], row["schema"]) == (4, "tg4", 3, "dipper-bench/1")
     assert row["tok_per_s"] == run.tok_per_s
+
+
+TOUCHED = {"gemv": 30e6, "attention": 8e6, "head": 2e6}
+
+
+def test_token_ledger_is_seconds_and_bytes_of_a_mean_token():
+    seconds = {"select": 0.04, "submit": 0.0, "wait": 0.2, "gemv": 1.2, "attention": 0.32, "head": 0.16, "rest": 0.08}
+    run = record(
+        n_steps=4,
+        decode_s=2.0,
+        ledger_s=seconds,
+        touched_bytes=TOUCHED,
+        dram_gbps=0.2,
+        disk_gbps_at_size=12288e-9 / 0.4,
+    )
+    found = token_ledger(run)
+    assert [s.name for s in found.stages] == list(LEDGER)
+    assert [s.ms for s in found.stages] == pytest.approx([10, 0, 50, 300, 80, 40, 20])
+    assert sum(s.share for s in found.stages) == pytest.approx(1.0) == found.total.share
+    by_name = {s.name: s for s in found.stages}
+    assert (by_name["gemv"].dram_bytes, by_name["gemv"].gbps, by_name["gemv"].of_roof) == pytest.approx(
+        (30e6, 0.1, 0.5)
+    )
+    assert (by_name["wait"].dram_bytes, by_name["wait"].gbps, by_name["wait"].of_roof) == (None, None, None)
+    total = found.total
+    assert (total.name, total.ms, total.dram_bytes) == ("total", 500.0, 40e6)
+    assert (total.gbps, total.of_roof) == pytest.approx((0.08, 0.4))
+    assert (found.dram_ms, found.flash_ms, found.limit_ms, found.of_limit) == pytest.approx((200, 400, 400, 0.8))
+
+
+def test_token_ledger_knows_what_was_not_measured():
+    assert token_ledger(record()) is None  # no bytes counted
+    assert token_ledger(record(n_steps=0, touched_bytes=TOUCHED)) is None
+    unprobed = token_ledger(record(touched_bytes=TOUCHED, dram_gbps=10.0))
+    assert (unprobed.dram_ms, unprobed.flash_ms, unprobed.limit_ms, unprobed.of_limit) == (4.0, None, None, None)
+    held = token_ledger(record(touched_bytes=TOUCHED, dram_gbps=10.0, flash_bytes_per_token=0.0))
+    assert (held.flash_ms, held.limit_ms) == (0.0, 4.0)
+    assert [s.gbps for s in held.stages if s.name == "gemv"] == [None]  # in no time
+    roofless = token_ledger(record(touched_bytes=TOUCHED))
+    assert (roofless.dram_ms, roofless.total.of_roof, roofless.limit_ms) == (None, None, None)
+
+
+def test_a_ledger_goes_with_its_row():
+    run = record(touched_bytes=TOUCHED, dram_gbps=10.0, disk_gbps_at_size=1.0)
+    row = BenchRow(
+        run=run, mode="dip", state="warm", test="tg4", n_gen=4, n_depth=3, samples_ts=[2.0], samples_ns=[1]
+    )  # fmt: skip
+    told = json.loads(json_line(row.as_dict()))
+    assert told["ledger"]["stages"][3]["name"] == "gemv"
+    assert (told["ledger"]["total"]["dram_bytes"], told["touched_bytes"]) == (40e6, TOUCHED)
+    assert dataclasses.replace(row, n_gen=0).ledger is None
 
 
 def test_json_refuses_what_is_not_json():

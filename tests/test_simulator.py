@@ -714,7 +714,7 @@ def kv_bytes(bundle: Bundle, n_prompt: int, n_tokens: int) -> float:
     """Keys and values read by a mean decoded token, fp32."""
     positions = np.mean([n_prompt + t for t in range(n_tokens)])
     model = bundle.model
-    return float(positions) * 2 * 4 * model.n_layers * model.n_kv_heads * model.head_dim
+    return float(positions) * 2 * 2 * model.n_layers * model.n_kv_heads * model.head_dim
 
 
 def dense(bundle: Bundle, method: str, **options: Any) -> Setting:

@@ -271,6 +271,8 @@ DecoderOptions options_of(const nb::dict& d, const Model& model) {
   o.mlp.stream_slots = get<int32_t>(d, "stream_slots");
   o.mlp.stream_chunk_bytes = get<uint32_t>(d, "stream_chunk_bytes");
   o.context = get<int32_t>(d, "context");
+  const auto kv = get<std::string>(d, "kv");
+  o.kv = kv == "f32" ? KvCodes::kF32 : kv == "f16" ? KvCodes::kF16 : KvCodes::kI8;
   o.block_tokens = get<int32_t>(d, "block_tokens");
   o.n_threads = get<int32_t>(d, "n_threads");
   o.isa = get<std::string>(d, "isa");
@@ -404,8 +406,8 @@ void bind_decoder(nb::module_& m) {
             const nb::gil_scoped_release released;
             new (self) Decoder(std::move(model), o, [&](std::span<const uint8_t> bytes) {
               const nb::gil_scoped_acquire acquired;
-              check_resident(nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(bytes.data(), {bytes.size()},
-                                                                                nb::none()));
+              check_resident(
+                  nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(bytes.data(), {bytes.size()}, nb::none()));
             });
           },
           nb::arg("header"), nb::arg("directory"), nb::arg("options"), nb::arg("check_resident"))

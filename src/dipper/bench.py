@@ -3,8 +3,8 @@
 A process of its own gives every measurement an empty heap, its own peak RSS and its own budget, and lets only one
 engine hold memory at a time. One measurement is: drop the bundle from the page cache and check it, open the engine,
 generate (`cold`: the column cache is empty before the prompt), forget the KV cache, generate the same again (`warm`),
-close, and read the disk at the run's mean request size. Modes take turns, A B C A B C, so that a disk that changes its
-speed changes it for all.
+close, and read the disk at the run's mean request size; with `ledger` also count what its tokens must read of DRAM, and
+read DRAM with as many threads. Modes take turns, A B C A B C, so that a disk that changes its speed changes it for all.
 
     rows = run_bench([BenchCase(bundle="smollm2.dipper", config={"method": "dip"}, n_prompt=512, n_gen=64)], reps=5)
 
@@ -22,11 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dipper import errors
 from dipper.errors import ConfigError, DipperError
 from dipper.records import BenchRow, RunRecord, json_line, ratio
+
+if TYPE_CHECKING:
+    from dipper.engine import Engine
 
 __all__ = ["BenchCase", "Measurement", "measure", "measure_apart", "run_bench", "with_disk_probe"]
 
@@ -49,6 +52,7 @@ class BenchCase:
     n_prompt: int
     n_gen: int
     text: str | None = None  # file the prompt is cut from; None: a text of dipper's own
+    ledger: bool = False  # whether what a token touches is counted, and DRAM read for comparison
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,7 +99,13 @@ def run_bench(
     for case, measurements in zip(cases, taken, strict=True):
         for state in STATES:
             rows += _rows(case, state, [m[state] for m in measurements])
-    return rows
+    runs = [run for measurements in taken for measurement in measurements for run in measurement.values()]
+    return [replace(row, run=replace(row.run, dram_gbps=_roof(runs, row.run.n_threads))) for row in rows]
+
+
+def _roof(runs: Sequence[RunRecord], n_threads: int) -> float | None:
+    """What DRAM gives, the same for all modes, so that their shares of it compare."""
+    return _middle([run.dram_gbps for run in runs if run.n_threads == n_threads])
 
 
 def _rows(case: BenchCase, state: str, runs: list[RunRecord]) -> list[BenchRow]:
@@ -118,8 +128,7 @@ def _row(
     speeds = [n / max(seconds, 1e-9) for n, seconds in samples]
     middle = sorted(range(len(runs)), key=lambda i: speeds[i])[(len(runs) - 1) // 2]
     # The disk is probed after every run; a median of all says more about it than the one beside the median run.
-    probes = sorted(r.disk_gbps_at_size for r in runs if r.disk_gbps_at_size is not None)
-    disk_gbps = probes[(len(probes) - 1) // 2] if probes else None
+    disk_gbps = _middle([r.disk_gbps_at_size for r in runs])
     run = replace(runs[middle], disk_gbps_at_size=disk_gbps, notes=[*case.notes, *runs[middle].notes])
     limit = None
     if n_gen and run.disk_gbps_at_size is not None:
@@ -135,6 +144,11 @@ def _row(
         samples_ns=[round(seconds * 1e9) for _, seconds in samples],
         limit_ts=limit,
     )
+
+
+def _middle(probes: Sequence[float | None]) -> float | None:
+    known = sorted(p for p in probes if p is not None)
+    return known[(len(known) - 1) // 2] if known else None
 
 
 def measure_apart(case: BenchCase) -> Measurement:
@@ -191,7 +205,26 @@ def measure(case: BenchCase) -> Measurement:
                 last = step
             assert last.record is not None, "the last step carries the record"
             runs[state] = replace(last.record, notes=[*last.record.notes, *notes])
-    return {state: with_disk_probe(case.bundle, run) for state, run in runs.items()}
+    runs = {state: with_disk_probe(case.bundle, run) for state, run in runs.items()}
+    return _with_touched(runs, engine) if case.ledger else runs
+
+
+def _with_touched(runs: Measurement, engine: Engine) -> Measurement:
+    """Runs of an engine, closed by now, with the DRAM that a token must touch and what DRAM gives."""
+    import numpy as np
+
+    from dipper.doctor import measure_dram
+    from dipper.simulator import model_parts, touched_bytes
+
+    bundle, plan = engine.bundle, engine.plan
+    parts = model_parts(bundle)
+
+    def touched(run: RunRecord) -> dict[str, float]:
+        positions = run.n_prompt + np.arange(1, max(run.n_tokens, 2))  # of each decoded token, its own the last
+        return touched_bytes(bundle, parts, plan.options["k"], positions, engine.config.kv)
+
+    gbps = measure_dram(n_threads=[engine.n_threads])[engine.n_threads]
+    return {state: replace(run, touched_bytes=touched(run), dram_gbps=gbps) for state, run in runs.items()}
 
 
 def _drop_page_cache(bundle: Path) -> list[str]:

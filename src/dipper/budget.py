@@ -32,6 +32,7 @@ __all__ = ["METHODS", "EngineConfig", "Plan", "available_cpus", "parse_bytes", "
 METHODS = ("dense-resident", "dense-stream", "dip", "dip-ca")
 CACHES = ("lru", "lfu", "lfu-decay", "static")
 READERS = ("auto", "io_uring", "pread")
+KV_CODES = ("f32", "f16", "int8")
 DEFAULT_GAMMA = 0.5  # of dip-ca
 DEFAULT_MLP_DRAM = "50%"
 
@@ -88,6 +89,7 @@ class EngineConfig:
         mlp_dram: the MLP's share: "2.7b" bits per MLP weight, or "60%" of its bytes, scales and staging included.
             None: what `dram` leaves, or 50 % where that is not given either.
         context: positions of the KV cache.
+        kv: how keys and values are kept: "f32", "f16", or "int8" with a scale for each position and head.
         threads: None: all cores.
         reader, isa: "auto" or a fixed choice.
         cold: prefill leaves the column caches as they are.
@@ -108,6 +110,7 @@ class EngineConfig:
     dram: str | int | None = None
     mlp_dram: str | None = None
     context: int = 1024
+    kv: str = "f16"
     threads: int | None = None
     reader: str = "auto"
     isa: str = "auto"
@@ -117,7 +120,7 @@ class EngineConfig:
     split: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("cache", CACHES), ("reader", READERS)):
+        for name, known in (("method", METHODS), ("cache", CACHES), ("reader", READERS), ("kv", KV_CODES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} '{getattr(self, name)}' is unknown: choose {', '.join(known)}")
         if (self.d_in is None) != (self.d_glu is None):
@@ -271,6 +274,7 @@ class Planner:
             "pinned": [0] * len(self.regions),
             "stream_chunk_bytes": _CHUNK_BYTES,
             "context": config.context,
+            "kv": config.kv,
             "n_threads": config.threads or available_cpus(),
             "isa": config.isa,
             "reader": config.reader,

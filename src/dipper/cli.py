@@ -91,7 +91,10 @@ Calibration = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Compute threads (default: all cores).", metavar="N")]
 Reader = Annotated[str | None, typer.Option(help="auto, io_uring or pread (default auto).", metavar="NAME")]
-Isa = Annotated[str | None, typer.Option(help="Kernels: auto, scalar, avx2 or avx512 (default auto).", metavar="NAME")]
+Isa = Annotated[
+    str | None, typer.Option(help="Kernels: auto, scalar, avx2, avx512 or neon (default auto).", metavar="NAME")
+]
+Kv = Annotated[str | None, typer.Option(help="Keys and values: f32, f16 or int8 (default f16).", metavar="NAME")]
 Cold = Annotated[bool, typer.Option("--cold", help="The prompt does not warm the column cache.")]
 Trace = Annotated[
     Path | None, typer.Option(help="Write masks, hits and reads by token and region to FILE.", metavar="FILE")
@@ -237,6 +240,7 @@ def run(
     threads: Threads = None,
     reader: Reader = None,
     isa: Isa = None,
+    kv: Kv = None,
     ctx: Ctx = None,
     plan: Annotated[
         str | None, typer.Option(help="Settings of `dipper plan --out FILE`, or auto: plan now.", metavar="FILE|auto")
@@ -279,7 +283,7 @@ def run(
     options: dict[str, Any] = {
         "method": method, "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
         "calibration": calibration, "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader,
-        "isa": isa, "cold": cold or None, "trace": trace,
+        "isa": isa, "kv": kv, "cold": cold or None, "trace": trace,
     }  # fmt: skip
     if plan is not None:
         options |= _planned(plan, bundle, options)
@@ -352,6 +356,7 @@ def chat(
     threads: Threads = None,
     reader: Reader = None,
     isa: Isa = None,
+    kv: Kv = None,
     ctx: Ctx = 2048,
     cold: Cold = False,
     trace: Trace = None,
@@ -377,7 +382,7 @@ def chat(
     tokenizer = _open_tokenizer(bundle)
     config = _config(
         method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, calibration=calibration,
-        dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, cold=cold or None, trace=trace,
+        dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, kv=kv, cold=cold or None, trace=trace,
         context=ctx,
     )  # fmt: skip
     with _open_engine(bundle, config) as engine:
@@ -502,6 +507,7 @@ def evaluate(
     threads: Threads = None,
     reader: Reader = None,
     isa: Isa = None,
+    kv: Kv = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep the result here; an interrupted run continues from it.", metavar="FILE")
     ] = None,
@@ -526,7 +532,7 @@ def evaluate(
         raise ConfigError("give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR.")
     common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
     files = {"calibration": calibration}
-    native = {"dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa}
+    native = {"dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa, "kv": kv}
     torch_method = {
         "select": select, "norms": norms or None, "compensate": compensate or None, "capacity": capacity,
     }  # fmt: skip
@@ -765,6 +771,9 @@ def bench(
     n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="New tokens of a generation.", metavar="N")] = 64,
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Prompt tokens.", metavar="N")] = 512,
     reps: Annotated[int, typer.Option(help="Repetitions; modes take turns.", metavar="N")] = 5,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Where a decoded token's time goes, and what its bytes would allow.")
+    ] = False,
     text: Annotated[
         Path | None, typer.Option(help="Text the prompt is cut from (default: one of dipper's own).", metavar="FILE")
     ] = None,
@@ -779,6 +788,7 @@ def bench(
     threads: Threads = None,
     reader: Reader = None,
     isa: Isa = None,
+    kv: Kv = None,
     cold: Cold = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -787,32 +797,55 @@ def bench(
 
     dense-resident is the reference that holds everything: it gets no DRAM limit.
 
+    --ledger adds where a decoded token's time goes: a table for the warm decode of each mode (--json: of the cold one,
+    too), of the run whose speed is the median.
+
+    \b
+      stage       select: masks, cache, read plans, admissions; submit: reads
+                  handed to the kernel; wait: for them; gemv: the MLP's
+                  products; attention; head; rest: what these leave (norms,
+                  sampling, detokenising)
+      ms, share   of a mean token, and of its time
+      DRAM/token  bytes that the stage must read: codes and scales of its
+                  matrices (of the MLP the codes of selected columns and all
+                  scales), keys and values of the positions so far
+      GB/s        these bytes in that time
+      of roof     that over what as many threads get that only read DRAM,
+                  measured after every run; above 100 % where a processor's
+                  cache holds some of it
+      limit       the longer of all these bytes at the roof, and all reads of
+                  flash at what the disk gives to random reads of their size;
+                  share: of the token's time
+
     \b
     Examples:
       dipper bench smollm2.dipper --mlp-dram 60%
+      dipper bench smollm2.dipper --modes dense-resident,dip --ledger
       dipper bench smollm2.dipper --modes dense-stream,dip --dram 200MB -n 128 --reps 3 --json
     """
     from dipper.bench import run_bench
     from dipper.records import json_line
-    from dipper.tables import bench_table
+    from dipper.tables import bench_table, ledger_table
 
+    if ledger and n_tokens < 2:
+        raise ConfigError(f"-n {n_tokens} decodes nothing after the first new token: --ledger needs at least -n 2.")
     options = {
         "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
         "calibration": None if calibration is None else str(calibration), "dram": dram, "mlp_dram": mlp_dram,
-        "threads": threads, "reader": reader, "isa": isa, "cold": cold or None,
+        "threads": threads, "reader": reader, "isa": isa, "kv": kv, "cold": cold or None,
     }  # fmt: skip
-    cases = [_bench_case(bundle, mode.strip(), options, n_prompt, n_tokens, text) for mode in modes.split(",")]
+    measured = {"n_prompt": n_prompt, "n_gen": n_tokens, "text": str(text) if text else None, "ledger": ledger}
+    cases = [_bench_case(bundle, mode.strip(), options, **measured) for mode in modes.split(",")]
     _check_context(bundle, f"-p {n_prompt} -n {n_tokens}", n_prompt + n_tokens, "less of either")
     rows = run_bench(cases, reps, progress=lambda done, total, mode: _say(f"{done + 1}/{total} {mode}"))
     if as_json:
         print(json_line({"schema": "dipper-bench/1", "results": [row.as_dict() for row in rows]}))
     else:
-        print(bench_table(rows))
+        ledgers = [ledger_table(row) for row in rows if row.state == "warm"]
+        print("\n\n".join(filter(None, [bench_table(rows), *ledgers])))
 
 
-def _bench_case(
-    bundle: Path, mode: str, options: dict[str, Any], n_prompt: int, n_gen: int, text: Path | None
-) -> BenchCase:
+def _bench_case(bundle: Path, mode: str, options: dict[str, Any], **measured: Any) -> BenchCase:
     from dipper.bench import BenchCase
     from dipper.engine import METHODS
 
@@ -825,9 +858,7 @@ def _bench_case(
     if mode == "dense-resident" and (options["dram"], options["mlp_dram"]) != (None, None):
         given.pop("dram", None)
         notes.append("no DRAM limit: the reference that holds everything")
-    return BenchCase(
-        bundle=str(bundle), config=given, n_prompt=n_prompt, n_gen=n_gen, text=str(text) if text else None, notes=notes
-    )
+    return BenchCase(bundle=str(bundle), config=given, notes=notes, **measured)
 
 
 @app.command()

@@ -149,6 +149,8 @@ class Engine:
         decoder = _core.Decoder(bundle.header, str(bundle.path), options, check_resident)
         sha256 = None if calibration is None else calibration.sha256
         engine = cls(bundle, config, plan, decoder, mean_densities(densities), sha256)
+        if config.kv != "f16":
+            engine.notes.append(f"keys and values are kept as {config.kv}")
         if config.split is not None:
             engine.notes.append("slots are shared out over the regions by given weights, not uniformly")
         if config.prunes and config.cache == "static" and config.cold:

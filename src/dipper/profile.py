@@ -249,7 +249,7 @@ class _Runs:
         copied = counters.evictions * counters.useful_bytes / max(counters.misses, 1) / _TOKENS
         copy_s = disk["select"] - select_s - per_miss * counters.misses / _TOKENS
         attention, head = self.parts["attention"][0], self.parts["head"][0]
-        kv_bytes = self.parts["kv_bytes"] * self.bundle.model.n_layers * (_PROMPT + _TOKENS / 2)
+        kv_bytes = self.parts["kv_bytes"]["f16"] * self.bundle.model.n_layers * (_PROMPT + _TOKENS / 2)
         attention_s = max(dense["attention"] - kv_bytes / (1e9 * dram.gbps), 0.1 * dense["attention"])
         return Compute(
             gemv_gweights_per_s=1e-9 / s_per_weight,

@@ -1,8 +1,8 @@
 """The one result schema: what a measurement is called, how it is computed, and where it came from.
 
 Owns the metrics (each defined once, below), `RunRecord` (one generation), `BenchRow` (a `RunRecord` plus
-llama-bench's field names), `EvalRecord` (one perplexity) and `Provenance`. Whatever prints or stores a figure takes
-it from here.
+llama-bench's field names), `TokenLedger` (where a token's time goes), `EvalRecord` (one perplexity) and `Provenance`.
+Whatever prints or stores a figure takes it from here.
 
     timing = Timing(start_s=0.0, first_s=0.5, last_s=2.5, n_tokens=21)
     timing.ttft_s, timing.tok_per_s       # (0.5, 10.0): 20 tokens in the 2 s after the first
@@ -34,7 +34,9 @@ __all__ = [
     "Provenance",
     "RunRecord",
     "SimRecord",
+    "Stage",
     "Timing",
+    "TokenLedger",
     "Traffic",
     "engine_fields",
     "header_sha256",
@@ -46,6 +48,7 @@ __all__ = [
     "provenance",
     "ratio",
     "run_record",
+    "token_ledger",
 ]
 
 # The parts of a decoded token's time. `rest` is what the others leave of the wall time: norms, sampling, detokenising.
@@ -244,6 +247,8 @@ class RunRecord:
     mlp_bits_per_weight: float
     peak_rss_bytes: int
     ledger_s: dict[str, float]  # seconds over the whole decode; see LEDGER
+    touched_bytes: dict[str, float] | None = None  # of DRAM, that a token must read in a part; None: not counted
+    dram_gbps: float | None = None  # what DRAM gives to reads by n_threads threads; None: not measured
     reader_backend: str
     direct: bool
     isa: str
@@ -288,6 +293,11 @@ class BenchRow:
         """Tokens per second, median of the repetitions."""
         return _median(self.samples_ts)
 
+    @property
+    def ledger(self) -> TokenLedger | None:
+        """Where a decoded token's time goes; None of a prompt, and where its bytes were not counted."""
+        return token_ledger(self.run) if self.n_gen else None
+
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON types: every key of the run, then the bench's own."""
         avg_ts, stddev_ts = _mean_stddev(self.samples_ts)
@@ -309,8 +319,64 @@ class BenchRow:
             "samples_ns": self.samples_ns,
             "limit_ts": self.limit_ts,
             "of_limit": of_limit,
+            "ledger": None if self.ledger is None else asdict(self.ledger),
         }
         return {**self.run.as_dict(), "schema": "dipper-bench/1", **own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a decoded token's time, and the DRAM that it must read in it; None: nothing is counted there."""
+
+    name: str  # of LEDGER, or total
+    ms: float
+    share: float | None  # of the token's time
+    dram_bytes: float | None
+    gbps: float | None  # dram_bytes in ms
+    of_roof: float | None  # gbps over what DRAM gives to as many threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLedger:
+    """Where a decoded token's time goes, and the least that its bytes allow. None: not measured."""
+
+    stages: list[Stage]
+    total: Stage
+    roof_gbps: float | None
+    dram_ms: float | None  # all its bytes of DRAM at the roof
+    flash_ms: float | None  # what it asks of the disk, at what the disk gives to reads of that size
+    limit_ms: float | None  # the longer of both: reads and products may overlap
+    of_limit: float | None  # limit_ms over the token's time
+
+
+def token_ledger(run: RunRecord) -> TokenLedger | None:
+    """A run's seconds and bytes by part, for a mean token; None where bytes were not counted or nothing was decoded."""
+    n_steps = run.n_tokens - 1
+    if run.touched_bytes is None or n_steps < 1:
+        return None
+    roof, token_ms = run.dram_gbps, 1e3 * run.decode_s / n_steps
+
+    def stage(name: str, ms: float, n_bytes: float | None) -> Stage:
+        gbps = None if n_bytes is None else ratio(1e-6 * n_bytes, ms)
+        of_roof = None if gbps is None or roof is None else ratio(gbps, roof)
+        return Stage(name=name, ms=ms, share=ratio(ms, token_ms), dram_bytes=n_bytes, gbps=gbps, of_roof=of_roof)
+
+    n_bytes = sum(run.touched_bytes.values())
+    dram_ms = None if roof is None else ratio(1e-6 * n_bytes, roof)
+    flash_ms: float | None = 0.0
+    if run.flash_bytes_per_token:
+        disk = run.disk_gbps_at_size
+        flash_ms = None if disk is None else ratio(1e-6 * run.flash_bytes_per_token, disk)
+    limit_ms = None if dram_ms is None or flash_ms is None else max(dram_ms, flash_ms)
+    return TokenLedger(
+        stages=[stage(name, 1e3 * run.ledger_s[name] / n_steps, run.touched_bytes.get(name)) for name in LEDGER],
+        total=stage("total", token_ms, n_bytes),
+        roof_gbps=roof,
+        dram_ms=dram_ms,
+        flash_ms=flash_ms,
+        limit_ms=limit_ms,
+        of_limit=None if limit_ms is None else ratio(limit_ms, token_ms),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .budget import EngineConfig
+from .budget import KV_CODES, EngineConfig, plan_run
 from .bundle import Bundle
 from .device import Compute, Device
 from .errors import BudgetError
 from .records import LEDGER, SimRecord, provenance
 from .workload import Setting, Traffic, Workload, embedding_reads
 
-__all__ = ["Prediction", "check_fits", "miss_curve_split", "model_parts", "predict", "sim_record"]
+__all__ = ["Prediction", "check_fits", "miss_curve_split", "model_parts", "predict", "sim_record", "touched_bytes"]
 
 LAST_BLOCK = 32  # columns whose products follow the last read
+_POSITIONS = 1024  # a multiple of the KV cache's blocks: a plan of as many has whole ones
 
 _F64 = npt.NDArray[np.float64]
 
@@ -77,7 +78,6 @@ def model_parts(bundle: Bundle) -> dict[str, Any]:
             part[0] += entry["shape"][0] * entry["shape"][1]
             part[1] += entry["bytes"] + sum(span["bytes"] for span in entry["scales"].values())
     regions = bundle.header["regions"]
-    model = bundle.model
     return {
         **parts,
         "n_columns": np.array([r["n_columns"] for r in regions]),
@@ -86,9 +86,46 @@ def model_parts(bundle: Bundle) -> dict[str, Any]:
         "scale_bytes": np.array(
             [sum(s["bytes"] for m in r["matrices"] for n, s in m["scales"].items() if n != "tier") for r in regions]
         ),
-        "kv_bytes": 2 * 4 * model.n_kv_heads * model.head_dim,  # of a position in a layer, fp32
+        "kv_bytes": {kv: _kv_bytes(bundle, kv) for kv in KV_CODES},  # of a position in a layer
         "macs": bundle.mlp_weights + parts["attention"][0],  # of a token in prefill, the head aside
     }
+
+
+def _kv_bytes(bundle: Bundle, kv: str) -> int:
+    """Keys and values of a position in a layer, from the engine's own plan."""
+    config = EngineConfig(method="dense-resident", context=_POSITIONS, kv=kv)
+    plan = plan_run(bundle, config, host_bytes=0, capacity=[0] * len(bundle.header["regions"]))
+    return plan.parts["kv"] // (_POSITIONS * bundle.model.n_layers)
+
+
+def touched_bytes(
+    bundle: Bundle, parts: dict[str, Any], used: npt.ArrayLike, positions: npt.ArrayLike, kv: str
+) -> dict[str, float]:
+    """Bytes of DRAM that a decoded token must touch, by the part of the ledger that does; a mean over tokens.
+
+    Codes of all matrices, of the MLP those of the columns used, and all scales: a block's belong to each of its
+    columns. Keys and values are attention's. Small and left out: norms, activations, embedding rows, a calibration.
+
+    Args:
+        bundle: whose weights.
+        parts: its `model_parts`.
+        used: columns by region.
+        positions: that a token attends to; of each token, or their mean.
+        kv: how keys and values are kept.
+    """
+    mlp = np.asarray(used) * parts["column_bytes"] + parts["scale_bytes"]
+    return {
+        "gemv": float(mlp.sum()),
+        "attention": parts["attention"][1] + _kv_read_bytes(bundle, parts, positions, kv),
+        "head": float(parts["head"][1]),
+    }
+
+
+def _kv_read_bytes(bundle: Bundle, parts: dict[str, Any], positions: npt.ArrayLike, kv: str) -> float:
+    """Keys and values that a token reads, of as many positions as each layer's window lets it see."""
+    windows = [layer.window or np.inf for layer in bundle.model.layers]
+    seen = np.minimum.outer(np.atleast_1d(positions), windows)  # [positions, layers]
+    return float(seen.mean(axis=0).sum() * parts["kv_bytes"][kv])
 
 
 def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prompt: int, n_tokens: int) -> Prediction:
@@ -102,8 +139,7 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
     """
     parts = model_parts(setting.bundle)
     positions = n_prompt + (n_tokens - 1) / 2  # mean position of a decoded token
-    seen = sum(min(positions, layer.window or positions) for layer in setting.bundle.model.layers)
-    kv = seen * parts["kv_bytes"]
+    kv = _kv_read_bytes(setting.bundle, parts, positions, setting.config.kv)
     ledger = dict.fromkeys(LEDGER, 0.0)
     compute = device.compute
     attention_s = float(_products_s(device, compute.attention_gweights_per_s, *parts["attention"]))
@@ -117,7 +153,7 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
     sustained_s = device.flash.sustained_s(n_reads, n_bytes)
     ledger["wait"] += max(0.0, sustained_s - sum(ledger.values()))
     used = parts["n_columns"] if traffic is None else traffic.selected.mean(axis=0)
-    dram = float((used * parts["column_bytes"] + parts["scale_bytes"]).sum()) + parts["attention"][1] + kv
+    dram = sum(touched_bytes(setting.bundle, parts, used, positions, setting.config.kv).values())
     return Prediction(
         n_tokens=n_tokens,
         ledger_s=ledger,
@@ -125,7 +161,7 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
         io_s=io_s,
         products_s=ledger["gemv"] + ledger["attention"] + ledger["head"],
         sustained_s=sustained_s,
-        joules_per_token=_joules(device, dram + parts["head"][1], n_bytes / n_tokens),
+        joules_per_token=_joules(device, dram, n_bytes / n_tokens),
     )
 
 

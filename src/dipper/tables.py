@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dipper.records import LEDGER, BenchRow, EvalRecord, RunRecord, SimRecord
+from dipper.records import LEDGER, BenchRow, EvalRecord, RunRecord, SimRecord, Stage
 
 if TYPE_CHECKING:
     from dipper.compare import Row
@@ -20,6 +20,7 @@ __all__ = [
     "eval_table",
     "evals_table",
     "inspect_table",
+    "ledger_table",
     "run_table",
     "sim_table",
     "tasks_table",
@@ -206,6 +207,38 @@ def bench_table(rows: Sequence[BenchRow]) -> str:
             ]
         )
     return align(table, left=3)
+
+
+def ledger_table(row: BenchRow) -> str:
+    """Where a decoded token's time goes, one part a row, then what its bytes allow; empty for a row without ledger."""
+    ledger = row.ledger
+    if ledger is None:
+        return ""
+    rows = [["stage", "ms", "share", "DRAM/token", "GB/s", "of roof"]]
+    rows += [_stage(stage) for stage in (*ledger.stages, ledger.total)]
+    rows.append(["limit", _or_none(ledger.limit_ms, "{:.3f}"), _percent(ledger.of_limit), _NONE, _NONE, _NONE])
+    run, roof = row.run, _or_none(ledger.roof_gbps, "{:.1f} GB/s")
+    read = f"DRAM {_or_none(ledger.dram_ms, '{:.3f} ms')} at its roof, {roof}"
+    if run.flash_bytes_per_token:
+        flash = f"flash {_or_none(ledger.flash_ms, '{:.3f} ms')}, {_size(run.flash_bytes_per_token)}"
+        read = f"the longer of {read}, and {flash} at {_or_none(run.disk_gbps_at_size, '{:.2f} GB/s')}"
+    where = f"{row.mode}, {row.state}, {row.test} after {row.n_depth}: {run.n_threads} threads, {run.isa}"
+    return f"{where}\n{align(rows)}\nlimit: {read}"
+
+
+def _stage(stage: Stage) -> list[str]:
+    return [
+        stage.name,
+        f"{stage.ms:.3f}",
+        _percent(stage.share),
+        _NONE if stage.dram_bytes is None else _mb(stage.dram_bytes),
+        _or_none(stage.gbps, "{:.1f}"),
+        _percent(stage.of_roof),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return _or_none(None if share is None else 100 * share, "{:.1f} %")
 
 
 # ------------------------------------------------------------------------------------------------ simulate

@@ -338,35 +338,73 @@ void test_activation_extremes() {
   }
 }
 
+// Keys and values as one instruction set keeps them.
+struct KvMemory {
+  std::vector<uint8_t> k, v;
+  std::vector<float> k_scale, v_scale;
+  KvHead head;
+
+  KvMemory(const std::string& isa, KvCodes codes, int32_t dim, int32_t n, const std::vector<float>& keys,
+           const std::vector<float>& values)
+      : k(static_cast<size_t>(4 * dim * ((n + 15) / 16 * 16))), v(k.size()), k_scale(k.size()), v_scale(k.size()) {
+    head = {codes, k.data(), v.data(), k_scale.data(), v_scale.data()};
+    for (int32_t p = 0; p < n; ++p)
+      select_kernels(isa).keep(keys.data() + p * dim, values.data() + p * dim, p, dim, head);
+  }
+};
+
+void check_attention(KvCodes codes, int32_t dim, int32_t n, const std::vector<float>& q, const std::vector<float>& k,
+                     const std::vector<float>& v) {
+  constexpr int32_t kFirst = 5;
+  const KvMemory reference("scalar", codes, dim, n, k, v);
+  std::vector<float> scores(static_cast<size_t>(n + 32)), out(static_cast<size_t>(dim));
+  select_kernels("scalar").attend(q.data(), reference.head, dim, kFirst, n, 0.125f, scores.data(), out.data());
+  std::vector<double> expected(static_cast<size_t>(dim));
+  double total = 0.0;
+  for (int32_t p = kFirst; p < n; ++p) {
+    double s = 0.0;
+    for (int32_t i = 0; i < dim; ++i)
+      s += static_cast<double>(q[static_cast<size_t>(i)]) * k[static_cast<size_t>(p * dim + i)];
+    const double e = std::exp(s * 0.125);
+    total += e;
+    for (int32_t i = 0; i < dim; ++i) expected[static_cast<size_t>(i)] += e * v[static_cast<size_t>(p * dim + i)];
+  }
+  const double allowed = codes == KvCodes::kF32 ? 3e-6 : codes == KvCodes::kF16 ? 1e-3 : 3e-2;  // of values about 1
+  for (size_t i = 0; i < expected.size(); ++i) CHECK(std::fabs(out[i] - expected[i] / total) < allowed);
+  for (const std::string& isa : available_isas()) {
+    const KvMemory memory(isa, codes, dim, n, k, v);
+    CHECK(memory.k == reference.k && memory.v == reference.v);
+    CHECK(same_bits(memory.k_scale, reference.k_scale) && same_bits(memory.v_scale, reference.v_scale));
+    std::vector<float> again(static_cast<size_t>(dim));
+    select_kernels(isa).attend(q.data(), memory.head, dim, kFirst, n, 0.125f, scores.data(), again.data());
+    CHECK(same_bits(again, out));
+  }
+}
+
 void test_attention() {
-  const Kernels& reference = select_kernels("scalar");
   for (const int32_t dim : {8, 64, 80}) {
-    constexpr int32_t kPositions = 37;
+    constexpr int32_t kPositions = 101;  // blocks of 64 and of 16, and a rest
     const std::vector<float> q = random_vector(static_cast<size_t>(dim), 4);
     const std::vector<float> k = random_vector(static_cast<size_t>(dim * kPositions), 5),
                              v = random_vector(static_cast<size_t>(dim * kPositions), 6);
-    std::vector<float> scores(kPositions + 32), out(static_cast<size_t>(dim)), lanes(static_cast<size_t>(48 * dim));
-    for (int32_t p = 0; p < kPositions; ++p) {  // positions in blocks of 16 lanes
-      for (int32_t i = 0; i < dim; ++i)
-        lanes[static_cast<size_t>(p / 16 * 16 * dim + 16 * i + p % 16)] = k[static_cast<size_t>(p * dim + i)];
-    }
-    reference.attend(q.data(), lanes.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(), out.data());
-    std::vector<double> expected(static_cast<size_t>(dim));
-    double total = 0.0;
-    for (int32_t p = 5; p < kPositions; ++p) {
-      double s = 0.0;
-      for (int32_t i = 0; i < dim; ++i)
-        s += static_cast<double>(q[static_cast<size_t>(i)]) * k[static_cast<size_t>(p * dim + i)];
-      const double e = std::exp(s * 0.125);
-      total += e;
-      for (int32_t i = 0; i < dim; ++i) expected[static_cast<size_t>(i)] += e * v[static_cast<size_t>(p * dim + i)];
-    }
-    for (size_t i = 0; i < expected.size(); ++i) CHECK(std::fabs(out[i] - expected[i] / total) < 3e-6);
-    for (const std::string& isa : available_isas()) {
-      std::vector<float> again(static_cast<size_t>(dim));
-      select_kernels(isa).attend(q.data(), lanes.data(), v.data(), dim, 5, kPositions, 0.125f, scores.data(),
-                                 again.data());
-      CHECK(same_bits(again, out));
+    for (const KvCodes codes : {KvCodes::kF32, KvCodes::kF16, KvCodes::kI8})
+      check_attention(codes, dim, kPositions, q, k, v);
+  }
+}
+
+// Halves there and back, on every instruction set.
+void test_halves() {
+  for (const std::string& isa : available_isas()) {
+    for (const float value : {0.0f, -0.0f, 1.0f, -65504.0f, 1e9f, -1e9f, 65520.0f, 6.1e-5f, 5.9e-8f, 2.9e-8f, 3.1e-8f,
+                              1.00048828125f, 1.00146484375f, 3.14159f}) {
+      const std::vector<float> x(16, value);
+      const KvMemory memory(isa, KvCodes::kF16, 16, 1, x, x);
+      uint16_t half;
+      std::memcpy(&half, memory.v.data(), sizeof half);
+      const float back = half_to_float(half);
+      const float clamped = std::clamp(value, -65504.0f, 65504.0f);
+      CHECK(std::fabs(back - clamped) <= std::max(std::fabs(clamped) * 0x1p-11f, 0x1p-25f));
+      CHECK(std::signbit(back) == std::signbit(value));
     }
   }
 }
@@ -394,6 +432,7 @@ int main() {
   test_vectors();
   test_activation_extremes();
   test_attention();
+  test_halves();
   test_unknown_isa();
   return check_result();
 }
