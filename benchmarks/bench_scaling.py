@@ -2,17 +2,17 @@
 
     python benchmarks/bench_scaling.py MODEL... [--parts threads,context,sizes] [--density 0.5] [--rounds 5]
 
-MODEL is a bundle, a name that `dipper pull` knows, or synthetic:SHAPE, made by synthetic.py. Greedy decodes, prefill not
-in the time; nothing is read from flash. All that a part compares takes turns within a round.
+MODEL is a bundle, a name that `dipper pull` knows, or synthetic:SHAPE, made by synthetic.py. Greedy decodes, prefill
+not in the time; nothing is read from flash. All that a part compares takes turns within a round.
 
 threads    1, 2, 4, ... up to all cores, after a short prompt.
 context    positions filled by a prompt, --contexts; one turn goes through all of them, prefilling from one to the next.
-           `read_gbps`: keys and values that a token reads more than at the first of them, by the time it takes more.
+           `read_gbps`: the keys and values that a token reads more of than at the first, by the time it takes more.
 sizes      over the models given, for each method: the line time = a + bytes / BW through its models, bytes those that a
-           token must read of DRAM, least squares of the relative error; no model may be off by more than 10 % (told for
-           three models or more: two always lie on a line). a and BW are in the JSON line, beside the DRAM's bandwidth.
+           token must read of DRAM, least squares of the relative error; no model may be off by more than 10 % (judged
+           from three models on: two always lie on a line). a and BW are in the JSON line, beside DRAM's bandwidth.
 
-Each engine stays open as long as memory holds it beside the others. What does not fit is closed and opened again for its
+An engine stays open as long as memory holds it beside the others. What does not fit is closed and opened again for its
 turn, and decodes a few tokens before it is timed.
 """
 
@@ -258,9 +258,7 @@ def main() -> None:
     if not set(parts) <= set(PARTS):
         fail(f"--parts {args.parts}: known are {', '.join(PARTS)}")
     args.contexts = sorted(int(context) for context in args.contexts.split(","))
-    if any(
-        later - earlier <= args.tokens + 1 for earlier, later in zip(args.contexts, args.contexts[1:], strict=False)
-    ):
+    if any(later - earlier <= args.tokens for earlier, later in zip(args.contexts, args.contexts[1:], strict=False)):
         fail(f"--contexts must lie more than the {args.tokens} decoded tokens apart")
     bundles = [bundle_for(spec, "source", args.workdir) for spec in args.models]
 
