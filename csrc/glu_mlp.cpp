@@ -12,6 +12,7 @@ namespace dipper {
 namespace {
 
 constexpr uint32_t kAlign = FlashReader::alignment();
+constexpr int32_t kSharedRows = 4096;  // a vector of as many is worth waking the threads for
 
 uint64_t aligned(uint64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -284,14 +285,10 @@ bool GluMlp::wait_ticket(int thread, uint64_t ticket, Ledger& ledger) {
 }
 
 void GluMlp::make_spans(const Grid& grid, int32_t split, Spans& spans) const {
-  const bool packed = batch_.x != nullptr && !is_float(grid.codes);
   spans.list.clear();
   spans.n_first = 0;
-  // Every span is padded to pairs, and each of the columns may be a span of its own.
-  spans.q.resize(packed ? 2 * static_cast<size_t>(batch_.n) + 16 : 0);
-  int32_t first_q = 0;
   for (int32_t i = 0; i < batch_.n;) {
-    Span s{batch_.column(i) / grid.group, i, 0, batch_.dense_ticket, first_q, {}};
+    Span s{batch_.column(i) / grid.group, i, 0, batch_.dense_ticket};
     const int32_t end = (s.block + 1) * grid.group;
     if (batch_.base != nullptr) {
       s.n = std::min(batch_.n - i, end - batch_.column(i));
@@ -299,8 +296,6 @@ void GluMlp::make_spans(const Grid& grid, int32_t split, Spans& spans) const {
       for (; i + s.n < batch_.n && batch_.column(i + s.n) < end; ++s.n)
         s.ticket = std::max(s.ticket, batch_.ticket[static_cast<size_t>(i + s.n)]);
     }
-    if (packed) s.inputs = kernels_.quantise(batch_.x + i, s.n, spans.q.data() + first_q);
-    first_q += (s.n + 1) / 2 * 2;
     spans.n_first += s.block * grid.group < split;
     spans.list.push_back(s);
     i += s.n;
@@ -321,6 +316,8 @@ void GluMlp::multiply(const Region& region, const Sums& sums, Ledger& ledger) {
       spans_of[1] = 1;
     }
   }
+  bool packed[2] = {false, false};
+  for (size_t m = 0; m < n_matrices; ++m) packed[spans_of[m]] |= !is_float(region.matrices[m].grid.codes);
   int32_t n_halves = 0;
   for (const WeightView& w : region.matrices) n_halves += w.n_halves();
   // Threads share rows and, where nothing is waited for, the two halves of the columns: runs of bytes are twice as
@@ -339,14 +336,10 @@ void GluMlp::multiply(const Region& region, const Sums& sums, Ledger& ledger) {
         const Span& s = spans.list[i];
         if (!wait_ticket(thread, s.ticket, ledger)) return;
         const uint8_t* room[2][kMaxGroup];
-        BlockColumns columns{s.block,
-                             s.n,
-                             batch_.records(s.first, s.n, room[0]),
-                             batch_.x + s.first,
-                             spans.q.data() + s.first_q,
-                             s.inputs,
-                             nullptr,
-                             0};
+        const float* x = batch_.x + s.first;
+        int16_t q[padded_inputs(kMaxGroup)];
+        BlockColumns columns{s.block, s.n, batch_.records(s.first, s.n, room[0]), x, q, {}, nullptr, 0};
+        if (packed[l]) columns.inputs = kernels_.quantise(x, s.n, q);
         if (i + 1 < end) {
           const Span& next = spans.list[i + 1];
           columns.next_record = batch_.records(next.first, next.n, room[1]);
@@ -518,39 +511,45 @@ void GluMlp::start_sums(int32_t r, bool masked, int32_t n_tokens, const Sums& su
   }
 }
 
-void GluMlp::add_halves(const Region& region, int32_t n_tokens, const Sums& sums) {
-  const auto add = [&](int32_t first, int32_t last) {
-    for (size_t m = 0; m < region.matrices.size(); ++m) {
-      for (int32_t t = first; t < last; ++t)
-        kernels_.add(sums.second[m] + t * sums.stride, region.matrices[m].n_rows, sums.first[m] + t * sums.stride);
-    }
-  };
-  if (n_tokens == 1) {
-    add(0, 1);
-    return;
-  }
+// fn(first, last) over n items, in shares of the threads where there are enough of them.
+template <typename Fn>
+void GluMlp::shared_out(int32_t n, int32_t enough, Fn&& fn) {
+  if (n < enough) return fn(0, n);
   pool_.run([&](int thread) {
-    const Share tokens = share(n_tokens, thread, pool_.size());
-    add(tokens.first, tokens.last);
+    const Share items = share(n, thread, pool_.size());
+    fn(items.first, items.last);
   });
+}
+
+void GluMlp::add_halves(const Region& region, int32_t n_tokens, const Sums& sums) {
+  for (size_t m = 0; m < region.matrices.size(); ++m) {
+    const int32_t n_rows = region.matrices[m].n_rows;
+    if (n_tokens == 1) {
+      shared_out(n_rows, kSharedRows, [&](int32_t first, int32_t last) {
+        kernels_.add(sums.second[m] + first, last - first, sums.first[m] + first);
+      });
+    } else {
+      shared_out(n_tokens, 2, [&](int32_t first, int32_t last) {
+        for (int32_t t = first; t < last; ++t)
+          kernels_.add(sums.second[m] + t * sums.stride, n_rows, sums.first[m] + t * sums.stride);
+      });
+    }
+  }
 }
 
 // hidden = act(gate) * up
 void GluMlp::activate(int32_t n_tokens) {
   const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
-  const auto activate = [&](int32_t first, int32_t last) {
+  if (n_tokens == 1) {
+    shared_out(model_.intermediate, kSharedRows,
+               [&](int32_t first, int32_t last) { act(gate_ + first, up_ + first, last - first, hidden_ + first); });
+    return;
+  }
+  shared_out(n_tokens, 2, [&](int32_t first, int32_t last) {
     for (int32_t t = first; t < last; ++t) {
       act(gate_ + t * wide_, up_ + t * wide_, model_.intermediate,
           hidden_ + static_cast<int64_t>(t) * model_.intermediate);
     }
-  };
-  if (n_tokens == 1) {
-    activate(0, 1);
-    return;
-  }
-  pool_.run([&](int thread) {
-    const Share tokens = share(n_tokens, thread, pool_.size());
-    activate(tokens.first, tokens.last);
   });
 }
 

@@ -166,13 +166,10 @@ class GluMlp {
     int32_t first;
     int32_t n;
     uint64_t ticket;
-    int32_t first_q;  // of the inputs as integers, which are padded to pairs
-    BlockInputs inputs;
   };
   struct Spans {
     std::vector<Span> list;
     size_t n_first = 0;  // of the region's first half
-    std::vector<int16_t> q;
   };
   // A region's products by matrix: sums over its first half of columns, which start at the bias and end as the whole,
   // and over its second.
@@ -194,6 +191,8 @@ class GluMlp {
                     const Sums& sums, Ledger& ledger);
   void mask_block(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced);
   void multiply_block(const Region& region, const float* x, int32_t n_tokens, const Sums& sums, Ledger& ledger);
+  template <typename Fn>
+  void shared_out(int32_t n, int32_t enough, Fn&& fn);
   void add_halves(const Region& region, int32_t n_tokens, const Sums& sums);
   void activate(int32_t n_tokens);
   void copy_streamed(int32_t region, const StreamChunk& chunk, const uint8_t* data);
