@@ -7,6 +7,7 @@ namespace dipper {
 namespace {
 
 constexpr int32_t kMinGroup = 16;
+constexpr int32_t kSharedBlocks = 128;  // so many inputs are worth waking the threads for
 
 int32_t blocks_of(int32_t n_cols, int32_t group) { return (n_cols + group - 1) / group; }
 uint64_t q_bytes(int32_t max_cols, int32_t max_tokens) {
@@ -53,7 +54,14 @@ MatrixInputs Projector::inputs(const Grid& grid) {
         quantise_blocks(kernels_, x_ + static_cast<int64_t>(t) * n_cols_, n_cols_, grid.group, to.q + t * stride,
                         to.blocks + static_cast<int64_t>(t) * n_blocks);
     };
-    if (n_tokens_ == 1) {
+    if (n_tokens_ == 1 && n_blocks >= kSharedBlocks) {
+      pool_.run([&](int thread) {
+        const Share blocks = share(n_blocks, thread, pool_.size());
+        const int32_t first = blocks.first * grid.group;
+        quantise_blocks(kernels_, x_ + first, std::min(n_cols_, blocks.last * grid.group) - first, grid.group,
+                        to.q + first, to.blocks + blocks.first);
+      });
+    } else if (n_tokens_ == 1) {
       quantise(0, 1);
     } else {
       pool_.run([&](int thread) {
@@ -68,20 +76,26 @@ MatrixInputs Projector::inputs(const Grid& grid) {
 
 void Projector::project(std::span<const Projection> projections) {
   int32_t n_halves = 0;
+  bool in_halves = true;
   for (const Projection& p : projections) {
     inputs(p.weight.grid);  // before the threads ask for them
     n_halves += p.weight.n_halves();
+    in_halves &= p.second != nullptr;
   }
+  // Threads share rows, by half tiles; or, where those would not come out in whole tiles, the halves of the columns: a
+  // tile shared by two threads is read twice, and products of many tokens go by whole tiles.
+  const int n = pool_.size();
+  const int n_sides = in_halves && n % 2 == 0 && n_halves % (2 * n) != 0 ? 2 : 1;
   pool_.run([&](int thread) {
     // One share of all projections' rows together: k and v of a small model have a tile each.
-    const Share all = share(n_halves, thread, pool_.size());
+    const Share all = share(n_halves, thread / n_sides, n / n_sides);
     int32_t before = 0;
     for (const Projection& p : projections) {
       const WeightView& w = p.weight;
       int32_t first = std::clamp(all.first - before, 0, w.n_halves());
       int32_t last = std::clamp(all.last - before, 0, w.n_halves());
       before += w.n_halves();
-      if (n_tokens_ > 1) {  // products of many tokens go by whole tiles
+      if (n_tokens_ > 1) {
         first = (first + 1) / 2 * 2;
         last = std::min(w.n_halves(), (last + 1) / 2 * 2);
       }
@@ -89,29 +103,45 @@ void Projector::project(std::span<const Projection> projections) {
       const int32_t row = first * kHalfTileRows;
       const int32_t end = last * kHalfTileRows;
       const MatrixInputs in = inputs(w.grid);
-      const auto multiply = [&](BlockRange blocks, float* out) {
+      const auto sum = [&](BlockRange blocks, const float* start, float* out) {
+        for (int32_t t = 0; t < n_tokens_; ++t) {
+          float* y = out + t * p.stride;
+          std::fill(y + row, y + end, 0.0f);
+          if (start != nullptr) std::copy(start + row, start + std::min(end, p.n_start), y + row);
+        }
         if (n_tokens_ == 1) {
           kernels_.gemv_tiled(w, in, blocks, first, last, out);
         } else {
           kernels_.gemm_tiled(w, in, blocks, n_tokens_, first / 2, (last + 1) / 2, out, p.stride);
         }
       };
-      for (int32_t t = 0; t < n_tokens_; ++t) {
-        float* y = p.out + t * p.stride;
-        std::fill(y + row, y + end, 0.0f);
-        if (p.start != nullptr) std::copy(p.start + row, p.start + std::min(end, p.n_start), y + row);
-      }
       if (p.second == nullptr) {
-        multiply({0, w.n_blocks}, p.out);
+        sum({0, w.n_blocks}, p.start, p.out);
         continue;
       }
       const int32_t split = p.split / w.grid.group;
-      for (int32_t t = 0; t < n_tokens_; ++t) std::fill_n(p.second + t * p.stride + row, end - row, 0.0f);
-      multiply({0, split}, p.out);
-      multiply({split, w.n_blocks}, p.second);
+      const int side = thread % n_sides;
+      if (n_sides == 1 || side == 0) sum({0, split}, p.start, p.out);
+      if (n_sides == 1 || side == 1) sum({split, w.n_blocks}, nullptr, p.second);
+      if (n_sides == 2) continue;
       for (int32_t t = 0; t < n_tokens_; ++t)
         kernels_.add(p.second + t * p.stride + row, end - row, p.out + t * p.stride + row);
     }
+  });
+  if (n_sides == 1) return;
+  const auto add = [&](int32_t first, int32_t last) {
+    for (const Projection& p : projections) {
+      for (int32_t t = first; t < last; ++t)
+        kernels_.add(p.second + t * p.stride, p.weight.n_rows, p.out + t * p.stride);
+    }
+  };
+  if (n_tokens_ == 1) {
+    add(0, 1);
+    return;
+  }
+  pool_.run([&](int thread) {
+    const Share tokens = share(n_tokens_, thread, n);
+    add(tokens.first, tokens.last);
   });
 }
 
