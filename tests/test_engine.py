@@ -20,7 +20,7 @@ import pytest
 
 import tiny
 from dipper import _core
-from dipper.budget import EngineConfig, parse_bytes, plan_run
+from dipper.budget import KV_CODES, EngineConfig, parse_bytes, plan_run
 from dipper.bundle import Bundle, header_bytes, pack
 from dipper.cache import ReferenceCache, n_selected, reference_top_k
 from dipper.engine import METHODS, Engine
@@ -770,3 +770,37 @@ def test_configured_slots_are_those_of_plan_and_trace(bundles, tmp_path):
     header, frames = read_trace(tmp_path / "run.trace")
     assert len(list(frames)) == 6
     assert [region["capacity"] for region in header["regions"]] == [5] * 6
+
+
+# ------------------------------------------------------------------------------------------------ keys and values
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(("kv", "allowed"), [("f16", 5e-3), ("int8", 0.15)])
+def test_shorter_keys_and_values_stay_close_and_blocks_equal_steps(bundles, kind, kv, allowed):
+    got = {}
+    for codes in ("f32", kv):
+        config = EngineConfig(method="dense-resident", context=64, threads=2, kv=codes)
+        with Engine.open(bundles(kind), config) as engine:
+            got[codes] = engine.logits(PROMPT)
+            engine.reset()
+            steps = np.stack([engine.step(token) for token in PROMPT])
+            assert np.array_equal(steps.view(np.int32), got[codes].view(np.int32))
+            assert any(codes in note for note in engine.notes) == (codes != "f16")
+    error = np.abs(got[kv] - got["f32"]).max()
+    assert 0 < error <= allowed * np.abs(got["f32"]).max()
+
+
+def test_keys_and_values_take_the_room_that_the_plan_says(bundles):
+    path = bundles("llama")
+    kv = {c: plan_run(Bundle.open(path), EngineConfig(context=64, kv=c, mlp_dram=ALL), 0).parts["kv"] for c in KV_CODES}
+    model = Bundle.open(path).model
+    values = 2 * model.n_layers * model.n_kv_heads * 64
+    assert kv == {
+        "f32": 4 * values * model.head_dim, "f16": 2 * values * model.head_dim, "int8": values * (model.head_dim + 4),
+    }  # fmt: skip
+
+
+def test_unknown_kv_is_named():
+    with pytest.raises(ConfigError, match="kv 'f8' is unknown: choose f32, f16, int8"):
+        EngineConfig(kv="f8")
