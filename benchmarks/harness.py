@@ -182,7 +182,7 @@ def greedy(engine: Any, prompt: Sequence[int], n: int, *, fresh: bool = True) ->
     engine.reset_counters()
     prefilled = time.perf_counter()
     for _ in range(n):
-        tokens.append(int(engine.step(tokens[-1]).argmax()))
+        tokens.append(int(engine.step(tokens[-1], copy=False).argmax()))
     done = time.perf_counter()
     return Decode(prefilled - start, done - prefilled, tokens, engine.counters().ledger_s)
 

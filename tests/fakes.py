@@ -115,7 +115,7 @@ class FakeEngine:
         self.n_counted += 100  # prefill must not be counted: a generator that forgets to reset shows here
         return self._logits()
 
-    def step(self, token):
+    def step(self, token, *, copy=True):
         self._hold([token])
         self.clock.now += STEP_S
         self.n_counted += 1

@@ -335,10 +335,10 @@ def test_chat_stops_an_answer_at_ctrl_c(opened, monkeypatch, capsys):
     step = FakeEngine.step
     interrupts = iter([True])
 
-    def interrupted(engine, token):
+    def interrupted(engine, token, **options):
         if next(interrupts, False):
             raise KeyboardInterrupt
-        return step(engine, token)
+        return step(engine, token, **options)
 
     monkeypatch.setattr(FakeEngine, "step", interrupted)
     assert main(["chat", "b"]) == 0

@@ -412,13 +412,14 @@ void bind_decoder(nb::module_& m) {
           },
           nb::arg("header"), nb::arg("directory"), nb::arg("options"), nb::arg("check_resident"))
       .def("step",
-           [](Decoder& self, int32_t token) {
+           [](nb::handle_t<Decoder> handle, int32_t token) {
+             auto& self = nb::cast<Decoder&>(handle);
              std::span<const float> logits;
              {
                nb::gil_scoped_release released;
                logits = self.step(token);
              }
-             return copy_array<float>(logits);
+             return nb::ndarray<nb::numpy, const float, nb::ndim<1>>(logits.data(), {logits.size()}, handle);
            })
       .def("prefill",
            [](Decoder& self, const Tokens& tokens, bool warm) {

@@ -314,15 +314,20 @@ class Engine:
         )
         return logits
 
-    def step(self, token: int) -> npt.NDArray[np.float32]:
+    def step(self, token: int, *, copy: bool = True) -> npt.NDArray[np.float32]:
         """One decoded token through its own masks and the caches; logits [vocab].
+
+        Args:
+            token: its id.
+            copy: False: logits that hold until the next call only, and cannot be written to. A copy for a
+                large vocabulary takes longer than choosing from it.
 
         Raises:
             ConfigError: as `prefill`, and for a NaN score.
             FlashError: a read failed.
         """
         logits: npt.NDArray[np.float32] = self._decoder.step(int(token))
-        return logits
+        return logits.copy() if copy else logits
 
     def logits(
         self, tokens: Sequence[int], masks: Sequence[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] | None = None

@@ -317,7 +317,7 @@ def _generate(
         if reason is not None:
             break
         yield GenerationStep(token=token, text=text)
-        token = sampler(engine.step(token))
+        token = sampler(engine.step(token, copy=False))
         last_s = clock()
         n_tokens += 1
     if not stream.stopped:

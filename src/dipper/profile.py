@@ -219,11 +219,11 @@ class _Runs:
                 token = int(engine.prefill(self.prompt).argmax())
                 ttfts.append(time.perf_counter() - start)
                 for _ in range(2):
-                    token = int(engine.step(token).argmax())
+                    token = int(engine.step(token, copy=False).argmax())
                 engine.reset_counters()
                 start = time.perf_counter()
                 for _ in range(_TOKENS):
-                    token = int(engine.step(token).argmax())
+                    token = int(engine.step(token, copy=False).argmax())
                 wall = time.perf_counter() - start
                 counters = engine.counters()
                 parts = {name: s / _TOKENS for name, s in counters.ledger_s.items()}
