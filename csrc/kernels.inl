@@ -312,8 +312,9 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, 
     x = c.q;
   }
   const int32_t n_passes = (c.n + kMaxStreams - 1) / kMaxStreams;
-  for (int32_t begin = half_begin; begin < half_end; begin += 2 * kStripTiles) {
-    const int32_t end = begin + 2 * kStripTiles < half_end ? begin + 2 * kStripTiles : half_end;
+  for (int32_t begin = half_begin, end; begin < half_end; begin = end) {
+    end = 2 * (begin / 2 + kStripTiles);  // whole tiles, also where a share begins in the middle of one
+    if (end > half_end) end = half_end;
     const int32_t first_tile = begin / 2;
     const int32_t end_tile = (end + 1) / 2;
     for (int32_t p = 0; p < n_passes; ++p) {

@@ -119,7 +119,7 @@ void Projector::project(std::span<const Projection> projections) {
         sum({0, w.n_blocks}, p.start, p.out);
         continue;
       }
-      const int32_t split = p.split / w.grid.group;
+      const int32_t split = std::min(p.split / w.grid.group, w.n_blocks);
       const int side = thread % n_sides;
       if (n_sides == 1 || side == 0) sum({0, split}, p.start, p.out);
       if (n_sides == 1 || side == 1) sum({split, w.n_blocks}, nullptr, p.second);

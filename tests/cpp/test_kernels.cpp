@@ -241,6 +241,28 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
   }
 }
 
+// Shares of more tiles than a strip has, from the middle of a tile on, with sums that are kept between passes.
+void test_long_share() {
+  const Grid grid{Codes::kQ4, Scale::kF16, 32, 8, 1};
+  const Packed p = random_matrix(grid, 200 * kTileRows, 32, 11);
+  const std::vector<float> x = random_vector(32, 12);
+  for (const std::string& isa : available_isas()) {
+    const Kernels& k = select_kernels(isa);
+    std::vector<int16_t> q(32);
+    const BlockInputs inputs = k.quantise(x.data(), 32, q.data());
+    const BlockColumns columns{0, 32, p.columns.data(), x.data(), q.data(), inputs};
+    std::vector<float> even(static_cast<size_t>(p.view.n_rows)), odd(even.size());
+    for (int32_t first = 0; first < 400; first += 100) k.gemv_block(p.view, columns, first, first + 100, even.data());
+    k.gemv_block(p.view, columns, 0, 149, odd.data());
+    k.gemv_block(p.view, columns, 149, 400, odd.data());
+    CHECK(same_bits(odd, even));
+    std::fill(odd.begin(), odd.end(), 0.0f);
+    k.gemv_block(p.view, columns, 0, 1, odd.data());
+    k.gemv_block(p.view, columns, 1, 400, odd.data());  // 129 tiles lie in 256 halves from here
+    CHECK(same_bits(odd, even));
+  }
+}
+
 void test_quantise() {
   for (const int32_t n : {1, 2, 15, 16, 17, 31, 32}) {
     const auto size = static_cast<size_t>(n);
@@ -428,6 +450,7 @@ int main() {
     test_products(grid, 128, 80);  // a partial block (or not, for groups of 16)
     test_products(grid, 40, 33);   // padded rows, a lone column in the last block
   }
+  test_long_share();
   test_quantise();
   test_vectors();
   test_activation_extremes();
