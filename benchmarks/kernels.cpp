@@ -160,10 +160,10 @@ class Matrices {
   uint64_t rows_of(int32_t n) const { return static_cast<uint64_t>(n) * static_cast<uint64_t>(shape_.n_rows); }
   uint64_t n_d() const {
     if (has({Scale::kNone})) return 0;
-    return rows_of(has({Scale::kF16, Scale::kF16M}) ? shape_.n_blocks : shape_.n_super());
+    return rows_of(shape_.grid.has_sub() ? shape_.n_super() : shape_.n_blocks);
   }
   uint64_t n_dm() const { return has({Scale::kF16M, Scale::kU8M}) ? n_d() : 0; }
-  uint64_t n_sub() const { return has({Scale::kU8, Scale::kI8, Scale::kU8M}) ? rows_of(shape_.n_blocks) : 0; }
+  uint64_t n_sub() const { return shape_.grid.has_sub() ? rows_of(shape_.n_blocks) : 0; }
   uint64_t n_subm() const { return has({Scale::kU8M}) ? n_sub() : 0; }
   uint64_t scale_stride() const { return aligned(scale_bytes()); }
   const uint8_t* codes(int i) const { return codes_.data() + code_bytes_ * static_cast<uint64_t>(i); }
@@ -223,7 +223,7 @@ struct Selection {
       s.n = i - s.first;
       s.inputs = kernels.quantise(x.data() + s.first, s.n, q.data() + first_q);
       first_q += static_cast<int32_t>(padded_inputs(s.n));
-      n_first += 2 * s.block < w.n_blocks;
+      n_first += s.block * w.grid.group < split_column(w.n_cols);
       spans.push_back(s);
     }
   }

@@ -53,20 +53,20 @@ struct ScratchLayout {
 
 int32_t widest_input(const Model& m) { return std::max({m.n_heads * m.head_dim, m.hidden, m.intermediate}); }
 
-// Bytes of one head's keys, or values, and of their scales.
+// Bytes of one head: of its keys, or values, of their scales, of all.
 struct KvLayout {
-  uint64_t codes, scales;
+  uint64_t codes, scales, head;
 
   KvLayout(const Model& m, const DecoderOptions& o) {
     const auto positions = static_cast<uint64_t>(padded_positions(o.context));
     codes = positions * static_cast<uint64_t>(m.head_dim * kv_code_bytes(o.kv));
-    scales = o.kv == KvCodes::kI8 ? positions * sizeof(float) : 0;
+    scales = positions * static_cast<uint64_t>(kv_scale_bytes(o.kv));
+    head = positions * static_cast<uint64_t>(kv_position_bytes(o.kv, m.head_dim));
   }
-  uint64_t head() const { return 2 * (codes + scales); }
 };
 
 uint64_t kv_bytes(const Model& m, const DecoderOptions& o) {
-  return static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) * KvLayout(m, o).head();
+  return static_cast<uint64_t>(m.n_layers) * static_cast<uint64_t>(m.n_kv_heads) * KvLayout(m, o).head;
 }
 
 }  // namespace
@@ -220,7 +220,7 @@ void rotate(float* head, int32_t dim, const float* angles) {
 
 KvHead Decoder::kv_head(int32_t layer, int32_t head) const {
   const KvLayout layout(*model_, options_);
-  uint8_t* k = kv_.data() + static_cast<uint64_t>(layer * model_->n_kv_heads + head) * layout.head();
+  uint8_t* k = kv_.data() + static_cast<uint64_t>(layer * model_->n_kv_heads + head) * layout.head;
   uint8_t* scales = k + 2 * layout.codes;
   return {options_.kv, k, k + layout.codes, reinterpret_cast<float*>(scales),
           reinterpret_cast<float*>(scales + layout.scales)};
@@ -251,14 +251,9 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
       kernels_->keep(k, v_ + t * kv_p_ + h * hd, n_past_ + t, hd, kv_head(layer, h));
     }
   };
-  if (n_tokens == 1) {
-    place(0);
-  } else {
-    pool_.run([&](int thread) {
-      const Share tokens = share(n_tokens, thread, pool_.size());
-      for (int32_t t = tokens.first; t < tokens.last; ++t) place(t);
-    });
-  }
+  pool_.share_out(n_tokens, 2, [&](int32_t first, int32_t last) {
+    for (int32_t t = first; t < last; ++t) place(t);
+  });
   pool_.run([&](int thread) {  // (token, head) pairs in turn: later tokens see more positions
     float* scores = scores_ + static_cast<int64_t>(thread) * score_floats(options_.context);
     for (int32_t i = thread; i < n_tokens * m.n_heads; i += pool_.size()) {

@@ -247,9 +247,9 @@ void GluMlp::tile_region(Region& region, uint8_t* to) {
     }
   }
   for (const WeightView& w : region.matrices) {
-    const bool by_super = w.grid.scale == Scale::kU8 || w.grid.scale == Scale::kI8 || w.grid.scale == Scale::kU8M;
-    tile_scales(w.d, by_super ? w.n_super() : w.n_blocks, w.n_rows);
-    tile_scales(w.dm, by_super ? w.n_super() : w.n_blocks, w.n_rows);
+    const int32_t n_d = w.grid.has_sub() ? w.n_super() : w.n_blocks;
+    tile_scales(w.d, n_d, w.n_rows);
+    tile_scales(w.dm, n_d, w.n_rows);
     tile_scales(w.sub, w.n_blocks, w.n_rows);
     tile_scales(w.subm, w.n_blocks, w.n_rows);
   }
@@ -455,7 +455,10 @@ void GluMlp::step_region(int32_t r, const float* values, const Sums& sums, Ledge
     project(r, values, 1, true, sums, ledger);
     return;
   }
-  start_sums(r, true, 1, sums);
+  {
+    const Timed timed(ledger.gemv);
+    start_sums(r, true, 1, sums);
+  }
   if (has_caches()) {
     fetch_cached(r, values, ledger);
     multiply(region, sums, ledger);
@@ -478,13 +481,14 @@ void GluMlp::step_region(int32_t r, const float* values, const Sums& sums, Ledge
 void GluMlp::project(int32_t r, const float* x, int32_t n_tokens, bool masked, const Sums& sums, Ledger& ledger) {
   const Timed timed(ledger.gemv);
   const Region& region = model_.regions[static_cast<size_t>(r)];
-  std::vector<Projection> products;
-  for (size_t m = 0; m < region.matrices.size(); ++m) {
+  const size_t last = region.matrices.size() - 1;  // one matrix, or two
+  const auto product = [&](size_t m) -> Projection {
     const WeightView& w = region.matrices[m];
-    products.push_back({w, bias(r, m, masked), w.n_rows, sums.first[m], sums.stride, sums.second[m], region.split()});
-  }
+    return {w, bias(r, m, masked), w.n_rows, sums.first[m], sums.stride, sums.second[m], region.split()};
+  };
+  const Projection products[2] = {product(0), product(last)};
   projector_.take(x, region.n_columns, n_tokens);
-  projector_.project(products);
+  projector_.project({products, last + 1});
 }
 
 // The products of the means, whose columns add to them only by how far they are from their mean; null without means,
@@ -496,28 +500,20 @@ const float* GluMlp::bias(int32_t r, size_t matrix, bool masked) const {
 
 void GluMlp::start_sums(int32_t r, bool masked, int32_t n_tokens, const Sums& sums) const {
   const std::vector<WeightView>& matrices = model_.regions[static_cast<size_t>(r)].matrices;
-  for (size_t m = 0; m < matrices.size(); ++m) {
-    const auto n_rows = static_cast<size_t>(matrices[m].n_rows);
-    const float* start = bias(r, m, masked);
-    for (int32_t t = 0; t < n_tokens; ++t) {
-      float* first = sums.first[m] + t * sums.stride;
-      if (start != nullptr) {
-        std::copy_n(start, n_rows, first);
-      } else {
-        std::fill_n(first, n_rows, 0.0f);
+  pool_.share_out(n_tokens, 2, [&](int32_t first, int32_t last) {
+    for (size_t m = 0; m < matrices.size(); ++m) {
+      const auto n_rows = static_cast<size_t>(matrices[m].n_rows);
+      const float* start = bias(r, m, masked);
+      for (int32_t t = first; t < last; ++t) {
+        float* y = sums.first[m] + t * sums.stride;
+        if (start != nullptr) {
+          std::copy_n(start, n_rows, y);
+        } else {
+          std::fill_n(y, n_rows, 0.0f);
+        }
+        std::fill_n(sums.second[m] + t * sums.stride, n_rows, 0.0f);
       }
-      std::fill_n(sums.second[m] + t * sums.stride, n_rows, 0.0f);
     }
-  }
-}
-
-// fn(first, last) over n items, in shares of the threads where there are enough of them.
-template <typename Fn>
-void GluMlp::shared_out(int32_t n, int32_t enough, Fn&& fn) {
-  if (n < enough) return fn(0, n);
-  pool_.run([&](int thread) {
-    const Share items = share(n, thread, pool_.size());
-    fn(items.first, items.last);
   });
 }
 
@@ -525,11 +521,11 @@ void GluMlp::add_halves(const Region& region, int32_t n_tokens, const Sums& sums
   for (size_t m = 0; m < region.matrices.size(); ++m) {
     const int32_t n_rows = region.matrices[m].n_rows;
     if (n_tokens == 1) {
-      shared_out(n_rows, kSharedRows, [&](int32_t first, int32_t last) {
+      pool_.share_out(n_rows, kSharedRows, [&](int32_t first, int32_t last) {
         kernels_.add(sums.second[m] + first, last - first, sums.first[m] + first);
       });
     } else {
-      shared_out(n_tokens, 2, [&](int32_t first, int32_t last) {
+      pool_.share_out(n_tokens, 2, [&](int32_t first, int32_t last) {
         for (int32_t t = first; t < last; ++t)
           kernels_.add(sums.second[m] + t * sums.stride, n_rows, sums.first[m] + t * sums.stride);
       });
@@ -541,11 +537,12 @@ void GluMlp::add_halves(const Region& region, int32_t n_tokens, const Sums& sums
 void GluMlp::activate(int32_t n_tokens) {
   const auto act = model_.activation == Activation::kSilu ? kernels_.silu_mul : kernels_.gelu_tanh_mul;
   if (n_tokens == 1) {
-    shared_out(model_.intermediate, kSharedRows,
-               [&](int32_t first, int32_t last) { act(gate_ + first, up_ + first, last - first, hidden_ + first); });
+    pool_.share_out(model_.intermediate, kSharedRows, [&](int32_t first, int32_t last) {
+      act(gate_ + first, up_ + first, last - first, hidden_ + first);
+    });
     return;
   }
-  shared_out(n_tokens, 2, [&](int32_t first, int32_t last) {
+  pool_.share_out(n_tokens, 2, [&](int32_t first, int32_t last) {
     for (int32_t t = first; t < last; ++t) {
       act(gate_ + t * wide_, up_ + t * wide_, model_.intermediate,
           hidden_ + static_cast<int64_t>(t) * model_.intermediate);
@@ -692,7 +689,10 @@ void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMask
     project(r, x, n_tokens, masked, sums, ledger);
     return;
   }
-  start_sums(r, masked, n_tokens, sums);
+  {
+    const Timed timed(ledger.gemv);
+    start_sums(r, masked, n_tokens, sums);
+  }
   projector_.take(x, region.n_columns, n_tokens);
   if (const uint8_t* base = region_base_[static_cast<size_t>(r)]) {
     take_dense(r, base, 0, region.n_columns, 0, nullptr);

@@ -191,8 +191,6 @@ class GluMlp {
                     const Sums& sums, Ledger& ledger);
   void mask_block(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced);
   void multiply_block(const Region& region, const float* x, int32_t n_tokens, const Sums& sums, Ledger& ledger);
-  template <typename Fn>
-  void shared_out(int32_t n, int32_t enough, Fn&& fn);
   void add_halves(const Region& region, int32_t n_tokens, const Sums& sums);
   void activate(int32_t n_tokens);
   void copy_streamed(int32_t region, const StreamChunk& chunk, const uint8_t* data);

@@ -58,6 +58,13 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
+KvCodes kv_codes(const std::string& name) {
+  if (name == "f32") return KvCodes::kF32;
+  if (name == "f16") return KvCodes::kF16;
+  if (name == "int8") return KvCodes::kI8;
+  throw ConfigError("kv '" + name + "' is unknown: choose f32, f16, int8");
+}
+
 const Kernels& select_kernels(const std::string& isa) {
   const std::vector<const Kernels*> tables = available();
   if (isa == "auto") return *tables.front();

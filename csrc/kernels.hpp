@@ -22,6 +22,12 @@ constexpr int32_t padded_rows(int32_t rows) { return (rows + kHalfTileRows - 1) 
 
 inline constexpr int32_t kMaxGroup = 32;  // columns that share a scale; also the block of float grids
 
+// A region's products are summed in two halves, columns below this one and the others, so that two threads can have
+// whole records each; the halves are added last. A multiple of every group.
+constexpr int32_t split_column(int32_t n_columns) {
+  return ((n_columns + kMaxGroup - 1) / kMaxGroup + 1) / 2 * kMaxGroup;
+}
+
 constexpr bool is_float(Codes c) { return c == Codes::kF16 || c == Codes::kBF16 || c == Codes::kF32; }
 
 struct Grid {
@@ -30,6 +36,9 @@ struct Grid {
   int32_t group;
   int32_t zero_point;
   int32_t super_blocks;
+
+  // Scales of two levels: 8 bits a block under an f16 a super-block.
+  constexpr bool has_sub() const { return scale == Scale::kU8 || scale == Scale::kI8 || scale == Scale::kU8M; }
 };
 
 // Bytes of a tile in plane p (0 or 1; 0 bytes where the codes have no second plane).
@@ -131,6 +140,11 @@ struct BlockTokens {
 // How K and V are kept: as f32, as f16, or as int8 with a scale for each position and head.
 enum class KvCodes : uint8_t { kF32, kF16, kI8 };
 constexpr int32_t kv_code_bytes(KvCodes c) { return c == KvCodes::kF32 ? 4 : c == KvCodes::kF16 ? 2 : 1; }
+constexpr int32_t kv_scale_bytes(KvCodes c) { return c == KvCodes::kI8 ? 4 : 0; }
+// Keys and values of one position and head, scales included.
+constexpr int32_t kv_position_bytes(KvCodes c, int32_t head_dim) {
+  return 2 * (head_dim * kv_code_bytes(c) + kv_scale_bytes(c));
+}
 
 // The keys and values of one head. k is [position / 16][head_dim][16], so that 16 positions are 16 lanes; v is
 // [position][head_dim]. Scales [position]: kI8 only.
@@ -174,6 +188,9 @@ struct Kernels {
 constexpr int64_t padded_inputs(int32_t n) { return (n + 1) / 2 * 2; }
 // x [n] by blocks of `group`: q [padded_inputs(n)], blocks [ceil(n / group)].
 void quantise_blocks(const Kernels& kernels, const float* x, int32_t n, int32_t group, int16_t* q, BlockInputs* blocks);
+
+// By name: f32, f16, int8. ConfigError for another.
+KvCodes kv_codes(const std::string& name);
 
 // "auto": the best this CPU has. Throws ConfigError naming what the CPU has.
 const Kernels& select_kernels(const std::string& isa);

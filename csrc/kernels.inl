@@ -333,7 +333,7 @@ void gemv_block(const WeightView& w, const BlockColumns& c, int32_t half_begin, 
           for (int32_t line = 0; line < plane_tile_bytes(C, 0, false); line += 64)
             prefetch_far(lead.at(i) + lead.offset[0] + line);
           if constexpr (kHighBytes != 0) {
-            if (t % (64 / kHighBytes) == 0) prefetch_far(lead.at(i) + lead.offset[1]);
+            if (t == first_tile || t % (64 / kHighBytes) == 0) prefetch_far(lead.at(i) + lead.offset[1]);
           }
         }
         gemv_tile<C, S>(w, record_columns<C>(w, records, t), last - first, x + first, c.inputs, t, c.block, begin, end,
@@ -477,28 +477,33 @@ void gemm_tiled(const WeightView& w, const MatrixInputs& x, BlockRange blocks, i
   }
 }
 
-// x ~ scale * q, q = round(x / scale) with the largest |x| at 32767; q has a zero more where n is odd. Inputs that are
-// not finite make the scale NaN, and with it what is computed from them.
-BlockInputs quantise(const float* x, int32_t n, int16_t* q) {
+// The largest |x|; 0 below 1e-30, which no sum would notice, NaN where some x is not finite.
+inline float largest_magnitude(const float* x, int32_t n) {
   I top = set1(0);
   int32_t i = 0;
   for (; i + 16 <= n; i += 16) top = max_signed(magnitude_bits(load(x + i)), top);
   if (i < n) top = max_signed(magnitude_bits(load_partial(x + i, n - i, 0.0f)), top);
   const int32_t bits = reduce_max(top);  // of finite numbers, infinity and NaN in this order
-  if (n % 2 == 1) q[n] = 0;
-  if (bits < 0x0DA24260) {  // 1e-30: nothing that a sum would notice
-    for (i = 0; i < n; ++i) q[i] = 0;
-    return {0.0f, 0};
-  }
-  if (bits >= 0x7F800000) {
-    for (i = 0; i < n; ++i) q[i] = 0;
-    return {__builtin_nanf(""), 0};
-  }
+  if (bits < 0x0DA24260) return 0.0f;
+  if (bits >= 0x7F800000) return __builtin_nanf("");
   float largest;
   std::memcpy(&largest, &bits, sizeof largest);
+  return largest;
+}
+
+// x ~ scale * q, q = round(x / scale) with the largest |x| at 32767; q has a zero more where n is odd. Inputs that are
+// not finite make the scale NaN, and with it what is computed from them.
+BlockInputs quantise(const float* x, int32_t n, int16_t* q) {
+  const float largest = largest_magnitude(x, n);
+  int32_t i = 0;
+  if (n % 2 == 1) q[n] = 0;
+  if (!(largest > 0.0f)) {
+    for (; i < n; ++i) q[i] = 0;
+    return {largest, 0};
+  }
   const F inverse = set1(32767.0f / largest);
   I sum = set1(0);
-  for (i = 0; i + 16 <= n; i += 16) {
+  for (; i + 16 <= n; i += 16) {
     const I rounded = to_int(mul(load(x + i), inverse));
     store_i16(q + i, rounded);
     sum = add(rounded, sum);
@@ -674,12 +679,13 @@ inline float kv_codes(const float* x, int32_t n, uint8_t* codes) {
     }
     return 1.0f;
   } else {
-    F top = set1(0.0f);
-    for (; i + 16 <= n; i += 16) top = max(abs(load(x + i)), top);
-    if (i < n) top = max(abs(load_partial(x + i, n - i, 0.0f)), top);
-    const float largest = reduce_max(top);
-    const F inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
-    for (i = 0; i < n; i += 16) {
+    const float largest = largest_magnitude(x, n);
+    if (!(largest > 0.0f)) {
+      std::memset(codes, 0, static_cast<size_t>(n));
+      return largest;
+    }
+    const F inverse = set1(127.0f / largest);
+    for (; i < n; i += 16) {
       const int32_t left = n - i < 16 ? n - i : 16;
       int32_t q[16];
       store(q, to_int(mul(left == 16 ? load(x + i) : load_partial(x + i, left, 0.0f), inverse)));

@@ -96,11 +96,10 @@ void dequantise_embedding_row(const Grid& grid, const uint8_t* bytes, int32_t n,
   const uint32_t plane1 = column.column_bytes(0);
   const uint8_t* at = bytes + column.column_bytes();
   // Arrays follow in the order sub, subm, d, dm; copied out since their addresses need not be even.
-  const bool has_sub = grid.scale == Scale::kU8 || grid.scale == Scale::kI8 || grid.scale == Scale::kU8M;
-  const int32_t n_d = has_sub ? n_super : n_blocks;
+  const int32_t n_d = grid.has_sub() ? n_super : n_blocks;
   std::vector<uint16_t> d(static_cast<size_t>(n_d)), dm(static_cast<size_t>(n_d));
   ScaleArrays arrays{d.data(), dm.data(), nullptr, nullptr};
-  if (has_sub) {
+  if (grid.has_sub()) {
     arrays.sub = at;
     at += n_blocks;
   }

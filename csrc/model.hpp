@@ -46,9 +46,7 @@ struct Region {
   std::vector<WeightView> matrices;  // gate, up (input) or down (glu)
 
   uint64_t bytes() const { return static_cast<uint64_t>(n_columns) * record_bytes; }
-  // A region's products are summed in two halves, columns below `split()` and the others, so that two threads can have
-  // whole records each; the halves are added last. A multiple of every group.
-  int32_t split() const { return ((n_columns + kMaxGroup - 1) / kMaxGroup + 1) / 2 * kMaxGroup; }
+  int32_t split() const { return split_column(n_columns); }
   uint64_t record_offset(int32_t column) const { return offset + static_cast<uint64_t>(column) * record_bytes; }
 };
 

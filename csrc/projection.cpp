@@ -45,28 +45,22 @@ void Projector::take(const float* x, int32_t n_cols, int32_t n_tokens) {
 
 MatrixInputs Projector::inputs(const Grid& grid) {
   const int64_t stride = padded_inputs(n_cols_);
-  if (is_float(grid.codes)) return {x_, nullptr, stride, nullptr};
+  // Kernels for floats step along the integers, too, and leave them alone.
+  if (is_float(grid.codes)) return {x_, integers_[0].q, stride, integers_[0].blocks};
   Integers& to = integers_[grid.group == kMaxGroup ? 0 : 1];
   if (!to.made) {
     const int32_t n_blocks = blocks_of(n_cols_, grid.group);
-    const auto quantise = [&](int32_t first, int32_t last) {
-      for (int32_t t = first; t < last; ++t)
-        quantise_blocks(kernels_, x_ + static_cast<int64_t>(t) * n_cols_, n_cols_, grid.group, to.q + t * stride,
-                        to.blocks + static_cast<int64_t>(t) * n_blocks);
-    };
-    if (n_tokens_ == 1 && n_blocks >= kSharedBlocks) {
-      pool_.run([&](int thread) {
-        const Share blocks = share(n_blocks, thread, pool_.size());
-        const int32_t first = blocks.first * grid.group;
-        quantise_blocks(kernels_, x_ + first, std::min(n_cols_, blocks.last * grid.group) - first, grid.group,
-                        to.q + first, to.blocks + blocks.first);
+    if (n_tokens_ == 1) {
+      pool_.share_out(n_blocks, kSharedBlocks, [&](int32_t first, int32_t last) {
+        const int32_t column = first * grid.group;
+        quantise_blocks(kernels_, x_ + column, std::min(n_cols_, last * grid.group) - column, grid.group, to.q + column,
+                        to.blocks + first);
       });
-    } else if (n_tokens_ == 1) {
-      quantise(0, 1);
     } else {
-      pool_.run([&](int thread) {
-        const Share tokens = share(n_tokens_, thread, pool_.size());
-        quantise(tokens.first, tokens.last);
+      pool_.share_out(n_tokens_, 2, [&](int32_t first, int32_t last) {
+        for (int32_t t = first; t < last; ++t)
+          quantise_blocks(kernels_, x_ + static_cast<int64_t>(t) * n_cols_, n_cols_, grid.group, to.q + t * stride,
+                          to.blocks + t * n_blocks);
       });
     }
     to.made = true;
@@ -129,19 +123,11 @@ void Projector::project(std::span<const Projection> projections) {
     }
   });
   if (n_sides == 1) return;
-  const auto add = [&](int32_t first, int32_t last) {
+  pool_.share_out(n_tokens_, 2, [&](int32_t first, int32_t last) {
     for (const Projection& p : projections) {
       for (int32_t t = first; t < last; ++t)
         kernels_.add(p.second + t * p.stride, p.weight.n_rows, p.out + t * p.stride);
     }
-  };
-  if (n_tokens_ == 1) {
-    add(0, 1);
-    return;
-  }
-  pool_.run([&](int thread) {
-    const Share tokens = share(n_tokens_, thread, n);
-    add(tokens.first, tokens.last);
   });
 }
 

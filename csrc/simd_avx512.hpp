@@ -29,9 +29,6 @@ inline F load_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline F abs(F v) {
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)));
-}
 inline void store_f16(void* p, F v) {  // infinity where f16 has no number that large
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -48,7 +45,6 @@ inline I load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
 inline I set1(int32_t v) { return _mm512_set1_epi32(v); }
 inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
-inline I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I max_signed(I a, I b) { return _mm512_max_epi32(a, b); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 inline I to_int(F v) { return _mm512_cvtps_epi32(v); }
@@ -56,7 +52,6 @@ inline I lanes_i8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si12
 inline void store_i16(int16_t* p, I v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
 inline I magnitude_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)); }
 inline I shift_right(I v, int n) { return _mm512_srli_epi32(v, n); }
-inline I shift_right_signed(I v, int n) { return _mm512_srai_epi32(v, n); }
 inline I shift_left(I v, int n) { return _mm512_slli_epi32(v, n); }
 inline I bits_and(I v, uint32_t mask) { return _mm512_and_si512(v, _mm512_set1_epi32(mask)); }
 // (a & mask_a) | (b & mask_b) of masks that share no bit; 0xCA selects by its first operand.

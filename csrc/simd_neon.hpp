@@ -68,7 +68,6 @@ inline void store(int32_t* p, I x) {
 }
 inline I set1(int32_t x) { DIPPER_INT_LANES(as_unsigned(vdupq_n_s32(x))); }
 inline I add(I a, I b) { DIPPER_INT_LANES(vaddq_u32(a.v[i], b.v[i])); }
-inline I sub(I a, I b) { DIPPER_INT_LANES(vsubq_u32(a.v[i], b.v[i])); }
 inline I max_signed(I a, I b) { DIPPER_INT_LANES(as_unsigned(vmaxq_s32(as_signed(a.v[i]), as_signed(b.v[i])))); }
 inline F to_float(I x) { DIPPER_LANES(vcvtq_f32_s32(as_signed(x.v[i]))); }
 inline I to_int(F x) { DIPPER_INT_LANES(as_unsigned(vcvtnq_s32_f32(x.v[i]))); }
@@ -80,10 +79,8 @@ inline I magnitude_bits(F x) { DIPPER_INT_LANES(vreinterpretq_u32_f32(vabsq_f32(
 
 // Shifts by operator: one by a constant is then one instruction, which vshlq is not.
 inline I shift_right(I x, int n) { DIPPER_INT_LANES(x.v[i] >> n); }
-inline I shift_right_signed(I x, int n) { DIPPER_INT_LANES(as_unsigned(as_signed(x.v[i]) >> n)); }
 inline I shift_left(I x, int n) { DIPPER_INT_LANES(x.v[i] << n); }
 inline I bits_and(I x, uint32_t mask) { DIPPER_INT_LANES(vandq_u32(x.v[i], vdupq_n_u32(mask))); }
-inline I bits_or(I x, I y) { DIPPER_INT_LANES(vorrq_u32(x.v[i], y.v[i])); }
 // (a & mask_a) | (b & mask_b) of masks that share no bit.
 inline I bits_from(I a, uint32_t mask_a, I b, uint32_t mask_b) {
   DIPPER_INT_LANES(vbslq_u32(vdupq_n_u32(mask_a), a.v[i], vandq_u32(b.v[i], vdupq_n_u32(mask_b))));
@@ -117,7 +114,6 @@ inline F load_f16(const void* p) {
   return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
            vcvt_high_f32_f16(high)}};
 }
-inline F abs(F v) { DIPPER_LANES(vabsq_f32(v.v[i])); }
 inline void store_f16(void* p, F v) {
   const float16x8_t low = vcvt_high_f16_f32(vcvt_f16_f32(v.v[0]), v.v[1]);
   const float16x8_t high = vcvt_high_f16_f32(vcvt_f16_f32(v.v[2]), v.v[3]);

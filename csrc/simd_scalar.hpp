@@ -53,7 +53,6 @@ inline F load_f16(const void* p) {
   std::memcpy(t, p, sizeof t);
   DIPPER_LANES(half_to_float(t[i]));
 }
-inline F abs(F x) { DIPPER_LANES(__builtin_fabsf(x.v[i])); }
 inline void store_f16(void* p, F x) {
   uint16_t t[16];
   for (int i = 0; i < 16; ++i) t[i] = float_to_half(x.v[i]);
@@ -82,7 +81,6 @@ inline void store(int32_t* p, I x) { std::memcpy(p, x.v, sizeof x.v); }
 inline int32_t as_signed(uint32_t bits) { return static_cast<int32_t>(bits); }
 inline I set1(int32_t x) { DIPPER_INT_LANES(static_cast<uint32_t>(x)); }
 inline I add(I a, I b) { DIPPER_INT_LANES(a.v[i] + b.v[i]); }
-inline I sub(I a, I b) { DIPPER_INT_LANES(a.v[i] - b.v[i]); }
 inline I max_signed(I a, I b) { DIPPER_INT_LANES(as_signed(a.v[i]) > as_signed(b.v[i]) ? a.v[i] : b.v[i]); }
 inline F to_float(I x) { DIPPER_LANES(static_cast<float>(as_signed(x.v[i]))); }
 inline I to_int(F x) { DIPPER_INT_LANES(static_cast<uint32_t>(static_cast<int32_t>(__builtin_rintf(x.v[i])))); }
@@ -97,7 +95,6 @@ inline I magnitude_bits(F x) {
   return r;
 }
 inline I shift_right(I x, int n) { DIPPER_INT_LANES(x.v[i] >> n); }
-inline I shift_right_signed(I x, int n) { DIPPER_INT_LANES(static_cast<uint32_t>(as_signed(x.v[i]) >> n)); }
 inline I lower_halves(I x, I y) { DIPPER_INT_LANES((x.v[i] & 0xFFFFu) | (y.v[i] << 16)); }
 inline I upper_halves(I x, I y) { DIPPER_INT_LANES((x.v[i] >> 16) | (y.v[i] & 0xFFFF0000u)); }
 inline int32_t lower_half(uint32_t x) { return static_cast<int16_t>(x & 0xFFFFu); }

@@ -21,6 +21,16 @@ inline void cpu_relax() {
 #endif
 }
 
+// Share [first, last) of n items for one of n_threads threads.
+struct Share {
+  int32_t first;
+  int32_t last;
+};
+inline Share share(int32_t n, int thread, int n_threads) {
+  return {static_cast<int32_t>(static_cast<int64_t>(n) * thread / n_threads),
+          static_cast<int32_t>(static_cast<int64_t>(n) * (thread + 1) / n_threads)};
+}
+
 // A fixed team of threads, each on a CPU of its own: left alone, the scheduler wakes a sleeping worker on its waker's
 // CPU, where both then share one core for milliseconds while another idles (measured: a third of the speed with two
 // threads on two cores).
@@ -35,6 +45,15 @@ class ThreadPool {
   // The task must not throw on threads other than the caller's; if it throws on the caller's, the others are joined
   // first.
   void run(const std::function<void(int thread)>& task);
+  // fn(first, last) over n items in shares of the threads; on the caller alone where there are fewer than `enough`.
+  template <typename Fn>
+  void share_out(int32_t n, int32_t enough, Fn&& fn) {
+    if (n < enough) return fn(0, n);
+    run([&](int thread) {
+      const auto [first, last] = share(n, thread, size());
+      fn(first, last);
+    });
+  }
 
   // Keeps the calling thread on the team's first CPU while it lives; its own affinity comes back afterwards.
   class PinnedCaller {
@@ -59,15 +78,5 @@ class ThreadPool {
   std::atomic<int32_t> running_{0};
   std::atomic<bool> stop_{false};
 };
-
-// Share [first, last) of n items for one of n_threads threads.
-struct Share {
-  int32_t first;
-  int32_t last;
-};
-inline Share share(int32_t n, int thread, int n_threads) {
-  return {static_cast<int32_t>(static_cast<int64_t>(n) * thread / n_threads),
-          static_cast<int32_t>(static_cast<int64_t>(n) * (thread + 1) / n_threads)};
-}
 
 }  // namespace dipper

@@ -804,3 +804,15 @@ def test_keys_and_values_take_the_room_that_the_plan_says(bundles):
 def test_unknown_kv_is_named():
     with pytest.raises(ConfigError, match="kv 'f8' is unknown: choose f32, f16, int8"):
         EngineConfig(kv="f8")
+
+
+def test_logits_can_be_looked_at_without_a_copy(bundles):
+    with Engine.open(bundles(), EngineConfig(method="dense-resident", context=16)) as engine:
+        engine.prefill(PROMPT[:2])
+        copied = engine.step(3)
+        seen = engine.step(4, copy=False)
+        kept = seen.copy()
+        assert not seen.flags.writeable and copied.flags.writeable
+        engine.step(5)
+        assert np.array_equal(seen, engine.step(6, copy=False))  # the same memory, another token
+        assert not np.array_equal(seen, kept)

@@ -655,7 +655,7 @@ def test_generated_scores_go_through_the_caches(bundles: dict[str, Bundle]) -> N
     assert workload.describe(settings[0]) == {
         "kind": "generated", "model": "gemma3", "fitted_on": ["nothing"], "seed": 40,
     }  # fmt: skip
-    assert workload.generator.asked[:3] == ("glu", 1.0, 160)  # type: ignore[attr-defined]
+    assert workload.generator.asked[:3] == ("glu", 1.0, 160)
     with pytest.raises(ConfigError, match=r"^0 prompt tokens and 1 after them: each must be at least 1$"):
         GeneratedWorkload(bundle, FixedScores(), n_prompt=0, n_tokens=1)  # type: ignore[arg-type]
 

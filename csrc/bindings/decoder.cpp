@@ -271,8 +271,7 @@ DecoderOptions options_of(const nb::dict& d, const Model& model) {
   o.mlp.stream_slots = get<int32_t>(d, "stream_slots");
   o.mlp.stream_chunk_bytes = get<uint32_t>(d, "stream_chunk_bytes");
   o.context = get<int32_t>(d, "context");
-  const auto kv = get<std::string>(d, "kv");
-  o.kv = kv == "f32" ? KvCodes::kF32 : kv == "f16" ? KvCodes::kF16 : KvCodes::kI8;
+  o.kv = kv_codes(get<std::string>(d, "kv"));
   o.block_tokens = get<int32_t>(d, "block_tokens");
   o.n_threads = get<int32_t>(d, "n_threads");
   o.isa = get<std::string>(d, "isa");

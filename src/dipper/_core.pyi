@@ -143,6 +143,7 @@ class _DecoderCounters(TypedDict):
     reads: int
     ledger_s: _Ledger
 
+def kv_position_bytes(kv: str, head_dim: int) -> int: ...
 def plan_memory(header: dict[str, Any], directory: str, options: dict[str, Any]) -> dict[str, int]: ...
 
 class Decoder:

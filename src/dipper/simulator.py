@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .budget import KV_CODES, EngineConfig, plan_run
+from . import _core
+from .budget import KV_CODES, EngineConfig
 from .bundle import Bundle
 from .device import Compute, Device
 from .errors import BudgetError
@@ -30,7 +31,6 @@ from .workload import Setting, Traffic, Workload, embedding_reads
 __all__ = ["Prediction", "check_fits", "miss_curve_split", "model_parts", "predict", "sim_record", "touched_bytes"]
 
 LAST_BLOCK = 32  # columns whose products follow the last read
-_POSITIONS = 1024  # a multiple of the KV cache's blocks: a plan of as many has whole ones
 
 _F64 = npt.NDArray[np.float64]
 
@@ -77,7 +77,7 @@ def model_parts(bundle: Bundle) -> dict[str, Any]:
             part = parts["head" if name == "head" else "attention"]
             part[0] += entry["shape"][0] * entry["shape"][1]
             part[1] += entry["bytes"] + sum(span["bytes"] for span in entry["scales"].values())
-    regions = bundle.header["regions"]
+    regions, model = bundle.header["regions"], bundle.model
     return {
         **parts,
         "n_columns": np.array([r["n_columns"] for r in regions]),
@@ -86,16 +86,11 @@ def model_parts(bundle: Bundle) -> dict[str, Any]:
         "scale_bytes": np.array(
             [sum(s["bytes"] for m in r["matrices"] for n, s in m["scales"].items() if n != "tier") for r in regions]
         ),
-        "kv_bytes": {kv: _kv_bytes(bundle, kv) for kv in KV_CODES},  # of a position in a layer
+        "kv_bytes": {  # of a position in a layer
+            kv: model.n_kv_heads * _core.kv_position_bytes(kv, model.head_dim) for kv in KV_CODES
+        },
         "macs": bundle.mlp_weights + parts["attention"][0],  # of a token in prefill, the head aside
     }
-
-
-def _kv_bytes(bundle: Bundle, kv: str) -> int:
-    """Keys and values of a position in a layer, from the engine's own plan."""
-    config = EngineConfig(method="dense-resident", context=_POSITIONS, kv=kv)
-    plan = plan_run(bundle, config, host_bytes=0, capacity=[0] * len(bundle.header["regions"]))
-    return plan.parts["kv"] // (_POSITIONS * bundle.model.n_layers)
 
 
 def touched_bytes(

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "check.hpp"
@@ -10,6 +11,8 @@
 #include "half.hpp"
 #include "kernels.hpp"
 #include "model.hpp"
+#include "projection.hpp"
+#include "thread_pool.hpp"
 
 using namespace dipper;
 
@@ -94,9 +97,9 @@ WeightView as_tiled(Packed& p, std::vector<uint16_t>& d, std::vector<uint16_t>& 
         to.insert(to.end(), at, at + rows);
       }
     };
-    const bool by_super = w.grid.scale == Scale::kU8 || w.grid.scale == Scale::kI8 || w.grid.scale == Scale::kU8M;
-    reorder(p.d, d, by_super ? w.n_super() : w.n_blocks);
-    reorder(p.dm, dm, by_super ? w.n_super() : w.n_blocks);
+    const int32_t n_d = w.grid.has_sub() ? w.n_super() : w.n_blocks;
+    reorder(p.d, d, n_d);
+    reorder(p.dm, dm, n_d);
     reorder(p.sub, sub, w.n_blocks);
     reorder(p.subm, subm, w.n_blocks);
   }
@@ -237,6 +240,54 @@ void test_products(const Grid& grid, int32_t rows, int32_t cols) {
     for (int32_t t = 0; t < kTokens; ++t) {
       const auto at = out.begin() + t * tiled.n_rows;
       CHECK(same_bits({at, at + tiled.n_rows}, t % 2 ? sparse : dense));
+    }
+  }
+}
+
+// Two halves of the columns add up to the same bits however threads share them, for one token and for many; a matrix
+// may have fewer columns than a half.
+void test_halves_of_columns() {
+  for (const auto& [grid, rows, cols] : {std::tuple{Grid{Codes::kQ6, Scale::kI8, 16, 32, 16}, 64, 16},
+                                         std::tuple{Grid{Codes::kQ6, Scale::kI8, 16, 32, 16}, 320, 80},
+                                         std::tuple{Grid{Codes::kQ4, Scale::kF16M, 32, 0, 1}, 448, 160},
+                                         std::tuple{Grid{Codes::kF16, Scale::kNone, 32, 0, 1}, 192, 96}}) {
+    Packed p = random_matrix(grid, rows, cols, 13);
+    std::vector<uint16_t> d, dm;
+    std::vector<uint8_t> sub, subm;
+    const WeightView w = as_tiled(p, d, dm, sub, subm);
+    constexpr int32_t kTokens = 3;
+    const std::vector<float> x = random_vector(static_cast<size_t>(kTokens * cols), 14);
+    const std::vector<float> start = random_vector(static_cast<size_t>(rows), 15);
+    const auto product = [&](int n_threads, int32_t n_tokens) {
+      ThreadPool pool(n_threads);
+      Projector projector(select_kernels("auto"), pool, cols, kTokens);
+      std::vector<float> y(static_cast<size_t>(n_tokens * w.n_rows)), second(y.size());
+      const Projection projection{w, start.data(), rows, y.data(), w.n_rows, second.data(), split_column(cols)};
+      projector.take(x.data(), cols, n_tokens);
+      projector.project({&projection, 1});
+      return y;
+    };
+    const std::vector<float> one = product(1, 1);
+    const std::vector<float> many = product(1, kTokens);
+    CHECK(same_bits({many.begin(), many.begin() + w.n_rows}, one));
+    for (const int n_threads : {2, 3, 4}) {
+      CHECK(same_bits(product(n_threads, 1), one));
+      CHECK(same_bits(product(n_threads, kTokens), many));
+    }
+    double largest = 0.0;
+    for (int32_t c = 0; c < cols; ++c)
+      largest = std::max(largest, std::fabs(static_cast<double>(x[static_cast<size_t>(c)])));
+    std::vector<float> row(static_cast<size_t>(cols));
+    for (int32_t r = 0; r < rows; ++r) {
+      dequantise_row(w, r, row.data());
+      double sum = start[static_cast<size_t>(r)], weights = 0.0, size = std::fabs(sum);
+      for (size_t c = 0; c < row.size(); ++c) {
+        sum += static_cast<double>(row[c]) * x[c];
+        size += std::fabs(static_cast<double>(row[c]) * x[c]);
+        weights += std::fabs(row[c]);
+      }
+      // Inputs are rounded to half a unit of the largest's 32767th part, sums to fp32.
+      CHECK(std::fabs(sum - one[static_cast<size_t>(r)]) <= weights * largest / 65533.0 + 3e-6 * size);
     }
   }
 }
@@ -431,6 +482,20 @@ void test_halves() {
   }
 }
 
+// What is not finite does not become a number when it is kept in eight bits.
+void test_nan_in_int8() {
+  for (const std::string& isa : available_isas()) {
+    for (const float value : {NAN, INFINITY}) {
+      std::vector<float> x(16, 1.0f);
+      x[3] = value;
+      CHECK(std::isnan(KvMemory(isa, KvCodes::kI8, 16, 1, x, x).v_scale[0]));
+    }
+    const std::vector<float> tiny(16, 1e-37f);
+    const KvMemory memory(isa, KvCodes::kI8, 16, 1, tiny, tiny);
+    CHECK(memory.v_scale[0] == 0.0f && memory.v[0] == 0);
+  }
+}
+
 void test_unknown_isa() {
   CHECK_THROWS(select_kernels("sse9"), ConfigError,
                "instruction set 'sse9' is not available on this CPU: choose auto or one of ");
@@ -450,12 +515,14 @@ int main() {
     test_products(grid, 128, 80);  // a partial block (or not, for groups of 16)
     test_products(grid, 40, 33);   // padded rows, a lone column in the last block
   }
+  test_halves_of_columns();
   test_long_share();
   test_quantise();
   test_vectors();
   test_activation_extremes();
   test_attention();
   test_halves();
+  test_nan_in_int8();
   test_unknown_isa();
   return check_result();
 }
