@@ -17,7 +17,6 @@ constexpr uint64_t kAlign = FlashReader::alignment();
 
 // Positions are kept in blocks of 16 (Kernels::attend).
 int64_t padded_positions(int32_t context) { return (static_cast<int64_t>(context) + 15) / 16 * 16; }
-int64_t score_floats(int32_t context) { return padded_positions(context) + 32; }
 
 uint64_t embedding_slot_bytes(const Model& model) {
   return model.tied ? 0 : (model.embedding.row_bytes + kAlign - 1) / kAlign * kAlign + kAlign;
@@ -254,16 +253,18 @@ void Decoder::attention(int32_t layer, const float* x, int32_t n_tokens, float* 
   pool_.share_out(n_tokens, 2, [&](int32_t first, int32_t last) {
     for (int32_t t = first; t < last; ++t) place(t);
   });
-  pool_.run([&](int thread) {  // (token, head) pairs in turn: later tokens see more positions
+  pool_.run([&](int thread) {  // neighbouring query heads, whose keys and values are then read once
     float* scores = scores_ + static_cast<int64_t>(thread) * score_floats(options_.context);
-    for (int32_t i = thread; i < n_tokens * m.n_heads; i += pool_.size()) {
-      const int32_t t = i / m.n_heads;
-      const int32_t h = i % m.n_heads;
+    const int32_t group = m.n_heads / m.n_kv_heads;
+    for (int32_t t = 0; t < n_tokens; ++t) {
       const int32_t last = n_past_ + t + 1;
       const int32_t first = l.window > 0 ? std::max(0, last - l.window) : 0;
-      const KvHead kv = kv_head(layer, h / (m.n_heads / m.n_kv_heads));
-      kernels_->attend(q_ + t * q_p_ + h * hd, kv, hd, first, last, m.attention_scale, scores,
-                       attended_ + static_cast<int64_t>(t) * m.n_heads * hd + h * hd);
+      const Share heads = share(m.n_heads, (thread + t) % pool_.size(), pool_.size());  // uneven ones go round
+      for (int32_t h = heads.first, next; h < heads.last; h = next) {
+        next = std::min(heads.last, (h / group + 1) * group);
+        kernels_->attend(q_ + t * q_p_ + h * hd, next - h, kv_head(layer, h / group), hd, first, last,
+                         m.attention_scale, scores, attended_ + (static_cast<int64_t>(t) * m.n_heads + h) * hd);
+      }
     }
   });
   const Projection o{l.o, l.o_bias, m.hidden, out, hidden_p_};

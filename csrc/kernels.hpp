@@ -156,6 +156,13 @@ struct KvHead {
   float* v_scale;
 };
 
+// Queries that Kernels::attend takes through the keys and values at once.
+inline constexpr int32_t kMaxQueries = 4;
+// Its scratch: a row of scores a query, of the blocks of 16 that n_positions touch wherever they begin.
+constexpr int64_t score_floats(int32_t n_positions) {
+  return kMaxQueries * ((static_cast<int64_t>(n_positions) + 30) / 16 * 16);
+}
+
 struct Kernels {
   const char* name;
   // q [n, and a zero more if n is odd] of x [n], one block.
@@ -177,9 +184,10 @@ struct Kernels {
   void (*gelu_tanh_mul)(const float* gate, const float* up, int32_t n, float* out);
   // Keeps k and v [head_dim] of one position. f16 keeps what is beyond its largest number as that number.
   void (*keep)(const float* k, const float* v, int32_t position, int32_t head_dim, const KvHead& kv);
-  // Attention of one query head over positions [first, last); scores is scratch [last - first + 31].
-  void (*attend)(const float* q, const KvHead& kv, int32_t head_dim, int32_t first, int32_t last, float scale,
-                 float* scores, float* out);
+  // Attention of query heads that share keys and values over positions [first, last): q and out [n_queries, head_dim],
+  // scores scratch [score_floats(last - first)]. A query's result does not depend on the others.
+  void (*attend)(const float* q, int32_t n_queries, const KvHead& kv, int32_t head_dim, int32_t first, int32_t last,
+                 float scale, float* scores, float* out);
   // log(sum(exp(x))) in fp32 lanes, combined in double.
   double (*log_sum_exp)(const float* x, int32_t n);
 };

@@ -426,12 +426,19 @@ struct KvMemory {
   }
 };
 
+// The first query against double sums; as many of them at once as there are, on every instruction set, as one by one.
 void check_attention(KvCodes codes, int32_t dim, int32_t n, const std::vector<float>& q, const std::vector<float>& k,
                      const std::vector<float>& v) {
   constexpr int32_t kFirst = 5;
   const KvMemory reference("scalar", codes, dim, n, k, v);
-  std::vector<float> scores(static_cast<size_t>(n + 32)), out(static_cast<size_t>(dim));
-  select_kernels("scalar").attend(q.data(), reference.head, dim, kFirst, n, 0.125f, scores.data(), out.data());
+  std::vector<float> scores(static_cast<size_t>(score_floats(n - kFirst)));
+  const auto attended = [&](const std::string& isa, const KvHead& head, int32_t first_query, int32_t n_queries) {
+    std::vector<float> out(static_cast<size_t>(n_queries * dim), NAN);
+    select_kernels(isa).attend(q.data() + first_query * dim, n_queries, head, dim, kFirst, n, 0.125f, scores.data(),
+                               out.data());
+    return out;
+  };
+  const std::vector<float> out = attended("scalar", reference.head, 0, 1);
   std::vector<double> expected(static_cast<size_t>(dim));
   double total = 0.0;
   for (int32_t p = kFirst; p < n; ++p) {
@@ -448,16 +455,20 @@ void check_attention(KvCodes codes, int32_t dim, int32_t n, const std::vector<fl
     const KvMemory memory(isa, codes, dim, n, k, v);
     CHECK(memory.k == reference.k && memory.v == reference.v);
     CHECK(same_bits(memory.k_scale, reference.k_scale) && same_bits(memory.v_scale, reference.v_scale));
-    std::vector<float> again(static_cast<size_t>(dim));
-    select_kernels(isa).attend(q.data(), memory.head, dim, kFirst, n, 0.125f, scores.data(), again.data());
-    CHECK(same_bits(again, out));
+    std::vector<float> one_by_one;
+    for (int32_t queries = 1; queries * dim <= static_cast<int32_t>(q.size()); ++queries) {
+      const std::vector<float> alone = attended("scalar", reference.head, queries - 1, 1);
+      one_by_one.insert(one_by_one.end(), alone.begin(), alone.end());
+      CHECK(same_bits(attended(isa, memory.head, 0, queries), one_by_one));
+    }
   }
 }
 
 void test_attention() {
   for (const int32_t dim : {8, 64, 80}) {
     constexpr int32_t kPositions = 101;  // blocks of 64 and of 16, and a rest
-    const std::vector<float> q = random_vector(static_cast<size_t>(dim), 4);
+    constexpr int32_t kQueries = 2 * kMaxQueries + 1;
+    const std::vector<float> q = random_vector(static_cast<size_t>(kQueries * dim), 4);
     const std::vector<float> k = random_vector(static_cast<size_t>(dim * kPositions), 5),
                              v = random_vector(static_cast<size_t>(dim * kPositions), 6);
     for (const KvCodes codes : {KvCodes::kF32, KvCodes::kF16, KvCodes::kI8})
