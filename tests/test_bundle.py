@@ -9,19 +9,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tiny
-from dipper.bundle import ALIGNMENT, Bundle, header_bytes, pack
+from dipper.bundle import ALIGNMENT, Bundle, header_bytes, pack, region_name
 from dipper.checkpoint import open_checkpoint
 from dipper.errors import BundleError, CheckpointError, ConfigError
 from dipper.glu import read_model
 from dipper.grid import dequantise, plane_bytes
+from dipper.layout import columns_per_unit
 
 SRC = str(Path(__file__).parents[1] / "src")
 
@@ -116,7 +120,7 @@ def test_records_lie_where_the_format_says(tmp_path):
 def test_header_keys_of_the_format(tmp_path):
     header = json.loads((pack_hf(tmp_path).path / "bundle.json").read_text())
     assert header["format"] == "dipper-bundle"
-    assert header["version"] == 1
+    assert header["version"] == 2
     assert header["source"]["kind"] == "hf"
     assert header["source"]["bits"] == "source"
     assert header["model"]["activation"] == "silu"
@@ -124,6 +128,10 @@ def test_header_keys_of_the_format(tmp_path):
         {"bits": 32, "shift": 0, "kind": "codes", "tier": "flash", "offset": 0, "stride": 2 * 4 * 192}
     ]
     assert header["regions"][0]["matrices"][0]["scales"] == {"tier": "resident"}
+    for region in header["regions"]:  # nothing is split unless asked for
+        assert (region["columns_per_unit"], region["order"], region["base"]) == (1, None, None)
+        assert region["unit_bytes"] == region["record_bytes"]
+        assert [matrix["base_bits"] for matrix in region["matrices"]] == [0] * len(region["matrices"])
     for name, entry in header["files"].items():
         assert (tmp_path / "llama-source.dipper" / name).stat().st_size == entry["bytes"]
 
@@ -322,12 +330,12 @@ def test_not_a_bundle(tmp_path):
 
 
 def test_newer_version(bundle):
-    for version in (2, 99):
+    for version in (3, 99):
         (bundle.path / "bundle.json").write_text(json.dumps({"format": "dipper-bundle", "version": version, "new": 1}))
         with pytest.raises(BundleError) as error:
             Bundle.open(bundle.path)
         assert str(error.value) == (
-            f"{bundle.path}: format version {version} is newer than this dipper reads (1): upgrade"
+            f"{bundle.path}: format version {version} is newer than this dipper reads (2): upgrade"
         )
 
 
@@ -364,6 +372,15 @@ HOSTILE = [
     ("regions/0/columns_per_unit", 2, "columns_per_unit is 2"),
     ("regions/0/order", [0] * 64, "order is not a permutation of 64 columns"),
     ("regions/0/order", ["a"], "order is not a list of columns"),
+    ("regions/0/order", list(range(64)), "layers.0.input: has an order and no base"),
+    ("regions/0/order", KeyError, "'order' is missing"),
+    ("regions/0/unit_bytes", 4096, "unit_bytes is 4096, not 128"),
+    ("regions/0/base", KeyError, "'base' is missing"),
+    ("regions/0/base", {}, "tensors are missing, the first is ['layers.0.input_residual']"),
+    ("regions/0/matrices/1/base_bits", 2, "layers.0.up: base_bits is 2, and the region has no base"),
+    ("regions/0/matrices/1/base_bits", KeyError, "'base_bits' is missing"),
+    ("regions/0/sha256", KeyError, "'sha256' is missing"),
+    ("tensors/layers.0.input_residual", {"kind": "vector", "shape": [64], "offset": 0}, "shape is [64], not [None]"),
     ("regions/0/kind", "glu", "regions are not"),
     ("regions/0/layer", [0], "regions are not"),
     ("regions/0/matrices/0/codes", "q5", "q5 has 2 planes"),
@@ -453,9 +470,9 @@ def test_a_changed_header_without_its_hash(bundle):
 
 
 def test_column_order_is_followed(bundle):
-    """A region whose records are permuted, with `order` saying so, is the same matrix."""
+    """A region of version 1 whose records are permuted, with `order` saying so, is the same matrix."""
     before = bundle.dequantise("layers.1.down")
-    header = copy.deepcopy(bundle.header)
+    header = version_1(bundle.header)
     region = header["regions"][3]
     order = np.random.default_rng(0).permutation(region["n_columns"])
     region["order"] = [int(j) for j in order]
@@ -467,6 +484,410 @@ def test_column_order_is_followed(bundle):
     path.write_bytes(content)
     (bundle.path / "bundle.json").write_bytes(header_bytes(header))
     np.testing.assert_array_equal(Bundle.open(bundle.path).dequantise("layers.1.down"), before)
+
+
+def version_1(header: dict) -> dict:
+    """A header without what version 2 added."""
+    header = copy.deepcopy(header)
+    header["version"] = 1
+    for region in header["regions"]:
+        del region["unit_bytes"], region["base"]
+        for matrix in region["matrices"]:
+            del matrix["base_bits"]
+    return header
+
+
+def test_version_1_still_opens(bundle):
+    weights = bundle.dequantise("layers.2.up")
+    (bundle.path / "bundle.json").write_bytes(header_bytes(version_1(bundle.header)))
+    opened = Bundle.open(bundle.path)
+    assert opened.header["version"] == opened.describe()["version"] == 1
+    assert opened.header["regions"] == bundle.header["regions"]
+    opened.verify()
+    np.testing.assert_array_equal(opened.dequantise("layers.2.up"), weights)
+    assert opened.bytes_by_part() == bundle.bytes_by_part()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("regions/0/columns_per_unit", 2, "columns_per_unit is 2"),
+        ("regions/0/record_bytes", KeyError, "'record_bytes' is missing"),
+        ("regions", 7, "the header is inconsistent"),
+        ("regions/0", [], "the header is inconsistent"),
+        ("regions/0/matrices/0", 7, "the header is inconsistent"),
+        ("regions/0/matrices/0/planes/0/tier", "base", "plane is"),
+    ],
+)
+def test_hostile_headers_of_version_1(bundle, path, value, message):
+    header = version_1(bundle.header)
+    change(path, value)(header)
+    (bundle.path / "bundle.json").write_bytes(header_bytes(header))
+    with pytest.raises(BundleError) as error:
+        Bundle.open(bundle.path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- base and residual
+
+SPLIT_TYPES = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K")
+
+
+def write_split_gguf(path: Path, types: tuple[str, str, str], hidden: int, inner: int, n_layers: int = 1) -> Path:
+    """A model whose gate, up and down have these types; K types take inputs of whole 256s."""
+    if any(name.endswith("K") for name in types[:2]):
+        hidden = 256
+    if types[2].endswith("K"):
+        inner = 256
+    return tiny.write_gguf(
+        path, "llama-tied", dict(zip(("ffn_gate", "ffn_up", "ffn_down"), types, strict=True)), hidden_size=hidden,
+        intermediate_size=inner, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=n_layers,
+    )  # fmt: skip
+
+
+def energies_of(bundle: Bundle, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {region_name(r): rng.lognormal(0, 2, r["n_columns"]).astype(np.float32) for r in bundle.header["regions"]}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    types=st.tuples(*[st.sampled_from(SPLIT_TYPES)] * 3),
+    hidden=st.sampled_from([64, 96, 192, 288]),
+    inner=st.sampled_from([64, 160, 192, 320]),
+    base_bits=st.integers(1, 4),
+    unit_bytes=st.sampled_from([1, 700, 4096, 5000, 16384]),
+    ordered=st.booleans(),
+)
+def test_a_split_bundle_has_the_same_weights(types, hidden, inner, base_bits, unit_bytes, ordered):
+    pytest.importorskip("gguf")
+    bits = {"input": {int(name[1]) for name in types[:2]}, "glu": {int(types[2][1])}}
+    split = {kind for kind, of_kind in bits.items() if min(of_kind) > base_bits}
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_split_gguf(Path(folder) / "x.gguf", types, hidden, inner)
+        whole = Bundle.open(pack(source, Path(folder) / "whole.dipper", tokenizer=False))
+        energies = energies_of(whole) if ordered else None
+
+        def pack_split(name: str) -> Bundle:
+            options = {"base_bits": base_bits, "unit_bytes": unit_bytes, "energies": energies}
+            return Bundle.open(pack(source, Path(folder) / name, tokenizer=False, **options))
+
+        if not split or any(max(bits[kind]) - base_bits > 4 for kind in split):
+            with pytest.raises(ConfigError, match=r"no region can be split|leave 5 residual bits"):
+                pack_split("split.dipper")
+            return
+        bundle = pack_split("split.dipper")
+        bundle.verify()
+        for region, plain in zip(bundle.header["regions"], whole.header["regions"], strict=True):
+            kind, u, n = region["kind"], region["columns_per_unit"], region["n_columns"]
+            residual = bundle.header["tensors"].get(f"layers.0.{kind}_residual")
+            assert (region["base"] is not None) == (residual is not None) == (kind in split)
+            assert (region["order"] is not None) == (ordered and kind in split)
+            if kind not in split:
+                changed = ("offset", "matrices")
+                assert {k: v for k, v in region.items() if k not in changed} == {
+                    k: v for k, v in plain.items() if k not in changed
+                }
+                continue
+            assert u == columns_per_unit(region["record_bytes"], n, unit_bytes)
+            assert region["unit_bytes"] == -(-u * region["record_bytes"] // ALIGNMENT) * ALIGNMENT
+            assert region["bytes"] == -(-n // u) * region["unit_bytes"]
+            assert region["base"]["offset"] == region["offset"] + region["bytes"]
+        for name in ("gate", "up", "down"):
+            weights = whole.dequantise(f"layers.0.{name}")
+            np.testing.assert_array_equal(bundle.dequantise(f"layers.0.{name}"), weights)
+        again = pack_split("again.dipper")
+        for file in sorted(bundle.path.iterdir()):
+            assert file.read_bytes() == (again.path / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("record_bytes", "n_columns", "unit_bytes", "expected"),
+    [
+        (768, 576, 16384, 16),  # exactly three pages
+        (4096, 576, 16384, 3),  # no padding from 3 on: the smallest
+        (5001, 100, 16384, 4),  # 10002 of 12288, 15003 of 16384, 20004 of 20480
+        (70_000, 10, 16384, 1),  # more than a unit
+        (64, 5, 16384, 5),  # all columns are less
+        (1, 1 << 20, 4096, 4096),
+        (4096, 10, 1, 1),
+    ],
+)
+def test_columns_per_unit(record_bytes, n_columns, unit_bytes, expected):
+    assert columns_per_unit(record_bytes, n_columns, unit_bytes) == expected
+
+
+@pytest.fixture(scope="module")
+def split_source(tmp_path_factory):
+    pytest.importorskip("gguf")
+    types = ("Q4_1", "Q5_0", "Q6_K")
+    return write_split_gguf(tmp_path_factory.mktemp("split") / "x.gguf", types, 192, 256, n_layers=2)
+
+
+@pytest.fixture
+def split_bundle(split_source, tmp_path):
+    """Input: 2 and 3 residual bits, 25 of 192 columns in a unit; GLU: 4 residual bits, 42 of 256 columns."""
+    whole = Bundle.open(pack(split_source, tmp_path / "whole.dipper", tokenizer=False))
+    options = {"base_bits": 2, "unit_bytes": 4096, "energies": energies_of(whole)}
+    return Bundle.open(pack(split_source, tmp_path / "split.dipper", tokenizer=False, **options))
+
+
+def test_residual_and_base_lie_where_the_format_says(split_source, split_bundle):
+    """One code of the flash and the base records, found with nothing but the header's numbers."""
+    region = split_bundle.header["regions"][2]
+    assert (region["layer"], region["kind"], region["n_columns"]) == (1, "input", 192)
+    plane = {"kind": "codes", "tier": "flash", "stride": 160}
+    base_plane = {"kind": "codes", "tier": "base", "stride": 128}
+    assert (region["record_bytes"], region["base"]["record_bytes"]) == (160, 128)
+    assert [matrix["planes"] for matrix in region["matrices"]] == [
+        [{"bits": 2, "shift": 0, "offset": 0, **plane}, {"bits": 2, "shift": 2, "offset": 0, **base_plane}],
+        [
+            {"bits": 2, "shift": 0, "offset": 64, **plane},
+            {"bits": 1, "shift": 2, "offset": 128, **plane},
+            {"bits": 2, "shift": 3, "offset": 64, **base_plane},
+        ],
+    ]
+    position, row = 61, 150  # tile 1, row 22 of it: lane 6, field 1
+    column, unit = region["order"][position], position // region["columns_per_unit"]
+    assert position % region["columns_per_unit"] > 0
+    assert unit > 0
+    content = (split_bundle.path / "flash.bin").read_bytes()
+    record = content[region["offset"] + unit * region["unit_bytes"] :]
+    record = record[position % region["columns_per_unit"] * region["record_bytes"] :]
+    base = content[region["base"]["offset"] + column * region["base"]["record_bytes"] :]
+    low = int.from_bytes(record[64 + 32 + 6 * 2 :][:2], "little") >> 2 & 3
+    middle = record[128 + 16 + 6] >> 1 & 1
+    high = int.from_bytes(base[64 + 32 + 6 * 2 :][:2], "little") >> 2 & 3
+    part = read_model(open_checkpoint(split_source)).parts["layers.1.up"]
+    assert low | middle << 2 | high << 3 == int(part.rows(row, row + 1).codes[0, column])
+
+
+def test_columns_are_ordered_by_energy_and_norm(split_source, split_bundle, tmp_path):
+    whole = Bundle.open(tmp_path / "whole.dipper")
+    energies = energies_of(whole)
+    for region in split_bundle.header["regions"]:
+        name = region_name(region)
+        assert name == f"layers.{region['layer']}.{region['kind']}"
+        norms = split_bundle.dequantise(f"{name}_residual").astype(np.float64)
+        scores = energies[name].astype(np.float64) * norms**2
+        assert region["order"] == sorted(range(len(scores)), key=lambda j: (-scores[j], j))
+        assert region["order"] != sorted(region["order"])
+    flat = {name: np.zeros(len(array)) for name, array in energies.items()}  # all equal: the lower index first
+    equal = pack(split_source, tmp_path / "equal.dipper", tokenizer=False, base_bits=2, energies=flat)
+    assert all(r["order"] == list(range(r["n_columns"])) for r in Bundle.open(equal).header["regions"])
+
+
+def test_norms_of_residuals(split_source, split_bundle):
+    parts = read_model(open_checkpoint(split_source)).parts
+    for region, names in ((0, ("gate", "up")), (1, ("down",))):
+        squares = 0
+        for name in names:
+            part = parts[f"layers.0.{name}"]
+            rows = part.rows(0, part.shape[0])
+            r, d = part.grid.bits - 2, rows.scales["d"].astype(float)
+            s = np.repeat(d, part.grid.super_blocks, axis=1) * rows.scales["sub"] if "sub" in rows.scales else d
+            residual = rows.codes % 2**r - (2**r - 1) / 2
+            squares = squares + ((np.repeat(s, part.grid.group, axis=1) * residual) ** 2).sum(axis=0)
+        norms = split_bundle.dequantise(("layers.0.input_residual", "layers.0.glu_residual")[region])
+        np.testing.assert_allclose(norms, np.sqrt(squares), rtol=1e-6)
+
+
+def test_bytes_of_a_split_bundle(split_bundle, tmp_path):
+    whole, split = (Bundle.open(tmp_path / f"{name}.dipper") for name in ("whole", "split"))
+    parts, before = split.bytes_by_part(), whole.bytes_by_part()
+    assert parts["flash"] == {
+        "input_records": 2 * 192 * 160, "glu_records": 2 * 256 * 96, "base_records": 2 * (192 * 128 + 256 * 48),
+        "embedding": 0,
+    }  # fmt: skip
+    assert before["flash"] == {
+        "input_records": 2 * 192 * (128 + 128 + 32), "glu_records": 2 * 256 * 144, "base_records": 0, "embedding": 0
+    }  # fmt: skip
+    assert split.mlp_bytes == whole.mlp_bytes
+    assert parts["resident"] == {**before["resident"], "norms": before["resident"]["norms"] + 2 * 4 * (192 + 256)}
+    described = split.describe()
+    assert described["base_bits"] == {"gate": [2], "up": [2], "down": [2]}
+    assert described["units"]["glu"] == [
+        {"record_bytes": 96, "base_record_bytes": 48, "columns_per_unit": 42, "unit_bytes": 4096}
+    ]
+    assert described["record_bytes"] == {"input": [160], "glu": [96]}
+    assert whole.describe()["base_bits"] == {"gate": [0], "up": [0], "down": [0]}
+
+
+@pytest.mark.parametrize("where", ["unit", "unit padding", "base", "base padding"])
+def test_a_flipped_byte_of_a_split_region_is_named(tmp_path, where):
+    pytest.importorskip("gguf")
+    source = write_split_gguf(tmp_path / "x.gguf", ("Q4_0",) * 3, 192, 160, n_layers=2)
+    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", tokenizer=False, base_bits=2, unit_bytes=4096))
+    region = bundle.header["regions"][3]
+    base = region["base"]
+    at = {
+        "unit": region["offset"] + 5,
+        "unit padding": region["offset"] + region["unit_bytes"] - 1,
+        "base": base["offset"] + base["bytes"] - 1,
+        "base padding": base["offset"] + -(-base["bytes"] // 4096) * 4096 - 1,
+    }[where]
+    file = bundle.path / "flash.bin"
+    content = bytearray(file.read_bytes())
+    if where.endswith("padding"):
+        assert content[at] == 0
+    content[at] ^= 1
+    file.write_bytes(content)
+    part = "layer 1 glu base" if where.startswith("base") else "layer 1 glu columns"
+    with pytest.raises(BundleError) as error:
+        Bundle.open(bundle.path).verify()
+    message = f"{file}: {part} do not match their checksum; the bundle is damaged: pack again"
+    assert str(error.value) == message
+
+
+HOSTILE_SPLIT = [
+    ("regions", list, None),
+    ("regions/0/columns_per_unit", 0, "columns_per_unit is 0, it must lie in 1..192"),
+    ("regions/0/columns_per_unit", 193, "columns_per_unit is 193, it must lie in 1..192"),
+    ("regions/0/columns_per_unit", True, "columns_per_unit is True"),
+    ("regions/0/columns_per_unit", 1.0, "columns_per_unit is 1.0"),
+    ("regions/0/columns_per_unit", KeyError, "'columns_per_unit' is missing"),
+    ("regions/0/columns_per_unit", 1, "layers.0.input: bytes is"),
+    ("regions/0/columns_per_unit", 60, "layers.0.input: unit_bytes is 4096, not 12288"),
+    ("regions/0/unit_bytes", 8192, "layers.0.input: unit_bytes is 8192, not 4096"),
+    ("regions/0/unit_bytes", 4096.0, "layers.0.input: unit_bytes is 4096.0, not 4096"),
+    ("regions/0/unit_bytes", 0, "layers.0.input: unit_bytes is 0, not 4096"),
+    ("regions/0/unit_bytes", KeyError, "'unit_bytes' is missing"),
+    ("regions/0/record_bytes", 1, "stride"),
+    ("regions/0/bytes", 192 * 160, "layers.0.input: bytes is 30720, not"),
+    ("regions/0/order", lambda o: [o[0], *o[:-1]], "order is not a permutation of 192 columns"),
+    ("regions/0/order", lambda o: o[:-1], "order is not a permutation of 192 columns"),
+    ("regions/0/order", lambda o: [-j for j in o], "order is not a list of columns"),
+    ("regions/0/order", None, ""),
+    ("regions/0/base", None, "layers.0.input_residual: shape is [192], not [None]"),
+    ("regions/0/base", 7, "the header is inconsistent"),
+    ("regions/0/base/offset", lambda o: o + 4096, "layers.0.input base: offset is"),
+    ("regions/0/base/offset", 0, "layers.0.input base: offset is 0, not"),
+    ("regions/0/base/offset", KeyError, "'offset' is missing"),
+    ("regions/0/base/record_bytes", 64, "stride"),
+    ("regions/0/base/bytes", 4096, "layers.0.input base: bytes is 4096, not 24576"),
+    ("regions/0/base/sha256", KeyError, "'sha256' is missing"),
+    ("regions/0/offset", lambda o: o + 4096, "layers.0.input base: offset is"),
+    ("regions/1/offset", 0, "layers.0.glu base: offset is"),
+    ("regions/0/matrices/0/base_bits", 0, "layers.0.gate: base_bits is 0, and the region has a base"),
+    ("regions/0/matrices/0/base_bits", 4, "q4 codes cannot be split with 4 base bits"),
+    ("regions/0/matrices/0/base_bits", -1, "layers.0.gate: base_bits is -1"),
+    ("regions/0/matrices/0/base_bits", True, "layers.0.gate: base_bits is True"),
+    ("regions/0/matrices/0/base_bits", 1 << 70, "cannot be split"),
+    ("regions/0/matrices/0/base_bits", 3, "layers.0.gate: q4 has 3 planes"),
+    ("regions/0/matrices/0/codes", "q8", "q8 codes cannot be split with 2 base bits"),
+    ("regions/1/matrices/0/base_bits", 1, "q6 codes with 1 base bits leave 5 residual bits"),
+    ("regions/0/matrices/0/planes/1/tier", "flash", "plane is"),
+    ("regions/0/matrices/0/planes/1/shift", 0, "plane is"),
+    ("regions/0/matrices/0/planes/1/offset", 1, "plane is"),
+    ("regions/0/matrices/0/planes", lambda p: p[::-1], "plane is"),
+    ("tensors/layers.0.input_residual", KeyError, "tensors are missing, the first is ['layers.0.input_residual']"),
+    ("tensors/layers.0.input_residual/shape", [256], "layers.0.input_residual: shape is [256], not [192]"),
+    ("tensors/layers.0.input_residual/offset", 0, "overlap in resident.bin"),
+    ("version", 1, "the header is inconsistent"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), HOSTILE_SPLIT)
+def test_hostile_headers_of_split_bundles(split_bundle, path, value, message):
+    header = copy.deepcopy(split_bundle.header)
+    change(path, value)(header)
+    (split_bundle.path / "bundle.json").write_bytes(header_bytes(header))
+    if not message:
+        Bundle.open(split_bundle.path)
+        return
+    with pytest.raises(BundleError) as error:
+        Bundle.open(split_bundle.path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_regions_that_overlap_a_base(split_bundle):
+    """A region and its base, both moved over the base of another."""
+    header = copy.deepcopy(split_bundle.header)
+    first, second = header["regions"][:2]
+    second["offset"] = first["base"]["offset"]
+    second["base"]["offset"] = second["offset"] + second["bytes"]
+    (split_bundle.path / "bundle.json").write_bytes(header_bytes(header))
+    with pytest.raises(
+        BundleError, match=r"layers\.0\.(glu|input base) and layers\.0\.(glu|input base) overlap in flash"
+    ):
+        Bundle.open(split_bundle.path)
+
+
+def test_only_whole_regions_are_split(tmp_path):
+    """Up at 8 bits keeps gate whole too; a Q4 region is whole where the base would be all of it."""
+    pytest.importorskip("gguf")
+    source = write_split_gguf(tmp_path / "x.gguf", ("Q4_0", "Q8_0", "Q4_0"), 96, 160)
+    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", tokenizer=False, base_bits=2))
+    assert [region["base"] is None for region in bundle.header["regions"]] == [True, False]
+    assert bundle.describe()["base_bits"] == {"gate": [0], "up": [0], "down": [2]}
+    assert "layers.0.input_residual" not in bundle.header["tensors"]
+    with pytest.raises(ConfigError) as error:
+        pack(source, tmp_path / "y.dipper", tokenizer=False, base_bits=4)
+    assert str(error.value) == (
+        "base_bits is 4 and no region can be split: all its matrices need 4-, 5- or 6-bit codes of more bits than "
+        "that, and the MLP has q4, q8; pack without base bits or with other --bits"
+    )
+
+
+def test_options_of_the_split_that_cannot_be(split_source, tmp_path):
+    for options, message in (
+        ({"base_bits": 5}, "base_bits is 5; it must lie in 0..4"),
+        ({"base_bits": -1}, "base_bits is -1; it must lie in 0..4"),
+        ({"base_bits": 2, "unit_bytes": 0}, "unit_bytes is 0; it must lie in 1..1073741824"),
+        (
+            {"base_bits": 1},
+            "layers.0.down: q6 codes with 1 base bits leave 5 residual bits, and a part has at most 4; choose other "
+            "base bits",
+        ),
+        (
+            {"energies": {}},
+            "energies order the columns of split regions, and base_bits is 0: give base bits, or no energies",
+        ),
+    ):
+        with pytest.raises(ConfigError) as error:
+            pack(split_source, tmp_path / "x.dipper", tokenizer=False, **options)
+        assert str(error.value) == message
+    assert not list(tmp_path.iterdir())
+
+
+def with_value(value: float):
+    def change_it(array: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(array)) == 3, np.float32(value), array)
+
+    return change_it
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers.1.glu", None, "the energies are of another model: they lack 'layers.1.glu'; measure them on this one"),
+        (
+            "layers.2.glu",
+            lambda a: np.ones(3),
+            "the energies are of another model: they have 'layers.2.glu', which is no region of it; measure them on "
+            "this one",
+        ),
+        ("layers.0.glu", lambda a: a[1:], "the energies of layers.0.glu are float32 of shape [255], not 256 numbers; "),
+        ("layers.0.glu", lambda a: a[None], "the energies of layers.0.glu are float32 of shape [1, 256], not 256 num"),
+        ("layers.0.glu", lambda a: a > 1, "the energies of layers.0.glu are bool of shape [256], not 256 numbers; "),
+        ("layers.0.glu", with_value(np.nan), "the energies of layers.0.glu have nan at column 3: mean squares are "),
+        ("layers.0.glu", with_value(np.inf), "the energies of layers.0.glu have inf at column 3: "),
+        ("layers.0.glu", with_value(-1), "the energies of layers.0.glu have -1.0 at column 3: "),
+    ],
+)  # fmt: skip
+def test_energies_that_do_not_fit(split_source, tmp_path, name, value, message):
+    energies = energies_of(Bundle.open(pack(split_source, tmp_path / "whole.dipper", tokenizer=False)))
+    if value is None:
+        del energies[name]
+    else:
+        energies[name] = value(energies.get(name))
+    with pytest.raises(ConfigError) as error:
+        pack(split_source, tmp_path / "x.dipper", tokenizer=False, base_bits=2, energies=energies)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.dipper"]
 
 
 def test_a_negative_token_id_is_none(tmp_path):
@@ -709,11 +1130,19 @@ def test_peak_memory_is_not_the_parents():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits"), [("f32", "source"), ("bf16", "source"), ("bf16", "16"), ("bf16", "8"), ("f32", "4")]
+    ("dtype", "bits", "base_bits"),
+    [
+        ("f32", "source", 0),
+        ("bf16", "source", 0),
+        ("bf16", "16", 0),
+        ("bf16", "8", 0),
+        ("f32", "4", 0),
+        ("f32", "4", 2),
+    ],
 )
-def test_peak_memory(tmp_path, dtype, bits):
+def test_peak_memory(tmp_path, dtype, bits, base_bits):
     source, largest = write_large(tmp_path, dtype, 48 << 20)
-    code = f"pack(source, out, {bits!r}, tokenizer=False)\n" + PEAK
+    code = f"pack(source, out, {bits!r}, tokenizer=False, base_bits={base_bits})\n" + PEAK
     output, errors = start(code, source, tmp_path / "x.dipper").communicate(timeout=300)
     assert output, errors
     assert int(output) <= 2 * largest + 200_000_000

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from dipper import __version__, bench
@@ -515,6 +516,11 @@ def test_bench_names_the_mode_that_failed(monkeypatch, header, capsys):
     assert lines(capsys)[1][-1] == "dipper: dip: no"
 
 
+def units(*values):
+    keys = ("record_bytes", "base_record_bytes", "columns_per_unit", "unit_bytes")
+    return dict(zip(keys, values, strict=True))
+
+
 @pytest.fixture
 def described(monkeypatch):
     verified = []
@@ -525,7 +531,7 @@ def described(monkeypatch):
 
         def describe(self):
             return {
-                "path": "b", "version": 1, "created_by": "dipper 0.1.0",
+                "path": "b", "version": 2, "created_by": "dipper 0.1.0",
                 "source": {"name": "m.gguf", "kind": "gguf", "bits": "source"},
                 "model": {
                     "name": "M", "architecture": "llama", "n_layers": 2, "hidden_size": 8, "intermediate_size": 16,
@@ -533,6 +539,8 @@ def described(monkeypatch):
                 },
                 "bytes": {"resident": {"head": 2_000_000}, "flash": {"input_records": 3_000, "embedding": 0}},
                 "record_bytes": {"input": [1536], "glu": [288, 576]},
+                "base_bits": {"gate": [0], "up": [0], "down": [0, 2]},
+                "units": {"input": [units(1536, 0, 1, 1536)], "glu": [units(288, 0, 1, 288), units(576, 144, 7, 4096)]},
                 "grids": {"gate": ["q4/32 f16m"]}, "bits_per_mlp_weight": 5.0,
             }  # fmt: skip
 
@@ -546,7 +554,8 @@ def test_inspect_verifies_unless_told_not_to(described, capsys):
     assert described == [True]
     assert out[-1] == "checksums     every byte read and right"
     assert "input column  1,536 B" in out
-    assert "glu column    288 B or 576 B" in out
+    assert "glu column    288 B or 576 B + 144 B base (7 in a unit of 4,096 B)" in out
+    assert "base bits     gate 0; up 0; down 0 or 2" in out
     assert main(["inspect", "b", "--no-verify", "--json"]) == 0
     assert described == [True]
     assert json.loads(lines(capsys)[0][-1])["verified"] is False
@@ -566,6 +575,38 @@ def test_pack_names_the_bundle_after_its_source(monkeypatch, capsys, tmp_path):
     assert main(["pack", str(tmp_path / "tiny.gguf"), "--bits", "4", "--force"]) == 0
     assert capsys.readouterr().out == "tiny.dipper\n"
     assert (asked["bits"], asked["overwrite"], asked["progress"]) == ("4", True, None)
+    assert asked["base_bits"] == 0
+    assert not {"unit_bytes", "energies"} & set(asked)
+    np.savez(tmp_path / "e.npz", **{"layers.0.input": np.ones(3), "layers.0.glu": np.arange(4, dtype=np.float32)})
+    split = ["--base-bits", "2", "--unit-bytes", "32KiB", "--energies", str(tmp_path / "e.npz")]
+    assert main(["pack", str(tmp_path / "tiny.gguf"), *split]) == 0
+    assert (asked["base_bits"], asked["unit_bytes"]) == (2, 32768)
+    assert {name: array.tolist() for name, array in asked["energies"].items()} == {
+        "layers.0.input": [1, 1, 1], "layers.0.glu": [0, 1, 2, 3]
+    }  # fmt: skip
+
+
+def test_pack_says_what_is_wrong_with_the_split(capsys, tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"PK")
+    for options, message in (
+        (["--unit-bytes", "8KiB"], "--unit-bytes is about residuals, and --base-bits is 0: give base bits, or drop it"),
+        (["--energies", "e"], "--energies is about residuals, and --base-bits is 0: give base bits, or drop it"),
+        (
+            ["--base-bits", "2", "--unit-bytes", "big"],
+            "'big' is not an amount of memory: write 600MB, 1.5GiB, 60% or a number of bytes",
+        ),
+        (
+            ["--base-bits", "2", "--energies", str(tmp_path / "no.npz")],
+            f"{tmp_path / 'no.npz'}: cannot be read (No such file or directory); give an .npz file of column energies",
+        ),
+        (
+            ["--base-bits", "2", "--energies", str(tmp_path / "bad.npz")],
+            f"{tmp_path / 'bad.npz'}: is no file of column energies, or a damaged one (File is not a zip file); "
+            "make it anew",
+        ),
+    ):
+        assert main(["pack", str(tmp_path / "tiny.gguf"), *options]) == 1
+        assert lines(capsys)[1] == [f"dipper: {message}"]
 
 
 def test_pull_prints_the_path(monkeypatch, capsys):

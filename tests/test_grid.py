@@ -11,6 +11,7 @@ from dipper.grid import (
     CodedRows,
     Grid,
     bf16_to_f32,
+    can_split,
     dequantise,
     join_planes,
     pack_plane,
@@ -19,6 +20,8 @@ from dipper.grid import (
     plane_bytes,
     quantise,
     quantised_grid,
+    residual_squares,
+    split_planes,
     tile_sizes,
     unpack_plane,
     unpack_tiles,
@@ -168,6 +171,90 @@ def test_resident_layout_is_by_tile_then_column_then_plane():
         for c in range(3):
             expected += slow_plane(tile[:, c : c + 1], 4, 0) + slow_plane(tile[:, c : c + 1], 1, 4)
     assert pack_tiles(grid, codes).tobytes() == expected
+
+
+# --- base and residual
+
+SPLITS = [
+    ("q4", 1, ((2, 0), (1, 2)), ((1, 3),)),
+    ("q4", 2, ((2, 0),), ((2, 2),)),
+    ("q4", 3, ((1, 0),), ((2, 1), (1, 3))),
+    ("q5", 1, ((4, 0),), ((1, 4),)),
+    ("q5", 2, ((2, 0), (1, 2)), ((2, 3),)),
+    ("q5", 3, ((2, 0),), ((2, 2), (1, 4))),
+    ("q5", 4, ((1, 0),), ((4, 1),)),
+    ("q6", 2, ((4, 0),), ((2, 4),)),
+    ("q6", 3, ((2, 0), (1, 2)), ((2, 3), (1, 5))),
+    ("q6", 4, ((2, 0),), ((4, 2),)),
+]
+
+
+@pytest.mark.parametrize(("codes", "base_bits", "residual", "base"), SPLITS)
+def test_planes_of_base_and_residual(codes, base_bits, residual, base):
+    assert can_split(codes, base_bits)
+    assert split_planes(codes, base_bits) == (residual, base)
+
+
+@pytest.mark.parametrize("codes", ["q4", "q5", "q6", "q8", "f16", "f32"])
+def test_without_a_base_the_planes_are_the_grids(codes):
+    grid = Grid(codes=codes, scale="none" if codes.startswith("f") else "f16")
+    assert split_planes(codes, 0) == (grid.planes, ())
+    assert not can_split(codes, 0)
+
+
+@pytest.mark.parametrize(("codes", "base_bits"), [("q4", 4), ("q5", 5), ("q4", -1), ("q8", 2), ("f16", 2), ("bf16", 1)])
+def test_impossible_splits_are_refused(codes, base_bits):
+    assert not can_split(codes, base_bits)
+    with pytest.raises(ValueError, match=f"^{codes} codes cannot be split with {base_bits} base bits$"):
+        split_planes(codes, base_bits)
+
+
+@pytest.mark.parametrize(("base_bits", "residual_bits"), [(1, 5), (5, 1)])
+def test_a_part_of_five_bits_is_refused(base_bits, residual_bits):
+    message = f"^q6 codes with {base_bits} base bits leave {residual_bits} residual bits, and a part has at most 4$"
+    with pytest.raises(ValueError, match=message):
+        split_planes("q6", base_bits)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    split=st.sampled_from(SPLITS), n_rows=st.integers(1, 300), n_columns=st.integers(1, 9), seed=st.integers(0, 1000)
+)
+def test_split_codes_come_back(split, n_rows, n_columns, seed):
+    codes_name, base_bits, residual, base = split
+    grid = Grid(codes=codes_name, scale="f16")
+    codes = random_codes(grid, n_rows, n_columns, seed)
+    places = residual + base
+    planes = [pack_plane(codes, bits, shift) for bits, shift in places]
+    np.testing.assert_array_equal(join_planes(grid, planes, n_rows, places), codes)
+    r = grid.bits - base_bits
+    fields = [unpack_plane(plane, bits, n_rows) << shift for plane, (bits, shift) in zip(planes, places, strict=True)]
+    low, high = sum(fields[: len(residual)]), sum(fields[len(residual) :])
+    np.testing.assert_array_equal(low, codes & ((1 << r) - 1))
+    np.testing.assert_array_equal(high >> r, codes >> r)
+    assert not (high & ((1 << r) - 1)).any()
+
+
+@pytest.mark.parametrize("grid", [grid for grid in INTEGER_GRIDS if grid.codes != "q8"])
+def test_residual_squares_equal_the_definition(grid):
+    n_rows, n_inputs, base_bits = 7, 3 * grid.group * grid.super_blocks // 2 + 7, 2
+    rng = np.random.default_rng(4)
+    codes = random_codes(grid, n_rows, n_inputs, 4)
+    scales = {
+        name: (rng.normal(size=(n_rows, n)) if dtype.kind == "f" else rng.integers(0, 127, (n_rows, n))).astype(dtype)
+        for name, dtype, n in grid.scale_arrays(n_inputs)
+    }
+    r = grid.bits - base_bits
+    expected = np.zeros(n_inputs)
+    for j in range(n_inputs):
+        block = j // grid.group
+        for i in range(n_rows):
+            if "sub" in scales:
+                s = float(scales["d"][i, block // grid.super_blocks]) * float(scales["sub"][i, block])
+            else:
+                s = float(scales["d"][i, block])
+            expected[j] += (s * (int(codes[i, j]) % 2**r - (2**r - 1) / 2)) ** 2
+    np.testing.assert_allclose(residual_squares(grid, CodedRows(codes, scales), base_bits), expected, rtol=1e-5)
 
 
 # --- grids

@@ -67,7 +67,8 @@ def flash_part(region: dict[str, Any]) -> dict[str, Any]:
     matrices = [
         {**m, "scales": {n: s["bytes"] for n, s in m["scales"].items() if n != "tier"}} for m in region["matrices"]
     ]
-    return {**{key: value for key, value in region.items() if key != "sha256"}, "matrices": matrices}
+    base = region["base"] and {key: value for key, value in region["base"].items() if key != "sha256"}
+    return {**{key: value for key, value in region.items() if key != "sha256"}, "base": base, "matrices": matrices}
 
 
 def sizes(bundle: Bundle) -> dict[str, tuple[Any, ...]]:
@@ -109,6 +110,22 @@ def test_sizes_are_what_packing_lays_out(kind: str, bits: int, tmp_path: Path, m
         assert sum(plans[0].options["capacity"]) > 0
         assert plans[0].parts == plans[1].parts
         assert plans[0].mlp_bytes == plans[1].mlp_bytes
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_split_sizes_are_what_packing_lays_out(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split: dict[str, Any] = {"base_bits": 2, "unit_bytes": 8192}
+    source = tiny.write_hf(tmp_path / kind, kind, dtype="f16")
+    real = Bundle.open(pack(source, tmp_path / "real.dipper", bits="4", tokenizer=False, **split))
+    monkeypatch.setattr(published, "_models", lambda: {kind: values_of(real, qkv_bias=kind == "qwen2")})
+    found = published_bundle(kind, bits=4, max_context=128, **split)
+    assert all(region["base"] is not None for region in found.header["regions"])
+    assert list(map(flash_part, found.header["regions"])) == list(map(flash_part, real.header["regions"]))
+    assert sizes(found) == sizes(real)
+    assert found.total_bytes == real.total_bytes
+    assert found.bytes_by_part() == real.bytes_by_part()
+    with pytest.raises(ConfigError, match=r"^base_bits is 2 and no region can be split: .*, and the MLP has q8; "):
+        published_bundle(kind, bits=8, base_bits=2)
 
 
 def test_unknown_names_and_bits() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from dipper.grid import (
     join_planes,
     padded_rows,
     plane_bytes,
+    split_planes,
     tile_sizes,
     unpack_tiles,
 )
@@ -40,16 +41,20 @@ __all__ = [
     "ALIGNMENT",
     "REGION_MATRICES",
     "RESIDENT_ALIGNMENT",
+    "UNIT_BYTES",
     "VERSION",
     "Bundle",
     "embedding_fields",
     "header_bytes",
     "pack",
+    "region_name",
+    "residual_name",
 ]
 
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 4096
 RESIDENT_ALIGNMENT = 64
+UNIT_BYTES = 16384  # of a unit, about, where nothing else is asked for
 REGION_MATRICES = {"input": ("gate", "up"), "glu": ("down",)}
 _MAX_HEADER_BYTES = 64 << 20
 _FILES = ("resident.bin", "flash.bin", "tokenizer.json", "chat_template.jinja")
@@ -79,6 +84,9 @@ def pack(
     *,
     overwrite: bool = False,
     tokenizer: bool = True,
+    base_bits: int = 0,
+    unit_bytes: int = UNIT_BYTES,
+    energies: Mapping[str, Array] | None = None,
 ) -> Path:
     """Pack a checkpoint into a bundle directory, one tensor at a time.
 
@@ -93,18 +101,38 @@ def pack(
         progress: called with (bytes written, bytes in all) as files grow.
         overwrite: replace a bundle that is already at ``out``.
         tokenizer: whether to write tokenizer files; without them only token ids can be used.
+        base_bits: 0, or the upper bits of every code (1 to 4) that make a base, apart from the residual; a region is
+            split where all its matrices have 4-, 5- or 6-bit codes of more bits than that.
+        unit_bytes: about what a unit of residual records takes on flash.
+        energies: by region ("layers.N.input", "layers.N.glu") the mean square of every column's input, ``[n_columns]``;
+            the columns of a split region then lie by descending energy times the residual's squared norm. None: in
+            their own order.
 
     Returns:
         ``out``.
 
     Raises:
         CheckpointError: the source is cut, malformed, or of an unknown architecture.
-        ConfigError: ``bits`` is unknown, or would quantise a quantised source again.
+        ConfigError: ``bits`` is unknown, or would quantise a quantised source again; no region can be split with
+            ``base_bits``, or a residual would have more than 4 bits; ``energies`` do not fit the model.
         BundleError: ``out`` exists, its folder is missing or not writable, or the disk is full.
     """
     from dipper.packer import write_bundle
 
-    return write_bundle(Path(source), Path(out), bits=bits, progress=progress, overwrite=overwrite, tokenizer=tokenizer)
+    return write_bundle(
+        Path(source), Path(out), bits=bits, progress=progress, overwrite=overwrite, tokenizer=tokenizer,
+        base_bits=base_bits, unit_bytes=unit_bytes, energies=energies,
+    )  # fmt: skip
+
+
+def region_name(region: Mapping[str, Any]) -> str:
+    """A region as names and messages have it: ``layers.N.input`` or ``layers.N.glu``."""
+    return f"layers.{region['layer']}.{region['kind']}"
+
+
+def residual_name(region: Mapping[str, Any]) -> str:
+    """The tensor that holds the norms of a split region's residuals, ``[n_columns]``."""
+    return f"{region_name(region)}_residual"
 
 
 # --- the header ------------------------------------------------------------------------------------------------------
@@ -198,6 +226,10 @@ def _require(condition: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
+def _require_number(name: str, entry: dict[str, Any], key: str, value: int) -> None:
+    _require(_is_count(entry[key]) and entry[key] == value, f"{name}: {key} is {entry[key]!r}, not {value}")
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -222,18 +254,34 @@ def _grid_of(entry: dict[str, Any]) -> Grid:
 def _validate(header: dict[str, Any], path: Path) -> ModelConfig:
     """Check everything a reader relies on; raises ValueError, KeyError or TypeError."""
     _require(set(header) == _HEADER_KEYS, f"keys are missing or unknown: {sorted(set(header) ^ _HEADER_KEYS)}")
+    if header["version"] == 1:
+        _fill_version_1(header["regions"])
     _require(header["alignment"] == ALIGNMENT, f"alignment is {header['alignment']!r}, not {ALIGNMENT}")
     model = ModelConfig.from_json(header["model"])
     files = header["files"]
     _validate_files(files, path)
     resident = _Spans("resident.bin", files["resident.bin"]["bytes"])
     flash = _Spans("flash.bin", files["flash.bin"]["bytes"])
-    _validate_tensors(header["tensors"], model, resident)
+    _validate_tensors(header["tensors"], header["regions"], model, resident)
     _validate_regions(header["regions"], model, resident, flash)
+    for region in header["regions"]:
+        ordered = region["order"] is not None and region["base"] is None
+        _require(
+            not ordered or header["version"] == 1,
+            f"{region_name(region)}: has an order and no base; from version 2 on only a split region is reordered",
+        )
     _validate_embedding(header["embedding"], model, flash)
     resident.check_overlap()
     flash.check_overlap()
     return model
+
+
+def _fill_version_1(regions: list[dict[str, Any]]) -> None:
+    """What version 2 adds to the header, as version 1 means it."""
+    for region in regions:
+        region.update(base=None, unit_bytes=region["record_bytes"])
+        for matrix in region["matrices"]:
+            matrix["base_bits"] = 0
 
 
 def _validate_files(files: dict[str, Any], path: Path) -> None:
@@ -256,15 +304,21 @@ def _validate_files(files: dict[str, Any], path: Path) -> None:
             )
 
 
-def _validate_tensors(tensors: dict[str, Any], model: ModelConfig, resident: _Spans) -> None:
+def _validate_tensors(
+    tensors: dict[str, Any], regions: list[dict[str, Any]], model: ModelConfig, resident: _Spans
+) -> None:
     matrices = {n: s for n, s in matrix_shapes(model).items() if not n.endswith((".gate", ".up", ".down"))}
     vectors = vector_shapes(model)
     for table in model.rope:
         for name in filter(None, (table.short, table.long)):
             _require(name not in matrices and name not in vectors, f"RoPE vector {name!r} takes another tensor's name")
             vectors[name] = table.dim // 2
+    n_columns = {"input": model.hidden_size, "glu": model.intermediate_size}
+    residuals = {residual_name(r): n_columns[r["kind"]] for r in regions if r["base"] is not None}
+    vectors |= residuals
     required = {
         *matrices,
+        *residuals,
         "final_norm",
         *(n for n in vectors if n.startswith("rope") or n.endswith((".attn_norm", ".mlp_norm"))),
     }
@@ -305,26 +359,42 @@ def _validate_regions(regions: list[dict[str, Any]], model: ModelConfig, residen
     _require(found == wanted, f"regions are not `input` then `glu` of {model.n_layers} layers")
     shapes = matrix_shapes(model)
     for region in regions:
-        name = f"layers.{region['layer']}.{region['kind']}"
+        name = region_name(region)
         names = REGION_MATRICES[region["kind"]]
         _require([m["name"] for m in region["matrices"]] == list(names), f"{name}: matrices are not {', '.join(names)}")
         n_columns = shapes[f"layers.{region['layer']}.{names[0]}"][1]
         _require(region["n_columns"] == n_columns, f"{name}: n_columns is {region['n_columns']!r}, not {n_columns}")
-        _require(
-            region["columns_per_unit"] == 1,
-            f"{name}: columns_per_unit is {region['columns_per_unit']!r}, version 1 has 1",
-        )
         _validate_order(name, region["order"], n_columns)
-        offset = 0
+        record_bytes = {"flash": 0, "base": 0}
         for matrix in region["matrices"]:
             full = f"layers.{region['layer']}.{matrix['name']}"
-            offset = _validate_matrix(full, matrix, region, shapes[full], offset, resident)
-        _require(region["record_bytes"] == offset, f"{name}: record_bytes is {region['record_bytes']!r}, not {offset}")
-        _require(offset <= MAX_INT, f"{name}: record_bytes is {offset}, more than {MAX_INT}")
-        _require(
-            region["bytes"] == n_columns * offset, f"{name}: bytes is {region['bytes']!r}, not {n_columns * offset}"
-        )
-        flash.add(name, region["offset"], _padded(region["bytes"]), ALIGNMENT)
+            _validate_matrix(full, matrix, region, shapes[full], record_bytes, resident)
+        _validate_region_spans(name, region, record_bytes, flash)
+
+
+def _validate_region_spans(name: str, region: dict[str, Any], record_bytes: dict[str, int], flash: _Spans) -> None:
+    """Check what a region takes of flash.bin, given the bytes of its records by tier."""
+    base, n_columns, u = region["base"], region["n_columns"], region["columns_per_unit"]
+    size = record_bytes["flash"]
+    _require_number(name, region, "record_bytes", size)
+    _require(size <= MAX_INT, f"{name}: record_bytes is {size}, more than {MAX_INT}")
+    most = 1 if base is None else n_columns
+    _require(_is_count(u) and 1 <= u <= most, f"{name}: columns_per_unit is {u!r}, it must lie in 1..{most}")
+    unit_bytes = size if base is None else _padded(u * size)
+    _require_number(name, region, "unit_bytes", unit_bytes)
+    _require(unit_bytes <= MAX_INT, f"{name}: unit_bytes is {unit_bytes}, more than {MAX_INT}")
+    _require_number(name, region, "bytes", -(-n_columns // u) * unit_bytes)
+    _require(isinstance(region["sha256"], str), f"{name}: sha256 is {region['sha256']!r}")
+    flash.add(name, region["offset"], _padded(region["bytes"]), ALIGNMENT)
+    if base is None:
+        return
+    name = f"{name} base"
+    _require(record_bytes["base"] <= MAX_INT, f"{name}: record_bytes is {record_bytes['base']}, more than {MAX_INT}")
+    _require_number(name, base, "record_bytes", record_bytes["base"])
+    _require_number(name, base, "bytes", n_columns * record_bytes["base"])
+    _require_number(name, base, "offset", region["offset"] + region["bytes"])
+    _require(isinstance(base["sha256"], str), f"{name}: sha256 is {base['sha256']!r}")
+    flash.add(name, base["offset"], _padded(base["bytes"]), ALIGNMENT)
 
 
 def _validate_order(name: str, order: Any, n_columns: int) -> None:
@@ -336,21 +406,33 @@ def _validate_order(name: str, order: Any, n_columns: int) -> None:
 
 
 def _validate_matrix(
-    name: str, matrix: dict[str, Any], region: dict[str, Any], shape: tuple[int, int], offset: int, resident: _Spans
-) -> int:
-    """Check one matrix of a region whose planes start at ``offset`` of the record; returns where they end."""
+    name: str,
+    matrix: dict[str, Any],
+    region: dict[str, Any],
+    shape: tuple[int, int],
+    record_bytes: dict[str, int],
+    resident: _Spans,
+) -> None:
+    """Check one matrix of a region; ``record_bytes``, by tier what the records have before it, grows by its planes."""
     grid = _checked_grid(name, matrix, shape[1])
+    base, base_bits = region["base"], matrix["base_bits"]
+    _require(
+        _is_count(base_bits) and (base_bits > 0) == (base is not None),
+        f"{name}: base_bits is {base_bits!r}, and the region has {'no' if base is None else 'a'} base",
+    )
+    parts = dict(zip(("flash", "base"), split_planes(grid.codes, base_bits), strict=True))
+    n_planes = sum(map(len, parts.values()))
     _require(matrix["rows"] == shape[0], f"{name}: rows is {matrix['rows']!r}, not {shape[0]}")
-    _require(len(matrix["planes"]) == len(grid.planes), f"{name}: {grid.codes} has {len(grid.planes)} planes")
-    for plane, (bits, shift) in zip(matrix["planes"], grid.planes, strict=True):
-        expected = {"bits": bits, "shift": shift, "kind": "codes", "tier": "flash", "offset": offset}
-        expected["stride"] = region["record_bytes"]
+    _require(len(matrix["planes"]) == n_planes, f"{name}: {grid.codes} has {n_planes} planes")
+    places = [(tier, *place) for tier, part in parts.items() for place in part]
+    for plane, (tier, bits, shift) in zip(matrix["planes"], places, strict=True):
+        expected = {"bits": bits, "shift": shift, "kind": "codes", "tier": tier, "offset": record_bytes[tier]}
+        expected["stride"] = (region if tier == "flash" else base)["record_bytes"]
         _require(plane == expected, f"{name}: plane is {plane}, expected {expected}")
-        offset += plane_bytes(shape[0], bits)
+        record_bytes[tier] += plane_bytes(shape[0], bits)
     tier = matrix["scales"]["tier"]
-    _require(tier == "resident", f"{name}: scales are in {tier!r}, version 1 has them resident")
+    _require(tier == "resident", f"{name}: scales are in {tier!r}, not resident")
     _validate_scales(name, matrix["scales"], grid, shape, resident)
-    return offset
 
 
 def _validate_embedding(entry: dict[str, Any] | None, model: ModelConfig, flash: _Spans) -> None:
@@ -418,6 +500,10 @@ class Bundle:
         for region in self.header["regions"]:
             part = f"layer {region['layer']} {region['kind']} columns"
             self._verify_span("flash.bin", part, region["offset"], _padded(region["bytes"]), region["sha256"])
+            base = region["base"]
+            if base is not None:
+                part = f"layer {region['layer']} {region['kind']} base"
+                self._verify_span("flash.bin", part, base["offset"], _padded(base["bytes"]), base["sha256"])
         embedding = self.header["embedding"]
         if embedding is not None:
             span = embedding["offset"], _padded(embedding["bytes"])
@@ -490,15 +576,26 @@ class Bundle:
 
     def _dequantise_columns(self, region: dict[str, Any], matrix: dict[str, Any]) -> F32:
         grid, n_rows = _grid_of(matrix), matrix["rows"]
-        records = self._read("flash.bin", region["offset"], region["bytes"]).reshape(-1, region["record_bytes"])
-        if region["order"] is not None:
-            records = records[np.argsort(region["order"])]
+        records = self._read_records(region)
         planes = [
-            records[:, plane["offset"] : plane["offset"] + plane_bytes(n_rows, plane["bits"])]
+            records[plane["tier"]][:, plane["offset"] : plane["offset"] + plane_bytes(n_rows, plane["bits"])]
             for plane in matrix["planes"]
         ]
+        places = tuple((plane["bits"], plane["shift"]) for plane in matrix["planes"])
         scales = self._read_scales(grid, matrix["scales"], n_rows, region["n_columns"], tiled=False)
-        return dequantise(grid, CodedRows(join_planes(grid, planes, n_rows), scales))
+        return dequantise(grid, CodedRows(join_planes(grid, planes, n_rows, places), scales))
+
+    def _read_records(self, region: dict[str, Any]) -> dict[str, U8]:
+        """A region's records by tier in logical order, ``[n_columns, record_bytes]`` each."""
+        n_columns, record_bytes, base = region["n_columns"], region["record_bytes"], region["base"]
+        units = self._read("flash.bin", region["offset"], region["bytes"]).reshape(-1, region["unit_bytes"])
+        used = units[:, : region["columns_per_unit"] * record_bytes]
+        records = {"flash": used.reshape(-1, record_bytes)[:n_columns]}
+        if region["order"] is not None:
+            records["flash"] = records["flash"][np.argsort(region["order"])]
+        if base is not None:
+            records["base"] = self._read("flash.bin", base["offset"], base["bytes"]).reshape(n_columns, -1)
+        return records
 
     def _read_scales(
         self, grid: Grid, scales: dict[str, Any], n_rows: int, n_inputs: int, *, tiled: bool
@@ -551,11 +648,11 @@ class Bundle:
         """Bytes of each part.
 
         Returns:
-            ``{"resident": {attention, head, norms, mlp_scales}, "flash": {input_records, glu_records, embedding}}``.
-            `norms` holds every vector. Alignment padding is in no part.
+            ``{"resident": {attention, head, norms, mlp_scales}, "flash": {input_records, glu_records, base_records,
+            embedding}}``. `norms` holds every vector. Padding, of units too, is in no part.
         """
         resident = {"attention": 0, "head": 0, "norms": 0, "mlp_scales": 0}
-        flash = {"input_records": 0, "glu_records": 0, "embedding": 0}
+        flash = {"input_records": 0, "glu_records": 0, "base_records": 0, "embedding": 0}
         for name, entry in self.header["tensors"].items():
             if entry["kind"] == "vector":
                 resident["norms"] += 4 * entry["shape"][0]
@@ -563,7 +660,8 @@ class Bundle:
                 scales = sum(span["bytes"] for span in entry["scales"].values())
                 resident["head" if name == "head" else "attention"] += entry["bytes"] + scales
         for region in self.header["regions"]:
-            flash[f"{region['kind']}_records"] += region["bytes"]
+            flash[f"{region['kind']}_records"] += region["n_columns"] * region["record_bytes"]
+            flash["base_records"] += 0 if region["base"] is None else region["base"]["bytes"]
             for matrix in region["matrices"]:
                 resident["mlp_scales"] += sum(s["bytes"] for n, s in matrix["scales"].items() if n != "tier")
         if self.header["embedding"] is not None:
@@ -582,15 +680,19 @@ class Bundle:
 
     @property
     def mlp_bytes(self) -> int:
-        """Bytes of all MLPs, scales included: what a token of the dense model reads of them."""
+        """Bytes of all MLPs, scales and bases included: what a token of the dense model reads of them."""
         parts = self.bytes_by_part()
-        return parts["resident"]["mlp_scales"] + parts["flash"]["input_records"] + parts["flash"]["glu_records"]
+        flash = parts["flash"]
+        return parts["resident"]["mlp_scales"] + flash["input_records"] + flash["glu_records"] + flash["base_records"]
 
     def describe(self) -> dict[str, Any]:
-        """What `dipper inspect` shows: model, source, grids by kind of tensor, and bytes."""
+        """What `dipper inspect` shows: model, source, grids by kind of tensor, base bits, units, and bytes."""
         grids: dict[str, set[str]] = {}
+        base_bits: dict[str, set[int]] = {}
         for name, entry in self._grid_entries():
             grids.setdefault(name, set()).add(_grid_label(_grid_of(entry)))
+            if "base_bits" in entry:
+                base_bits.setdefault(name, set()).add(entry["base_bits"])
         return {
             "path": str(self.path),
             "version": self.header["version"],
@@ -606,7 +708,24 @@ class Bundle:
                 kind: sorted({r["record_bytes"] for r in self.header["regions"] if r["kind"] == kind})
                 for kind in REGION_MATRICES
             },
+            "base_bits": {name: sorted(bits) for name, bits in base_bits.items()},
+            "units": {kind: self._units(kind) for kind in REGION_MATRICES},
         }
+
+    def _units(self, kind: str) -> list[dict[str, int]]:
+        """How records of this kind of region lie, each way once; without a base its record has 0 bytes."""
+        keys = ("record_bytes", "base_record_bytes", "columns_per_unit", "unit_bytes")
+        regions = [region for region in self.header["regions"] if region["kind"] == kind]
+        ways = {
+            (
+                r["record_bytes"],
+                (r["base"] or {"record_bytes": 0})["record_bytes"],
+                r["columns_per_unit"],
+                r["unit_bytes"],
+            )
+            for r in regions
+        }
+        return [dict(zip(keys, way, strict=True)) for way in sorted(ways)]
 
     def _grid_entries(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for region in self.header["regions"]:

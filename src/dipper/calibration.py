@@ -43,7 +43,7 @@ from dipper.files import whole_file
 if TYPE_CHECKING:
     from dipper.bundle import Bundle
 
-__all__ = ["F32", "Calibration", "model_fields"]
+__all__ = ["F32", "Calibration", "model_fields", "read_energies"]
 
 F32 = npt.NDArray[np.float32]
 _Arrays = dict[str, npt.NDArray[Any]]
@@ -52,6 +52,8 @@ _FORMAT, _VERSION = "dipper-calibration", 1
 _MODEL_KEYS = ("name", "architecture", "n_layers", "hidden", "intermediate", "fingerprint")
 _SIZES = ("n_layers", "hidden", "intermediate")
 _MAX_HEADER_BYTES = 16 << 20
+# What reading damaged files raises, beside OSError.
+_MALFORMED = (ValueError, KeyError, TypeError, SyntaxError, RuntimeError, EOFError, struct.error)
 # Vectors by layer: member of the file -> the size they have.
 _FACTORS = {"in": "hidden", "glu": "intermediate"}
 _MEANS = _FACTORS
@@ -216,9 +218,10 @@ class Calibration:
         try:
             arrays = _read_arrays(content)
             header = _read_header(arrays)
-        except (ValueError, KeyError, TypeError, SyntaxError, RuntimeError, EOFError, OSError, struct.error) as error:
-            problem = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise ConfigError(f"{path}: is not a calibration, or a damaged one ({problem}); make it anew") from error
+        except (*_MALFORMED, OSError) as error:
+            raise ConfigError(
+                f"{path}: is not a calibration, or a damaged one ({_problem(error)}); make it anew"
+            ) from error
         if header["version"] > _VERSION:
             raise ConfigError(
                 f"{path}: calibration version {header['version']} is newer than this dipper reads ({_VERSION}): upgrade"
@@ -263,6 +266,26 @@ def _check_array(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any], shape
     _require(array.dtype == dtype, f"{name} has dtype {array.dtype}, not {dtype}")
     _require(array.shape == shape, f"{name} has shape {list(array.shape)}, not {list(shape)}")
     _require(bool(np.isfinite(array).all()), f"{name} holds a value that is not finite")
+
+
+def read_energies(path: str | Path) -> _Arrays:
+    """The arrays of an `.npz` file of column energies by region, numbers but otherwise unchecked: `pack` does that.
+
+    Raises:
+        ConfigError: it is absent, cut, damaged, compressed, or no such file.
+    """
+    try:
+        return _read_arrays(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an .npz file of column energies") from error
+    except _MALFORMED as error:
+        raise ConfigError(
+            f"{path}: is no file of column energies, or a damaged one ({_problem(error)}); make it anew"
+        ) from error
+
+
+def _problem(error: BaseException) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
 
 
 def _read_arrays(content: bytes) -> _Arrays:

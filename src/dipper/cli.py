@@ -176,6 +176,18 @@ def pack(
     bits: Annotated[
         str, typer.Option(help="Of the MLP: source (the checkpoint's own grid), 4, 8 or 16.", metavar="BITS")
     ] = "source",
+    base_bits: Annotated[
+        int,
+        typer.Option(help="Of every MLP code, kept as a base apart from the residual: 0 (no base) to 4.", metavar="N"),
+    ] = 0,
+    unit_bytes: Annotated[
+        str | None,
+        typer.Option(help="About what is read at once of the residuals (default 16KiB).", metavar="SIZE"),
+    ] = None,
+    energies: Annotated[
+        Path | None,
+        typer.Option(help="Mean square input of every column (.npz), by which residuals are ordered.", metavar="FILE"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there already.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -185,14 +197,33 @@ def pack(
     Examples:
       dipper pack model.gguf -o model.dipper
       dipper pack ./Qwen2.5-0.5B --bits 4
+      dipper pack ./Qwen2.5-0.5B --bits 4 --base-bits 2
     """
     from dipper.bundle import pack as write
 
+    split = _split_options(base_bits, unit_bytes, energies)
     target = out if out is not None else Path(source.resolve().stem + ".dipper")
     with _progress() as report:
         told = None if report is None else partial(report, f"packing {source.name}")
-        path = write(source, target, bits=bits, overwrite=force, progress=told)
+        path = write(source, target, bits=bits, overwrite=force, progress=told, **split)
     print(path)
+
+
+def _split_options(base_bits: int, unit_bytes: str | None, energies: Path | None) -> dict[str, Any]:
+    """The options of `pack` that are about base and residual."""
+    given = [name for name, value in (("--unit-bytes", unit_bytes), ("--energies", energies)) if value is not None]
+    if not base_bits and given:
+        raise ConfigError(f"{given[0]} is about residuals, and --base-bits is 0: give base bits, or drop it")
+    options: dict[str, Any] = {"base_bits": base_bits}
+    if unit_bytes is not None:
+        from dipper.budget import parse_bytes
+
+        options["unit_bytes"] = parse_bytes(unit_bytes, 0)
+    if energies is not None:
+        from dipper.calibration import read_energies
+
+        options["energies"] = read_energies(energies)
+    return options
 
 
 @app.command()

@@ -28,6 +28,7 @@ __all__ = [
     "CodedRows",
     "Grid",
     "bf16_to_f32",
+    "can_split",
     "dequantise",
     "join_planes",
     "pack_plane",
@@ -36,6 +37,8 @@ __all__ = [
     "plane_bytes",
     "quantise",
     "quantised_grid",
+    "residual_squares",
+    "split_planes",
     "tile_sizes",
     "unpack_plane",
     "unpack_tiles",
@@ -43,15 +46,16 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 U8 = npt.NDArray[np.uint8]
+Planes = tuple[tuple[int, int], ...]  # the (bits, shift) of each plane, low bits first
 
 GROUPS = (16, 32)
 TILE = 128
 HALF_TILE = 64
 LANES = 16
 
-# codes -> planes (bits, shift), low bits first.
-_PLANES: dict[str, tuple[tuple[int, int], ...]] = {
+_PLANES: dict[str, Planes] = {
     "q4": ((4, 0),),
     "q5": ((4, 0), (1, 4)),
     "q6": ((4, 0), (2, 4)),
@@ -63,6 +67,9 @@ _PLANES: dict[str, tuple[tuple[int, int], ...]] = {
 # bf16 has no numpy type: its codes are the raw 16 bits.
 _CODE_DTYPES = {"q4": "u1", "q5": "u1", "q6": "u1", "q8": "i1", "f16": "<f2", "bf16": "<u2", "f32": "<f4"}
 _FLOATS = ("f16", "bf16", "f32")
+# Codes that can be split into base and residual; bits of such a part -> its planes, shifts within the part.
+_SPLIT = ("q4", "q5", "q6")
+_PARTS: dict[int, Planes] = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),)}
 
 # scale -> arrays in stored order: (name, dtype, one entry per super-block instead of per block).
 _SCALES: dict[str, tuple[tuple[str, str, bool], ...]] = {
@@ -109,7 +116,7 @@ class Grid:
             raise ValueError(f"zero_point is {self.zero_point}, it must lie in -128..127")
 
     @property
-    def planes(self) -> tuple[tuple[int, int], ...]:
+    def planes(self) -> Planes:
         """The (bits, shift) of each plane, low bits first."""
         return _PLANES[self.codes]
 
@@ -199,6 +206,63 @@ def _scale_and_offset(grid: Grid, scales: dict[str, Array]) -> tuple[F32, F32 | 
         return s, None
     dm = scales["dm"].astype(np.float32)
     return s, -(_per_input(dm, grid.super_blocks, n_blocks) * scales["subm"].astype(np.float32))
+
+
+# --- base and residual ------------------------------------------------------------------------------------------------
+
+
+def can_split(codes: str, base_bits: int) -> bool:
+    """Whether codes are of a kind that is split, and have bits left beside ``base_bits`` of at least 1."""
+    return codes in _SPLIT and 1 <= base_bits < sum(bits for bits, _ in _PLANES[codes])
+
+
+def split_planes(codes: str, base_bits: int) -> tuple[Planes, Planes]:
+    """The planes of both parts of a code: base = code >> r, residual = code & (2^r - 1), r = bits - ``base_bits``.
+
+    Args:
+        codes: a `Grid`'s; q4, q5 or q6 unless ``base_bits`` is 0.
+        base_bits: bits of the base; 0: all planes are the residual's.
+
+    Returns:
+        The (bits, shift) of the residual's planes and of the base's; all shifts are within the whole code.
+
+    Raises:
+        ValueError: such codes are not split, or one of the parts would be empty or have more than 4 bits.
+    """
+    if base_bits == 0:
+        return _PLANES[codes], ()
+    if not can_split(codes, base_bits):
+        raise ValueError(f"{codes} codes cannot be split with {base_bits} base bits")
+    residual_bits = sum(bits for bits, _ in _PLANES[codes]) - base_bits
+    if max(base_bits, residual_bits) > max(_PARTS):
+        raise ValueError(
+            f"{codes} codes with {base_bits} base bits leave {residual_bits} residual bits, and a part has at most 4"
+        )
+    base = tuple((bits, shift + residual_bits) for bits, shift in _PARTS[base_bits])
+    return _PARTS[residual_bits], base
+
+
+def residual_squares(grid: Grid, rows: CodedRows, base_bits: int) -> F64:
+    """What rows add to the squared norm of each column's residual.
+
+    Args:
+        grid: of the rows; its codes can be split with ``base_bits``.
+        rows: codes ``[n, C]`` and scales.
+        base_bits: bits of the base.
+
+    Returns:
+        ``[C]``: the sum over rows of (s * (residual - mid))^2, mid = (2^r - 1) / 2.
+    """
+    top = (1 << (grid.bits - base_bits)) - 1
+    residual = (rows.codes & np.uint8(top)).astype(np.float32)
+    residual -= np.float32(top / 2)
+    residual *= _per_input(_scale_and_offset(grid, rows.scales)[0], grid.group, residual.shape[1])
+    np.square(residual, out=residual)
+    squares: F64 = residual.sum(axis=0, dtype=np.float64)
+    return squares
+
+
+# --- planes -----------------------------------------------------------------------------------------------------------
 
 
 def padded_rows(n_rows: int) -> int:
@@ -311,12 +375,19 @@ def unpack_tiles(grid: Grid, packed: U8, n_rows: int, n_columns: int) -> Array:
     return np.concatenate(parts)
 
 
-def join_planes(grid: Grid, planes: list[U8], n_rows: int) -> Array:
-    """The codes ``[n_rows, C]`` whose planes are ``[C, plane_bytes]`` each."""
+def join_planes(grid: Grid, planes: list[U8], n_rows: int, places: Planes | None = None) -> Array:
+    """The codes ``[n_rows, C]`` whose planes are ``[C, plane_bytes]`` each.
+
+    Args:
+        grid: of the codes.
+        planes: in the order of ``places``.
+        n_rows: rows without padding.
+        places: the (bits, shift) of each plane; None: the grid's own.
+    """
     if len(planes) == 1:
         return unpack_plane(planes[0], grid.planes[0][0], n_rows).view(grid.code_dtype)
     codes = np.zeros((n_rows, len(planes[0])), np.uint8)
-    for (bits, shift), plane in zip(grid.planes, planes, strict=True):
+    for (bits, shift), plane in zip(places or grid.planes, planes, strict=True):
         codes |= unpack_plane(plane, bits, n_rows) << np.uint8(shift)
     return codes.view(grid.code_dtype)
 

@@ -10,11 +10,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from dipper import __version__
-from dipper.bundle import ALIGNMENT, REGION_MATRICES, RESIDENT_ALIGNMENT, VERSION, embedding_fields
+from dipper.bundle import (
+    ALIGNMENT,
+    REGION_MATRICES,
+    RESIDENT_ALIGNMENT,
+    UNIT_BYTES,
+    VERSION,
+    embedding_fields,
+    residual_name,
+)
+from dipper.errors import ConfigError
 from dipper.glu import ModelConfig
-from dipper.grid import Grid, padded_rows, plane_bytes
+from dipper.grid import Grid, can_split, padded_rows, plane_bytes, split_planes
 
-__all__ = ["is_mlp", "layout", "round_up"]
+__all__ = ["columns_per_unit", "is_mlp", "layout", "round_up"]
+
+
+_MAX_BASE_BITS = 4
+_MAX_UNIT_BYTES = 1 << 30
 
 
 def is_mlp(name: str) -> bool:
@@ -39,8 +52,25 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def columns_per_unit(record_bytes: int, n_columns: int, unit_bytes: int) -> int:
+    """How many columns of a split region make a unit.
+
+    Of the numbers of records that take 0.6 to 1.4 times ``unit_bytes`` (one record at least, all at most), the one
+    whose unit, padded to whole 4096s, has the smallest share of padding; the smaller of equals.
+    """
+    low = min(max(-(-6 * unit_bytes // (10 * record_bytes)), 1), n_columns)
+    high = min(max(14 * unit_bytes // (10 * record_bytes), low), n_columns)
+    return max(range(low, high + 1), key=lambda u: u * record_bytes / round_up(u * record_bytes, ALIGNMENT))
+
+
 def layout(
-    config: ModelConfig, vectors: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], grids: Mapping[str, Grid]
+    config: ModelConfig,
+    vectors: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    grids: Mapping[str, Grid],
+    *,
+    base_bits: int = 0,
+    unit_bytes: int = UNIT_BYTES,
 ) -> dict[str, Any]:
     """The header with every offset and size, before checksums and tokenizer files.
 
@@ -49,7 +79,17 @@ def layout(
         vectors: name -> length of what is computed, not read (rotary tables).
         shapes: name -> shape of every other tensor, `embedding` included where it is not the head.
         grids: of every matrix among them.
+        base_bits: of the regions that can be split; 0: none is.
+        unit_bytes: about what a unit of a split region has.
+
+    Raises:
+        ConfigError: ``base_bits`` or ``unit_bytes`` is out of range, no region can be split, or a residual would have
+            more than 4 bits.
     """
+    if not 0 <= base_bits <= _MAX_BASE_BITS:
+        raise ConfigError(f"base_bits is {base_bits}; it must lie in 0..{_MAX_BASE_BITS}")
+    if not 1 <= unit_bytes <= _MAX_UNIT_BYTES:
+        raise ConfigError(f"unit_bytes is {unit_bytes}; it must lie in 1..{_MAX_UNIT_BYTES}")
     resident, flash = _Allocator(), _Allocator()
     tensors: dict[str, Any] = {}
     regions: list[dict[str, Any]] = []
@@ -63,7 +103,17 @@ def layout(
         for name in (n for n in shapes if n.startswith(prefix) and not is_mlp(n)):
             tensors[name] = _place_tensor(shapes[name], grids.get(name), resident)
         for kind in REGION_MATRICES:
-            regions.append(_place_region(shapes, grids, layer, kind, resident, flash))
+            region = _place_region(shapes, grids, layer, kind, base_bits, unit_bytes, resident, flash)
+            regions.append(region)
+            if region["base"] is not None:
+                # Behind the region's scales: like these it is known once the region has been built.
+                tensors[residual_name(region)] = _place_vector(region["n_columns"], resident)
+    if base_bits and all(region["base"] is None for region in regions):
+        codes = ", ".join(sorted({grid.codes for name, grid in grids.items() if is_mlp(name)}))
+        raise ConfigError(
+            f"base_bits is {base_bits} and no region can be split: all its matrices need 4-, 5- or 6-bit codes of more "
+            f"bits than that, and the MLP has {codes}; pack without base bits or with other --bits"
+        )
     embedding = None if config.tied else _place_embedding(shapes["embedding"], grids["embedding"], flash)
     files = {
         "resident.bin": {"bytes": round_up(resident.end, ALIGNMENT)},
@@ -107,28 +157,56 @@ def _place_region(
     grids: Mapping[str, Grid],
     layer: int,
     kind: str,
+    base_bits: int,
+    unit_bytes: int,
     resident: _Allocator,
     flash: _Allocator,
 ) -> dict[str, Any]:
+    names = {name: f"layers.{layer}.{name}" for name in REGION_MATRICES[kind]}
+    if not all(can_split(grids[full].codes, base_bits) for full in names.values()):
+        base_bits = 0
     matrices = []
-    record_bytes = 0
-    for name in REGION_MATRICES[kind]:
-        full = f"layers.{layer}.{name}"
+    record_bytes = {"flash": 0, "base": 0}
+    for name, full in names.items():
         grid, (n_rows, n_columns) = grids[full], shapes[full]
-        planes = []
-        for bits, shift in grid.planes:
-            planes.append({"bits": bits, "shift": shift, "kind": "codes", "tier": "flash", "offset": record_bytes})
-            record_bytes += plane_bytes(n_rows, bits)
+        planes = _place_planes(full, grid, n_rows, base_bits, record_bytes)
         scales = {"tier": "resident", **_place_scales(grid, n_rows, n_columns, resident)}
-        matrices.append({"name": name, "rows": n_rows, **grid.to_json(), "planes": planes, "scales": scales})
+        entry = {"name": name, "rows": n_rows, **grid.to_json(), "base_bits": base_bits}
+        matrices.append({**entry, "planes": planes, "scales": scales})
     for matrix in matrices:
         for plane in matrix["planes"]:
-            plane["stride"] = record_bytes
-    n_bytes = n_columns * record_bytes
+            plane["stride"] = record_bytes[plane["tier"]]
+    columns, unit, base = 1, record_bytes["flash"], None
+    if base_bits:
+        columns = columns_per_unit(record_bytes["flash"], n_columns, unit_bytes)
+        unit = round_up(columns * record_bytes["flash"], ALIGNMENT)
+    n_bytes = -(-n_columns // columns) * unit
+    offset = flash.take(n_bytes, ALIGNMENT)
+    if base_bits:
+        base_bytes = n_columns * record_bytes["base"]
+        base_offset = flash.take(base_bytes, ALIGNMENT)
+        base = {"offset": base_offset, "record_bytes": record_bytes["base"], "bytes": base_bytes}
     return {
-        "layer": layer, "kind": kind, "n_columns": n_columns, "columns_per_unit": 1, "order": None,
-        "offset": flash.take(n_bytes, ALIGNMENT), "record_bytes": record_bytes, "bytes": n_bytes, "matrices": matrices,
+        "layer": layer, "kind": kind, "n_columns": n_columns, "columns_per_unit": columns, "unit_bytes": unit,
+        "order": None, "offset": offset, "record_bytes": record_bytes["flash"], "bytes": n_bytes, "base": base,
+        "matrices": matrices,
     }  # fmt: skip
+
+
+def _place_planes(
+    name: str, grid: Grid, n_rows: int, base_bits: int, record_bytes: dict[str, int]
+) -> list[dict[str, Any]]:
+    """A matrix's planes behind what the records, by tier, have already; ``record_bytes`` grows by them."""
+    try:
+        parts = split_planes(grid.codes, base_bits)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}; choose other base bits") from error
+    planes = []
+    for tier, part in zip(("flash", "base"), parts, strict=True):
+        for bits, shift in part:
+            planes.append({"bits": bits, "shift": shift, "kind": "codes", "tier": tier, "offset": record_bytes[tier]})
+            record_bytes[tier] += plane_bytes(n_rows, bits)
+    return planes
 
 
 def _place_embedding(shape: tuple[int, ...], grid: Grid, flash: _Allocator) -> dict[str, Any]:

@@ -14,17 +14,19 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from dipper.bundle import ALIGNMENT, header_bytes
+from dipper.bundle import ALIGNMENT, UNIT_BYTES, header_bytes, region_name, residual_name
 from dipper.checkpoint import Checkpoint, open_checkpoint
 from dipper.errors import BundleError, CheckpointError, ConfigError
 from dipper.glu import Model, Part, read_model
 from dipper.grid import (
+    F64,
+    U8,
     Array,
     CodedRows,
     Grid,
@@ -35,6 +37,7 @@ from dipper.grid import (
     plane_bytes,
     quantise,
     quantised_grid,
+    residual_squares,
     tile_sizes,
 )
 from dipper.layout import is_mlp, layout, round_up
@@ -44,14 +47,28 @@ __all__ = ["Progress", "write_bundle"]
 Progress = Callable[[int, int], None]
 
 BITS = ("source", "4", "8", "16")
+_WRITE_BYTES = 4 << 20  # of units that are put together at once
 
 
 def write_bundle(
-    source: Path, out: Path, *, bits: str, progress: Progress | None, overwrite: bool, tokenizer: bool
+    source: Path,
+    out: Path,
+    *,
+    bits: str,
+    progress: Progress | None,
+    overwrite: bool,
+    tokenizer: bool,
+    base_bits: int = 0,
+    unit_bytes: int = UNIT_BYTES,
+    energies: Mapping[str, Array] | None = None,
 ) -> Path:
     """Pack ``source`` into the bundle directory ``out``; see `bundle.pack`."""
     if bits not in BITS:
         raise ConfigError(f"bits is {bits!r}; it must be one of {', '.join(BITS)}")
+    if energies is not None and not base_bits:
+        raise ConfigError(
+            "energies order the columns of split regions, and base_bits is 0: give base bits, or no energies"
+        )
     _check_target(out, overwrite)
     checkpoint = open_checkpoint(source)
     model = read_model(checkpoint)
@@ -61,12 +78,15 @@ def write_bundle(
         {name: len(vector) for name, vector in model.vectors.items()},
         {name: part.shape for name, part in model.parts.items()},
         targets,
+        base_bits=base_bits,
+        unit_bytes=unit_bytes,
     )
+    weighting = {} if energies is None else _checked_energies(energies, header["regions"])
     _check_space(out, header)
     with _partial_directory(out) as partial:
         if tokenizer:  # first: a source without one should fail before minutes of work
             _write_tokenizer(checkpoint, partial, header)
-        _write_files(partial, checkpoint, model, targets, header, progress)
+        _write_files(partial, model, targets, header, weighting, progress)
         _finish_header(partial, checkpoint, header, bits)
         _publish(partial, out, overwrite)
     return out
@@ -126,6 +146,33 @@ def _recoded_slices(part: Part, target: Grid) -> Iterator[tuple[int, CodedRows]]
         yield start, _recode(rows, part.grid, target, part)
 
 
+def _checked_energies(energies: Mapping[str, Array], regions: list[dict[str, Any]]) -> dict[str, F64]:
+    """Mean squares by region, fp64 ``[n_columns]``; every split region has them."""
+    columns = {region_name(region): region["n_columns"] for region in regions}
+    unknown = sorted(set(energies) - set(columns))
+    missing = [name for region in regions if region["base"] and (name := region_name(region)) not in energies]
+    if unknown or missing:
+        problem = f"lack {missing[0]!r}" if missing else f"have {unknown[0]!r}, which is no region of it"
+        raise ConfigError(f"the energies are of another model: they {problem}; measure them on this one")
+    return {name: _checked_energy(name, np.asarray(array), columns[name]) for name, array in energies.items()}
+
+
+def _checked_energy(name: str, array: Array, n_columns: int) -> F64:
+    if array.shape != (n_columns,) or array.dtype.kind not in "fiu":
+        raise ConfigError(
+            f"the energies of {name} are {array.dtype} of shape {list(array.shape)}, not {n_columns} numbers; "
+            "measure them on this model"
+        )
+    wrong = ~((array >= 0) & (array <= np.finfo(np.float32).max))  # NaN compares as false
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise ConfigError(
+            f"the energies of {name} have {array[first]} at column {first}: mean squares are finite 32-bit floats "
+            "from 0; measure them anew"
+        )
+    return array.astype(np.float64)
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,10 +203,10 @@ class _Sink:
 
 def _write_files(
     folder: Path,
-    checkpoint: Checkpoint,
     model: Model,
     targets: dict[str, Grid],
     header: dict[str, Any],
+    energies: dict[str, F64],
     progress: Progress | None,
 ) -> None:
     total = header["files"]["resident.bin"]["bytes"] + header["files"]["flash.bin"]["bytes"]
@@ -173,15 +220,18 @@ def _write_files(
 
     with (folder / "resident.bin").open("wb") as resident_file, (folder / "flash.bin").open("wb") as flash_file:
         resident, flash = _Sink(resident_file, on_bytes), _Sink(flash_file, on_bytes)
-        pending = dict(header["tensors"])
+        with_regions = {residual_name(region) for region in header["regions"]}
+        pending = {name: entry for name, entry in header["tensors"].items() if name not in with_regions}
         for layer in range(-1, model.config.n_layers):  # -1: what belongs to no layer
             prefix = f"layers.{layer}."
             for name in [n for n in pending if n.startswith(prefix) or (layer < 0 and "layers." not in n)]:
                 _write_tensor(name, pending.pop(name), model, targets, resident)
             for region in (r for r in header["regions"] if r["layer"] == layer):
-                _write_region(region, model, targets, resident, flash)
+                norms = header["tensors"].get(residual_name(region))
+                _write_region(region, norms, energies.get(region_name(region)), model, targets, resident, flash)
         if header["embedding"] is not None:
-            _write_embedding(header["embedding"], model.parts["embedding"], targets["embedding"], flash)
+            rows = _embedding_rows(model.parts["embedding"], targets["embedding"])
+            _write_span(header["embedding"], rows, flash)
         resident.pad_to(header["files"]["resident.bin"]["bytes"])
         header["files"]["resident.bin"]["sha256"] = resident.take_digest()
         for file in (resident_file, flash_file):
@@ -217,9 +267,20 @@ def _scales_by_block(slices: list[dict[str, Array]], name: str, n_rows: int) -> 
 
 
 def _write_region(
-    region: dict[str, Any], model: Model, targets: dict[str, Grid], resident: _Sink, flash: _Sink
+    region: dict[str, Any],
+    norms_entry: dict[str, Any] | None,
+    energy: F64 | None,
+    model: Model,
+    targets: dict[str, Grid],
+    resident: _Sink,
+    flash: _Sink,
 ) -> None:
-    records = np.empty((region["n_columns"], region["record_bytes"]), np.uint8)
+    """A region: scales and norms into resident.bin, units and base into flash.bin; with an energy also its order."""
+    base, n_columns = region["base"], region["n_columns"]
+    records = {"flash": np.empty((n_columns, region["record_bytes"]), np.uint8)}
+    if base is not None:
+        records["base"] = np.empty((n_columns, base["record_bytes"]), np.uint8)
+    squares = np.zeros(n_columns)
     for matrix in region["matrices"]:
         name = f"layers.{region['layer']}.{matrix['name']}"
         grid, slices = targets[name], []
@@ -227,31 +288,61 @@ def _write_region(
             for plane in matrix["planes"]:
                 packed = pack_plane(rows.codes, plane["bits"], plane["shift"])
                 first = plane["offset"] + plane_bytes(start, plane["bits"])
-                records[:, first : first + packed.shape[1]] = packed
+                records[plane["tier"]][:, first : first + packed.shape[1]] = packed
+            if base is not None:
+                squares += residual_squares(grid, rows, matrix["base_bits"])
             slices.append(rows.scales)
         for array_name, span in matrix["scales"].items():
             if array_name != "tier":
                 resident.pad_to(span["offset"])
                 resident.write(_scales_by_block(slices, array_name, matrix["rows"]))
-    flash.pad_to(region["offset"])
-    flash.take_digest()
-    flash.write(records)
-    flash.pad_to(round_up(flash.position, ALIGNMENT))
-    region["sha256"] = flash.take_digest()
+    if norms_entry is not None:
+        norms = np.sqrt(squares).astype("<f4")
+        resident.pad_to(norms_entry["offset"])
+        resident.write(norms)
+        if energy is not None:
+            region["order"] = np.argsort(-energy * norms.astype(np.float64) ** 2, kind="stable").tolist()
+    _write_span(region, _units(records["flash"], region), flash)
+    if base is not None:
+        _write_span(base, [records["base"]], flash)
 
 
-def _write_embedding(entry: dict[str, Any], part: Part, grid: Grid, flash: _Sink) -> None:
+def _units(records: U8, region: dict[str, Any]) -> Iterator[U8]:
+    """Records ``[n_columns, record_bytes]`` in logical order -> units as they lie, ``[n, unit_bytes]`` at a time."""
+    n_columns, record_bytes = records.shape
+    unit_columns, unit_bytes = region["columns_per_unit"], region["unit_bytes"]
+    order = np.arange(n_columns) if region["order"] is None else np.array(region["order"])
+    step = max(_WRITE_BYTES // unit_bytes, 1) * unit_columns
+    for start in range(0, n_columns, step):
+        columns = order[start : start + step]
+        n_full, n_rest = divmod(len(columns), unit_columns)
+        units = np.zeros((n_full + (n_rest > 0), unit_bytes), np.uint8)
+        full, rest = np.split(records[columns], [n_full * unit_columns])
+        units[:n_full, : unit_columns * record_bytes] = full.reshape(n_full, unit_columns * record_bytes)
+        if n_rest:
+            units[n_full, : n_rest * record_bytes] = rest.reshape(-1)
+        yield units
+
+
+def _write_span(entry: dict[str, Any], parts: Iterable[U8], flash: _Sink) -> None:
+    """A span of its own in flash.bin, whose digest covers the padding behind it."""
     flash.pad_to(entry["offset"])
     flash.take_digest()
+    for part in parts:
+        flash.write(part)
+    flash.pad_to(round_up(flash.position, ALIGNMENT))
+    entry["sha256"] = flash.take_digest()
+
+
+def _embedding_rows(part: Part, grid: Grid) -> Iterator[U8]:
+    """Rows of the embedding as stored, some ``[n, row_bytes]`` at a time."""
     for _, rows in _recoded_slices(part, grid):
         columns = rows.codes.T
         fields = [pack_plane(columns, bits, shift) for bits, shift in grid.planes]
         fields += [
             np.ascontiguousarray(rows.scales[name]).view(np.uint8) for name, _, _ in grid.scale_arrays(part.shape[1])
         ]
-        flash.write(np.ascontiguousarray(np.concatenate(fields, axis=1)))
-    flash.pad_to(round_up(flash.position, ALIGNMENT))
-    entry["sha256"] = flash.take_digest()
+        yield np.ascontiguousarray(np.concatenate(fields, axis=1))
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path, header: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import tomli
 
-from dipper.bundle import Bundle
+from dipper.bundle import UNIT_BYTES, Bundle
 from dipper.errors import ConfigError
 from dipper.glu import LayerConfig, ModelConfig, matrix_shapes, vector_shapes
 from dipper.grid import Grid, quantised_grid
@@ -39,7 +39,15 @@ def names() -> tuple[str, ...]:
     return tuple(_models())
 
 
-def published_bundle(name: str, *, bits: int = 4, other_bits: int = 8, max_context: int = 4096) -> Bundle:
+def published_bundle(
+    name: str,
+    *,
+    bits: int = 4,
+    other_bits: int = 8,
+    max_context: int = 4096,
+    base_bits: int = 0,
+    unit_bytes: int = UNIT_BYTES,
+) -> Bundle:
     """A model of `models.toml` as the bundle that `dipper pack --bits` would lay out, without weights.
 
     Args:
@@ -47,6 +55,8 @@ def published_bundle(name: str, *, bits: int = 4, other_bits: int = 8, max_conte
         bits: of the MLP, 4 or 8.
         other_bits: of attention and head, 4 or 8 (packing makes them 8).
         max_context: positions that the model claims to take.
+        base_bits: of the regions, 0 to leave them whole.
+        unit_bytes: about what a unit of a split region has.
 
     Raises:
         ConfigError: an unknown name (the nearest is named) or other bits.
@@ -72,7 +82,8 @@ def published_bundle(name: str, *, bits: int = 4, other_bits: int = 8, max_conte
     }
     if not config.tied:
         grids["embedding"] = Grid(codes="f16")  # as packing keeps it: a row is read whole, whatever its bits
-    header = layout(config, {"rope.short": config.head_dim // 2}, {**shapes, **matrices}, grids)
+    vectors = {"rope.short": config.head_dim // 2}
+    header = layout(config, vectors, {**shapes, **matrices}, grids, base_bits=base_bits, unit_bytes=unit_bytes)
     header["source"] = {"name": values["hf"], "shape_from": values["source"]}
     return Bundle(Path(name), json.loads(json.dumps(header)), config)  # lists, as a header on disk has them
 

@@ -366,6 +366,16 @@ def tasks_table(results: Sequence[dict[str, Any]]) -> str:
     return align(rows, left=2)
 
 
+def _column_label(way: dict[str, int]) -> str:
+    """How the records of a region lie: one of a description's `units`."""
+    if not way["base_record_bytes"]:
+        return f"{way['record_bytes']:,} B"
+    return (
+        f"{way['record_bytes']:,} B + {way['base_record_bytes']:,} B base ({way['columns_per_unit']} in a unit of "
+        f"{way['unit_bytes']:,} B)"
+    )
+
+
 def inspect_table(description: dict[str, Any], verified: bool) -> str:
     """A bundle's `describe()`."""
     model, source = description["model"], description["source"]
@@ -378,9 +388,12 @@ def inspect_table(description: dict[str, Any], verified: bool) -> str:
     for tier, parts in description["bytes"].items():
         held = ", ".join(f"{name} {_size(n)}" for name, n in parts.items() if n)
         rows.append((tier, f"{_size(sum(parts.values()))}: {held}"))
-    for kind, sizes in description["record_bytes"].items():
-        rows.append((f"{kind} column", " or ".join(f"{n:,} B" for n in sizes)))
+    for kind, ways in description["units"].items():
+        rows.append((f"{kind} column", " or ".join(map(_column_label, ways))))
     rows.append(("grids", "; ".join(f"{name} {' + '.join(labels)}" for name, labels in description["grids"].items())))
+    if any(map(any, description["base_bits"].values())):
+        split = (f"{name} {' or '.join(map(str, bits))}" for name, bits in description["base_bits"].items())
+        rows.append(("base bits", "; ".join(split)))
     rows.append(("MLP", f"{description['bits_per_mlp_weight']:.2f} bits per weight, scales included"))
     rows.append(("checksums", "every byte read and right" if verified else "not read (--no-verify)"))
     return _pairs(rows)
