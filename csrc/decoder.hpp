@@ -69,6 +69,7 @@ class Decoder {
   void pin_static();  // static caches: the first columns of each region
   void reset_counters();
   void start_trace(std::unique_ptr<TraceWriter> trace) { mlp_->start_trace(std::move(trace)); }
+  void start_energies() { mlp_->start_energies(); }
   void finish_trace() { mlp_->finish_trace(); }
 
   int32_t n_past() const { return n_past_; }

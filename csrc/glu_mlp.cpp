@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <numeric>
 
 #include "errors.hpp"
 #include "stopwatch.hpp"
@@ -22,7 +23,16 @@ std::vector<int32_t> all_regions(const Model& model) {
   return regions;
 }
 
-// Regions that the stream brings: those not pinned.
+bool refines(const MlpOptions& options, int32_t region) {
+  return options.residency == Residency::kStream && options.refined[static_cast<size_t>(region)] != 0;
+}
+
+bool refines_any(const MlpOptions& options) {
+  return options.residency == Residency::kStream &&
+         std::find(options.refined.begin(), options.refined.end(), 1) != options.refined.end();
+}
+
+// Regions that the stream of a block brings, in whole or by their units: those not pinned.
 std::vector<int32_t> streamed_regions(const Model& model, const MlpOptions& options) {
   std::vector<int32_t> regions;
   for (const int32_t r : all_regions(model)) {
@@ -31,6 +41,16 @@ std::vector<int32_t> streamed_regions(const Model& model, const MlpOptions& opti
     if (!held) regions.push_back(r);
   }
   return regions;
+}
+// Those that every token needs whole.
+std::vector<int32_t> token_regions(const Model& model, const MlpOptions& options) {
+  std::vector<int32_t> regions = streamed_regions(model, options);
+  std::erase_if(regions, [&](int32_t r) { return refines(options, r); });
+  return regions;
+}
+
+std::vector<StreamChunk> chunks_of(const Model& model, const std::vector<int32_t>& regions, const MlpOptions& options) {
+  return make_chunks(model, regions, options.stream_chunk_bytes, options.refined);
 }
 
 std::string region_name(int32_t region) {
@@ -46,26 +66,34 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
     const Region& region = model.regions[r];
     if (!std::binary_search(streamed.begin(), streamed.end(), static_cast<int32_t>(r)))
       memory.pinned += aligned(region.bytes());
+    if (refines(options, static_cast<int32_t>(r))) {
+      memory.pinned += aligned(region.bytes() - region.units_bytes());
+      memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.unit_bytes;
+      memory.staging = std::max(memory.staging, static_cast<uint64_t>(options.fetch[r]) * region.unit_bytes);
+      memory.bookkeeping += ColumnCache::bytes(region.n_units(), options.capacity[r]);
+    }
     if (options.residency == Residency::kCached) {
-      memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.record_bytes;
+      memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.unit_bytes;
       memory.staging = std::max(memory.staging, max_staging_bytes(static_cast<uint64_t>(options.k[r]),
-                                                                  region.record_bytes, region.bytes(), kAlign));
+                                                                  region.unit_bytes, region.bytes(), kAlign));
       memory.bookkeeping += ColumnCache::bytes(region.n_columns, options.capacity[r]);
     }
     if (options.fits) memory.calibration += (*options.fits)[r].bytes();
   }
   if (!streamed.empty()) {
-    const uint32_t slot = ring_slot_bytes(make_chunks(model, streamed, options.stream_chunk_bytes));
-    memory.staging =
-        std::max<uint64_t>(memory.staging, static_cast<uint64_t>(slot) * static_cast<uint64_t>(options.stream_slots));
+    const uint32_t slot = ring_slot_bytes(chunks_of(model, streamed, options));
+    const uint64_t ring = static_cast<uint64_t>(slot) * static_cast<uint64_t>(options.stream_slots);
+    // Misses and ring are needed at once where a token both refines regions and streams others.
+    const bool at_once = refines_any(options) && !token_regions(model, options).empty();
+    memory.staging = at_once ? memory.staging + ring : std::max(memory.staging, ring);
   }
   return memory;
 }
 
 ReaderCounters stream_reads(const Model& model, const MlpOptions& options) {
   ReaderCounters c;
-  for (const StreamChunk& chunk : make_chunks(model, streamed_regions(model, options), options.stream_chunk_bytes)) {
-    ++c.reads;
+  for (const StreamChunk& chunk : chunks_of(model, streamed_regions(model, options), options)) {
+    c.reads += n_reads(chunk);
     c.bytes += chunk.bytes;
   }
   return c;
@@ -77,17 +105,29 @@ uint64_t GluMlp::scratch_bytes(const Model& model, int32_t block_tokens) {
   const auto narrow = static_cast<uint64_t>(padded_rows(model.hidden));
   // A column at hand: its index, record, ticket, input, read plan and admission.
   constexpr uint64_t kBatchBytes = 100;
+  uint64_t split = 0;
+  for (const Region& region : model.regions) {
+    if (region.split()) split = 4 * columns;  // flags, 16-bit inputs and sums by block of what is refined
+  }
   // gate, up and down in halves, hidden; masks
-  return kBatchBytes * columns + static_cast<uint64_t>(block_tokens) * ((5 * wide + narrow + columns) * sizeof(float));
+  return kBatchBytes * columns +
+         static_cast<uint64_t>(block_tokens) * ((5 * wide + narrow + columns) * sizeof(float) + split);
 }
 
 GluMlp::GluMlp(Model& model, const MlpOptions& options, const Kernels& kernels, ThreadPool& pool, Projector& projector,
                FlashReader& reader, int32_t block_tokens)
     : model_(model), options_(options), kernels_(kernels), pool_(pool), projector_(projector), reader_(reader) {
+  const bool split = std::any_of(model.regions.begin(), model.regions.end(), [](const Region& r) { return r.split(); });
+  if (split && (options.residency == Residency::kCached || options.residency == Residency::kSimulated)) {
+    throw ConfigError(
+        "the columns of this bundle are split in base and residual, and dip drops whole columns: pack with "
+        "--base-bits 0, or use --method planes");
+  }
   const MlpMemory memory = plan_mlp_memory(model, options);
   pinned_memory_ = Arena(memory.pinned);
   slot_memory_ = Arena(memory.slots);
   staging_ = Arena(memory.staging);
+  miss_staging_ = staging_.data();
   wide_ = padded_rows(model.intermediate);
   const auto tokens = static_cast<uint64_t>(block_tokens);
   const uint64_t narrow = static_cast<uint64_t>(padded_rows(model.hidden));
@@ -102,6 +142,8 @@ GluMlp::GluMlp(Model& model, const MlpOptions& options, const Kernels& kernels, 
 
   const std::vector<int32_t> streamed = streamed_regions(model, options);
   region_base_.assign(model.regions.size(), nullptr);
+  base_memory_.assign(model.regions.size(), nullptr);
+  slot_base_.assign(model.regions.size(), nullptr);
   uint8_t* pinned = pinned_memory_.data();
   uint8_t* slots = slot_memory_.data();
   for (size_t r = 0; r < model.regions.size(); ++r) {
@@ -110,25 +152,37 @@ GluMlp::GluMlp(Model& model, const MlpOptions& options, const Kernels& kernels, 
       region_base_[r] = pinned;
       pinned += aligned(region.bytes());
     }
-    if (options.residency == Residency::kCached) {
-      slot_base_.push_back(slots);
-      slots += static_cast<uint64_t>(options.capacity[r]) * region.record_bytes;
+    if (refines(options_, static_cast<int32_t>(r))) {
+      base_memory_[r] = pinned;
+      pinned += aligned(region.bytes() - region.units_bytes());
+    }
+    if (options.residency == Residency::kCached || refines(options_, static_cast<int32_t>(r))) {
+      slot_base_[r] = slots;
+      slots += static_cast<uint64_t>(options.capacity[r]) * region.unit_bytes;
     }
   }
   make_caches();
   if (!streamed.empty()) {
-    std::vector<StreamChunk> chunks = make_chunks(model, streamed, options.stream_chunk_bytes);
+    std::vector<StreamChunk> chunks = chunks_of(model, streamed, options);
     const uint32_t slot = ring_slot_bytes(chunks);
     stream_ = std::make_unique<WeightStream>(reader, std::move(chunks), staging_.data(), slot, options.stream_slots);
+    const std::vector<int32_t> by_token = token_regions(model, options);
+    if (refines_any(options) && !by_token.empty()) {
+      miss_staging_ += static_cast<uint64_t>(slot) * static_cast<uint64_t>(options.stream_slots);
+      token_stream_ = std::make_unique<WeightStream>(reader, chunks_of(model, by_token, options), staging_.data(), slot,
+                                                     options.stream_slots);
+    }
   }
   load_pinned(model);
+  load_bases();
+  pin_first_units();
 }
 
 void GluMlp::make_caches() {
   caches_.clear();
-  if (!has_caches()) return;
+  if (!has_caches() && !refines_any(options_)) return;
   for (size_t r = 0; r < model_.regions.size(); ++r)
-    caches_.emplace_back(model_.regions[r].n_columns, options_.capacity[r], options_.policy, options_.decay);
+    caches_.emplace_back(model_.regions[r].n_units(), options_.capacity[r], options_.policy, options_.decay);
 }
 
 void GluMlp::configure(const std::vector<int32_t>& k, float gamma, CachePolicy policy, float decay,
@@ -164,30 +218,56 @@ void GluMlp::abandon() {
     // The error under way tells what happened; a failed reader refuses further work by itself.
   }
   if (stream_) stream_->abandon();
+  if (token_stream_) token_stream_->abandon();
   for (ColumnCache& cache : caches_) cache.clear();
 }
+
+namespace {
+
+// Reads of a span of the file, 1 MiB each.
+void add_ranges(uint64_t offset, uint64_t bytes, uint8_t* to, std::vector<ReadRange>& ranges) {
+  for (uint64_t at = 0; at < bytes; at += 1u << 20)
+    ranges.push_back({offset + at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, bytes - at)), to + at});
+}
+
+}  // namespace
 
 void GluMlp::load_pinned(Model& model) {
   if (options_.residency != Residency::kSimulated) {  // all of a region's columns are used
     for (size_t r = 0; r < model.regions.size(); ++r) {
-      if (region_base_[r] == nullptr) continue;
+      if (region_base_[r] == nullptr || model.regions[r].split()) continue;
       tile_region(model.regions[r],
                   const_cast<uint8_t*>(region_base_[r]));  // in pinned_memory_, which this object owns
       region_base_[r] = nullptr;
     }
-    return;
   }
   std::vector<ReadRange> ranges;
   for (size_t r = 0; r < model.regions.size(); ++r) {
     if (region_base_[r] == nullptr) continue;
-    auto* to = const_cast<uint8_t*>(region_base_[r]);
-    const uint64_t end = aligned(model.regions[r].bytes());
-    for (uint64_t at = 0; at < end; at += 1u << 20) {
-      ranges.push_back(
-          {model.regions[r].offset + at, static_cast<uint32_t>(std::min<uint64_t>(1u << 20, end - at)), to + at});
-    }
+    add_ranges(model.regions[r].offset, aligned(model.regions[r].bytes()), const_cast<uint8_t*>(region_base_[r]),
+               ranges);
   }
   if (!ranges.empty()) reader_.wait(reader_.submit(ranges) + ranges.size());
+}
+
+void GluMlp::load_bases() {
+  std::vector<ReadRange> ranges;
+  for (size_t r = 0; r < model_.regions.size(); ++r) {
+    const Region& region = model_.regions[r];
+    if (base_memory_[r] != nullptr)
+      add_ranges(region.base_offset, aligned(region.bytes() - region.units_bytes()), base_memory_[r], ranges);
+  }
+  if (!ranges.empty()) reader_.wait(reader_.submit(ranges) + ranges.size());
+}
+
+// What refined regions hold at first: in the order that a calibration gave the units, the hottest.
+void GluMlp::pin_first_units() {
+  for (size_t r = 0; r < model_.regions.size(); ++r) {
+    if (!refines(options_, static_cast<int32_t>(r))) continue;
+    std::vector<int32_t> first(static_cast<size_t>(options_.capacity[r]));
+    std::iota(first.begin(), first.end(), 0);
+    pin(static_cast<int32_t>(r), first);
+  }
 }
 
 namespace {
@@ -308,11 +388,11 @@ void GluMlp::multiply(const Region& region, const Sums& sums, Ledger& ledger) {
   const size_t n_matrices = region.matrices.size();
   size_t spans_of[2] = {0, 0};
   const Grid& grid = region.matrices[0].grid;
-  make_spans(grid, region.split(), spans_[0]);
+  make_spans(grid, region.half_column(), spans_[0]);
   if (n_matrices == 2) {
     const Grid& other = region.matrices[1].grid;
     if (other.group != grid.group || is_float(other.codes) != is_float(grid.codes)) {
-      make_spans(other, region.split(), spans_[1]);
+      make_spans(other, region.half_column(), spans_[1]);
       spans_of[1] = 1;
     }
   }
@@ -390,7 +470,7 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
       const int32_t c = mask_[i];
       batch_.listed_x[i] = means != nullptr ? values[c] - means[c] : values[c];
       const int32_t s = slots[static_cast<size_t>(c)];
-      batch_.record[i] = pinned != nullptr ? pinned + static_cast<uint64_t>(c) * region.record_bytes
+      batch_.record[i] = pinned != nullptr ? pinned + static_cast<uint64_t>(c) * region.unit_bytes
                          : s >= 0          ? slot(r, s)
                                            : nullptr;
     }
@@ -400,7 +480,7 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
     counters_.hits += static_cast<uint64_t>(step.n_hits);
     counters_.misses += step.misses.size();
     for (const Admission& a : admissions_) counters_.evictions += a.evicted >= 0;
-    counters_.useful_bytes += step.misses.size() * region.record_bytes;
+    counters_.useful_bytes += step.misses.size() * region.unit_bytes;
     plan_misses(region, step.misses);
     if (trace_) trace(TraceWriter::Phase::kDecode, position_, token_, r, mask_, step, values);
   }
@@ -417,12 +497,146 @@ void GluMlp::fetch_cached(int32_t r, const float* values, Ledger& ledger) {
   admitted_record_.resize(admissions_.size());
   for (size_t i = 0; i < mask_.size(); ++i) {
     if (batch_.record[i] != nullptr) continue;
-    batch_.record[i] = staging_.data() + plan_.staging_offset[miss];
+    batch_.record[i] = miss_staging_ + plan_.staging_offset[miss];
     batch_.ticket[i] = first_ticket + plan_.n_ranges_needed[miss];
     ++miss;
     if (admission < admissions_.size() && admissions_[admission].column == mask_[i])
       admitted_record_[admission++] = batch_.record[i];
   }
+}
+
+// A token's residuals of a refined region: what it fetches, and what is cached, which costs nothing.
+void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  ColumnCache& cache = caches_[static_cast<size_t>(r)];
+  {
+    const Timed timed(ledger.select);
+    try {
+      refine(values, region.residual_norm, region.order, region.columns_per_unit, cache.cached(),
+             options_.fetch[static_cast<size_t>(r)], refinement_);
+    } catch (const ConfigError& e) {
+      throw ConfigError(region_name(r) + ": " + e.what());
+    }
+    bases_ = base_memory_[static_cast<size_t>(r)];
+    const std::span<const int32_t> slots = cache.slots();
+    unit_data_.resize(slots.size());
+    unit_ticket_.assign(slots.size(), 0);
+    for (size_t u = 0; u < slots.size(); ++u) unit_data_[u] = slots[u] >= 0 ? slot(r, slots[u]) : nullptr;
+    const CacheStep& step = cache.step(refinement_.demanded);
+    admissions_.assign(step.admissions.begin(), step.admissions.end());
+    counters_.selected += refinement_.demanded.size();
+    counters_.hits += static_cast<uint64_t>(step.n_hits);
+    counters_.misses += step.misses.size();
+    for (const Admission& a : admissions_) counters_.evictions += a.evicted >= 0;
+    counters_.useful_bytes += step.misses.size() * region.unit_bytes;
+    plan_misses(region, step.misses);
+  }
+  batch_.awaits = !plan_.ranges.empty();
+  if (plan_.ranges.empty()) return;
+  uint64_t first_ticket = 0;
+  {
+    const Timed timed(ledger.submit);
+    first_ticket = reader_.submit(plan_.ranges);
+  }
+  const Timed timed(ledger.select);
+  size_t admission = 0;
+  admitted_record_.resize(admissions_.size());
+  for (size_t i = 0; i < refinement_.fetched.size(); ++i) {
+    const auto u = static_cast<size_t>(refinement_.fetched[i]);
+    unit_data_[u] = miss_staging_ + plan_.staging_offset[i];
+    unit_ticket_[u] = first_ticket + plan_.n_ranges_needed[i];
+    if (admission < admissions_.size() && admissions_[admission].column == refinement_.fetched[i])
+      admitted_record_[admission++] = unit_data_[u];
+  }
+}
+
+// All of a split region, as it lies on flash.
+void GluMlp::take_units(const Region& region, const uint8_t* units, const uint8_t* bases, uint64_t ticket) {
+  bases_ = bases;
+  unit_data_.resize(static_cast<size_t>(region.n_units()));
+  unit_ticket_.assign(unit_data_.size(), ticket);
+  for (size_t u = 0; u < unit_data_.size(); ++u) unit_data_[u] = units + u * region.unit_bytes;
+  batch_.awaits = ticket != 0;
+}
+
+// One token's products with a split region at hand.
+void GluMlp::multiply_split(const Region& region, const Sums& sums, Ledger& ledger) {
+  const double start = now_s();
+  const double waited = ledger.wait;
+  const size_t n_matrices = region.matrices.size();
+  MatrixInputs inputs[2];
+  int32_t n_halves = 0;
+  for (size_t m = 0; m < n_matrices; ++m) {
+    inputs[m] = projector_.inputs(region.matrices[m].grid);
+    n_halves += region.matrices[m].n_halves();
+  }
+  const int n_sides = batch_.awaits || pool_.size() % 2 == 1 ? 1 : 2;
+  const auto last_matrix = [&](size_t m) {  // of those from m on that have their columns in the same blocks
+    return m + 1 < n_matrices && region.matrices[m + 1].grid.group == region.matrices[m].grid.group ? m + 2 : m + 1;
+  };
+  pool_.run([&](int thread) {
+    const Share all = share(n_halves, thread / n_sides, pool_.size() / n_sides);
+    const int side = thread % n_sides;
+    int32_t before = 0;
+    for (size_t first = 0; first < n_matrices; first = last_matrix(first)) {
+      const size_t last = last_matrix(first);
+      const int32_t group = region.matrices[first].grid.group;
+      const int32_t n_blocks = region.matrices[first].n_blocks;
+      const int32_t middle = std::min(region.half_column() / group, n_blocks);
+      const uint8_t* room[2][kMaxGroup];  // bases of this block and the next
+      const auto bases = [&](int32_t block) {
+        const int32_t from = block * group;
+        const int32_t n = std::min(group, region.n_columns - from);
+        for (int32_t i = 0; i < n; ++i)
+          room[block % 2][i] = bases_ + static_cast<uint64_t>(from + i) * region.base_bytes;
+        return RecordColumns{n, room[block % 2], inputs[first].q + from};
+      };
+      const int32_t begin = n_sides == 2 && side == 1 ? middle : 0;
+      const int32_t end = n_sides == 2 && side == 0 ? middle : n_blocks;
+      RecordColumns base = begin < end ? bases(begin) : RecordColumns{};
+      for (int32_t b = begin; b < end; ++b) {
+        SplitColumns columns{b, base, {}, {}, 0, {}};
+        const uint8_t* refined[kMaxGroup];
+        uint64_t ticket = 0;
+        for (size_t i = 0; i < static_cast<size_t>(base.n); ++i) {
+          const size_t column = static_cast<size_t>(b * group) + i;
+          const auto unit = static_cast<size_t>(region.unit_of[column]);
+          refined[i] = unit_data_[unit] == nullptr ? nullptr : unit_data_[unit] + region.offset_in_unit[column];
+          if (refined[i] != nullptr) ticket = std::max(ticket, unit_ticket_[unit]);
+        }
+        if (!wait_ticket(thread, ticket, ledger)) return;
+        if (b + 1 < end) columns.next = base = bases(b + 1);
+        const uint8_t* records[kMaxGroup];
+        columns.residual.record = records;
+        for (int32_t i = 0; i < columns.base.n; ++i) {
+          if (refined[i] != nullptr) records[columns.residual.n++] = refined[i];
+        }
+        for (size_t m = first; m < last; ++m) {
+          const WeightView& w = region.matrices[m];
+          int32_t halves_before = before;
+          for (size_t other = first; other < m; ++other) halves_before += region.matrices[other].n_halves();
+          const int32_t half_first = std::clamp(all.first - halves_before, 0, w.n_halves());
+          const int32_t half_last = std::clamp(all.last - halves_before, 0, w.n_halves());
+          if (half_first >= half_last) continue;
+          columns.inputs = inputs[m].blocks[b];
+          columns.coarse = columns.inputs.sum;
+          columns.base.q = inputs[m].q + b * group;
+          int16_t q[padded_inputs(kMaxGroup)];
+          int32_t n = 0;
+          for (int32_t i = 0; i < columns.base.n; ++i) {
+            if (refined[i] == nullptr) continue;
+            q[n++] = columns.base.q[i];
+            columns.coarse -= columns.base.q[i];
+          }
+          if (n % 2 == 1) q[n] = 0;
+          columns.residual.q = q;
+          kernels_.gemv_split(w, columns, half_first, half_last, sums.of(b >= middle)[m]);
+        }
+      }
+      for (size_t m = first; m < last; ++m) before += region.matrices[m].n_halves();
+    }
+  });
+  ledger.gemv += now_s() - start - (ledger.wait - waited);
 }
 
 void GluMlp::trace(TraceWriter::Phase phase, uint32_t position, int32_t token, int32_t r, std::span<const int32_t> mask,
@@ -436,7 +650,7 @@ void GluMlp::trace(TraceWriter::Phase phase, uint32_t position, int32_t token, i
                  mask,
                  step.misses,
                  reads ? std::span<const ReadRange>(plan_.ranges) : std::span<const ReadRange>(),
-                 reads ? step.misses.size() * region.record_bytes : 0,
+                 reads ? step.misses.size() * region.unit_bytes : 0,
                  {scores, static_cast<size_t>(region.n_columns)},
                  fit(r, &RegionFit::factor)});
 }
@@ -444,7 +658,7 @@ void GluMlp::trace(TraceWriter::Phase phase, uint32_t position, int32_t token, i
 // After the products: slots of evicted columns may be overwritten now.
 void GluMlp::admit(int32_t region, Ledger& ledger) {
   const Timed timed(ledger.select);
-  const uint32_t bytes = model_.regions[static_cast<size_t>(region)].record_bytes;
+  const uint32_t bytes = model_.regions[static_cast<size_t>(region)].unit_bytes;
   for (size_t i = 0; i < admissions_.size(); ++i)
     std::memcpy(slot(region, admissions_[i].slot), admitted_record_[i], bytes);
 }
@@ -459,22 +673,44 @@ void GluMlp::step_region(int32_t r, const float* values, const Sums& sums, Ledge
     const Timed timed(ledger.gemv);
     start_sums(r, true, 1, sums);
   }
-  if (has_caches()) {
+  if (region.split()) {
+    step_split(r, values, sums, ledger);
+  } else if (has_caches()) {
     fetch_cached(r, values, ledger);
     multiply(region, sums, ledger);
     if (options_.residency == Residency::kCached) admit(r, ledger);
   } else {
+    WeightStream& stream = of_token();
     for (bool more = true; more;) {
-      const StreamChunk chunk = stream_->current();
-      take_dense(r, stream_->data(), chunk.first, chunk.last, stream_->ticket(), values + chunk.first);
+      const StreamChunk chunk = stream.current();
+      take_dense(r, stream.data(), chunk.first, chunk.last, stream.ticket(), values + chunk.first);
       multiply(region, sums, ledger);
       const Timed timed(ledger.submit);
-      stream_->release();
+      stream.release();
       more = chunk.last < region.n_columns;
     }
   }
   const Timed timed(ledger.gemv);
   add_halves(region, 1, sums);
+}
+
+void GluMlp::step_split(int32_t r, const float* values, const Sums& sums, Ledger& ledger) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  projector_.take(values, region.n_columns, 1);
+  if (refines(options_, r)) {
+    fetch_residuals(r, values, ledger);
+    multiply_split(region, sums, ledger);
+    admit(r, ledger);
+  } else if (const uint8_t* held = region_base_[static_cast<size_t>(r)]) {
+    take_units(region, held, held + region.units_bytes(), 0);
+    multiply_split(region, sums, ledger);
+  } else {
+    WeightStream& stream = of_token();
+    take_units(region, stream.data(), stream.data() + region.units_bytes(), stream.ticket());
+    multiply_split(region, sums, ledger);
+    const Timed timed(ledger.submit);
+    stream.release();
+  }
 }
 
 // A region that lies by tiles.
@@ -484,7 +720,7 @@ void GluMlp::project(int32_t r, const float* x, int32_t n_tokens, bool masked, c
   const size_t last = region.matrices.size() - 1;  // one matrix, or two
   const auto product = [&](size_t m) -> Projection {
     const WeightView& w = region.matrices[m];
-    return {w, bias(r, m, masked), w.n_rows, sums.first[m], sums.stride, sums.second[m], region.split()};
+    return {w, bias(r, m, masked), w.n_rows, sums.first[m], sums.stride, sums.second[m], region.half_column()};
   };
   const Projection products[2] = {product(0), product(last)};
   projector_.take(x, region.n_columns, n_tokens);
@@ -551,7 +787,7 @@ void GluMlp::activate(int32_t n_tokens) {
 }
 
 void GluMlp::step(int32_t layer, const float* x, float* y, Ledger& ledger) {
-  if (options_.residency == Residency::kStream && stream_ && !stream_->running()) stream_->start(true);
+  if (options_.residency == Residency::kStream) begin_token();
   step_region(2 * layer, x, input_sums(), ledger);
   {
     const Timed timed(ledger.gemv);
@@ -560,13 +796,158 @@ void GluMlp::step(int32_t layer, const float* x, float* y, Ledger& ledger) {
   step_region(2 * layer + 1, hidden_, glu_sums(y, padded_rows(model_.hidden)), ledger);
 }
 
+void GluMlp::begin_token() {
+  if (refines_any(options_)) {
+    if (token_stream_ && !token_stream_->running()) token_stream_->start(true);
+  } else if (stream_ && !stream_->running()) {
+    stream_->start(true);
+  }
+}
+
 void GluMlp::begin_block() {
   if (!stream_) return;
-  if (options_.residency == Residency::kStream) {
-    if (!stream_->running()) stream_->start(true);
+  if (refines_any(options_)) {
+    if (token_stream_ && token_stream_->running()) {  // both use one ring
+      reader_.wait_all();
+      token_stream_->abandon();
+    }
+    stream_->start(false);
+  } else if (options_.residency == Residency::kStream) {
+    begin_token();
   } else {
     stream_->start(false);
   }
+}
+
+// Which columns of a refined region each token of a block has refined -> refined_columns_, in the closed loop.
+void GluMlp::refine_block(int32_t r, const float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  const auto n = static_cast<size_t>(region.n_columns);
+  if (masks.kind == BlockMasks::Kind::kForced) {
+    refined_columns_.assign(forced, forced + static_cast<size_t>(n_tokens) * n);
+    return;
+  }
+  if (!refines(options_, r)) return;
+  const bool own = masks.kind == BlockMasks::Kind::kOwn;
+  if (!own && !masks.touch_cache) return;
+  ColumnCache& cache = caches_[static_cast<size_t>(r)];
+  refined_columns_.resize(static_cast<size_t>(n_tokens) * n);
+  std::vector<uint8_t> used;
+  for (int32_t t = 0; t < n_tokens; ++t) {
+    try {
+      refine(x + static_cast<size_t>(t) * n, region.residual_norm, region.order, region.columns_per_unit,
+             cache.cached(), options_.fetch[static_cast<size_t>(r)], refinement_);
+    } catch (const ConfigError& e) {
+      throw ConfigError(region_name(r) + ": token " + std::to_string(t) + ": " + e.what());
+    }
+    used.assign(cache.cached(), cache.cached() + region.n_units());
+    for (const int32_t u : refinement_.fetched) used[static_cast<size_t>(u)] = 1;
+    const CacheStep& step = cache.step(refinement_.demanded, own);
+    if (!own) continue;
+    counters_.selected += refinement_.demanded.size();
+    counters_.hits += static_cast<uint64_t>(step.n_hits);
+    counters_.misses += step.misses.size();
+    uint8_t* columns = refined_columns_.data() + static_cast<size_t>(t) * n;
+    for (size_t c = 0; c < n; ++c) columns[c] = used[static_cast<size_t>(region.unit_of[c])];
+  }
+}
+
+// The inputs of a matrix whose columns are refined, 0 elsewhere -> refined_q_; the sums of the others -> coarse_.
+void GluMlp::take_refined(const WeightView& w, const MatrixInputs& inputs, int32_t n_tokens) {
+  const auto n = static_cast<size_t>(w.n_cols);
+  const auto stride = static_cast<size_t>(inputs.q_stride);
+  const auto n_blocks = static_cast<size_t>(w.n_blocks);
+  refined_q_.resize(static_cast<size_t>(n_tokens) * stride);
+  coarse_.resize(static_cast<size_t>(n_tokens) * n_blocks);
+  pool_.share_out(n_tokens, 2, [&](int32_t first, int32_t last) {
+    for (auto t = static_cast<size_t>(first); t < static_cast<size_t>(last); ++t) {
+      const int16_t* q = inputs.q + t * stride;
+      const uint8_t* used = refined_columns_.data() + t * n;
+      int16_t* out = refined_q_.data() + t * stride;
+      for (size_t b = 0; b < n_blocks; ++b) {
+        const size_t begin = b * static_cast<size_t>(w.grid.group);
+        const size_t end = std::min(n, begin + static_cast<size_t>(w.grid.group));
+        int32_t coarse = 0;
+        for (size_t c = begin; c < end; ++c) {
+          out[c] = used[c] ? q[c] : int16_t{0};
+          coarse += used[c] ? 0 : q[c];
+        }
+        coarse_[t * n_blocks + b] = coarse;
+      }
+      if (stride > n) out[n] = 0;
+    }
+  });
+}
+
+// A block's products with a split region at hand, of which every unit is.
+void GluMlp::multiply_split_block(const Region& region, int32_t n_tokens, bool all_refined, const Sums& sums,
+                                  Ledger& ledger) {
+  const double start = now_s();
+  const double waited = ledger.wait;
+  for (size_t m = 0; m < region.matrices.size(); ++m) {
+    const WeightView& w = region.matrices[m];
+    const MatrixInputs in = projector_.inputs(w.grid);
+    if (!all_refined) take_refined(w, in, n_tokens);
+    const int32_t group = w.grid.group;
+    pool_.run([&](int thread) {
+      if (!wait_ticket(thread, unit_ticket_[0], ledger)) return;
+      const Share tiles = share(w.n_tiles(), thread, pool_.size());
+      for (int32_t t = tiles.first; t < tiles.last; ++t) {
+        for (int32_t b = 0; b < w.n_blocks; ++b) {
+          const int32_t first = b * group;
+          const int32_t n = std::min(group, region.n_columns - first);
+          const uint8_t* base[kMaxGroup];
+          const uint8_t* residual[kMaxGroup];
+          for (int32_t i = 0; i < n; ++i) {
+            const auto column = static_cast<size_t>(first + i);
+            base[i] = bases_ + column * region.base_bytes;
+            residual[i] = unit_data_[static_cast<size_t>(region.unit_of[column])] + region.offset_in_unit[column];
+          }
+          const SplitTokens tokens{b,
+                                   n,
+                                   base,
+                                   residual,
+                                   in.q + first,
+                                   all_refined ? in.q + first : refined_q_.data() + first,
+                                   in.q_stride,
+                                   in.blocks + b,
+                                   all_refined ? nullptr : coarse_.data() + b,
+                                   w.n_blocks,
+                                   n_tokens};
+          kernels_.gemm_split(w, tokens, t, t + 1, sums.of(first >= region.half_column())[m], sums.stride);
+        }
+      }
+    });
+  }
+  ledger.gemv += now_s() - start - (ledger.wait - waited);
+}
+
+void GluMlp::split_block(int32_t r, const float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
+                         const Sums& sums, Ledger& ledger) {
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  {
+    const Timed timed(ledger.select);
+    refine_block(r, x, n_tokens, masks, forced);
+  }
+  const bool all_refined =
+      masks.kind == BlockMasks::Kind::kDense || (masks.kind == BlockMasks::Kind::kOwn && !refines(options_, r));
+  projector_.take(x, region.n_columns, n_tokens);
+  if (const uint8_t* held = region_base_[static_cast<size_t>(r)]) {
+    take_units(region, held, held + region.units_bytes(), 0);
+    multiply_split_block(region, n_tokens, all_refined, sums, ledger);
+    return;
+  }
+  const uint8_t* units = stream_->data();
+  take_units(region, units, refines(options_, r) ? base_memory_[static_cast<size_t>(r)] : units + region.units_bytes(),
+             stream_->ticket());
+  multiply_split_block(region, n_tokens, all_refined, sums, ledger);
+  if (refines(options_, r) && (masks.kind == BlockMasks::Kind::kOwn || masks.touch_cache)) {
+    const std::span<const int32_t> slots = caches_[static_cast<size_t>(r)].slots();
+    for (size_t u = 0; u < slots.size(); ++u) {
+      if (slots[u] >= 0) std::memcpy(slot(r, slots[u]), unit_data_[u], region.unit_bytes);
+    }
+  }
+  stream_->release();
 }
 
 void GluMlp::mask_block(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced) {
@@ -642,7 +1023,8 @@ void GluMlp::copy_streamed(int32_t r, const StreamChunk& chunk, const uint8_t* d
 void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_tokens, const Sums& sums, Ledger& ledger) {
   const double start = now_s();
   const double waited = ledger.wait;
-  for (size_t m = 0; m < region.matrices.size(); ++m) make_spans(region.matrices[m].grid, region.split(), spans_[m]);
+  for (size_t m = 0; m < region.matrices.size(); ++m)
+    make_spans(region.matrices[m].grid, region.half_column(), spans_[m]);
   MatrixInputs inputs[2];  // made before the threads ask for them
   for (size_t m = 0; m < region.matrices.size(); ++m) inputs[m] = projector_.inputs(region.matrices[m].grid);
   pool_.run([&](int thread) {
@@ -680,6 +1062,17 @@ void GluMlp::multiply_block(const Region& region, const float* x, int32_t n_toke
 void GluMlp::block_region(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
                           const Sums& sums, Ledger& ledger) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
+  if (!energies_.empty()) add_energies(r, x, n_tokens);
+  if (region.split()) {
+    {
+      const Timed timed(ledger.gemv);
+      start_sums(r, false, n_tokens, sums);
+    }
+    split_block(r, x, n_tokens, masks, forced, sums, ledger);
+    const Timed timed(ledger.gemv);
+    add_halves(region, n_tokens, sums);
+    return;
+  }
   {
     const Timed timed(ledger.select);
     mask_block(r, x, n_tokens, masks, forced);
@@ -724,29 +1117,44 @@ void GluMlp::forward(int32_t layer, float* x, int32_t n_tokens, const BlockMasks
   block_region(2 * layer + 1, hidden_, n_tokens, masks, masks.glu, glu_sums(y, y_stride), ledger);
 }
 
+void GluMlp::start_energies() {
+  energies_.clear();
+  for (const Region& region : model_.regions) energies_.emplace_back(static_cast<size_t>(region.n_columns), 0.0);
+}
+
+void GluMlp::add_energies(int32_t r, const float* x, int32_t n_tokens) {
+  std::vector<double>& energies = energies_[static_cast<size_t>(r)];
+  for (int32_t t = 0; t < n_tokens; ++t) {
+    for (double& e : energies) {
+      e += static_cast<double>(*x) * static_cast<double>(*x);
+      ++x;
+    }
+  }
+}
+
 void GluMlp::clear_caches() {
   for (ColumnCache& cache : caches_) cache.clear();
+  pin_first_units();
   reset_counters();
 }
 
-void GluMlp::pin(int32_t r, const std::vector<int32_t>& columns) {
+void GluMlp::pin(int32_t r, const std::vector<int32_t>& units) {
   const Region& region = model_.regions[static_cast<size_t>(r)];
   ColumnCache& cache = caches_[static_cast<size_t>(r)];
-  cache.pin(columns);
+  cache.pin(units);
   if (options_.residency == Residency::kSimulated) return;
   constexpr size_t kAtOnce = 64;
-  for (size_t first = 0; first < columns.size(); first += kAtOnce) {
-    const size_t last = std::min(columns.size(), first + kAtOnce);
+  for (size_t first = 0; first < units.size(); first += kAtOnce) {
+    const size_t last = std::min(units.size(), first + kAtOnce);
     miss_offsets_.clear();
-    for (size_t i = first; i < last; ++i) miss_offsets_.push_back(region.record_offset(columns[i]));
+    for (size_t i = first; i < last; ++i) miss_offsets_.push_back(region.unit_offset(units[i]));
     ReadPlan plan;
-    plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, nullptr, plan);
+    plan_reads(miss_offsets_, region.unit_bytes, kAlign, kMaxReadBytes, nullptr, plan);
     Arena buffer(aligned(plan.staging_bytes));
-    plan_reads(miss_offsets_, region.record_bytes, kAlign, kMaxReadBytes, buffer.data(), plan);
+    plan_reads(miss_offsets_, region.unit_bytes, kAlign, kMaxReadBytes, buffer.data(), plan);
     reader_.wait(reader_.submit(plan.ranges) + plan.ranges.size());
     for (size_t i = first; i < last; ++i) {
-      std::memcpy(slot(r, cache.slot_of(columns[i])), buffer.data() + plan.staging_offset[i - first],
-                  region.record_bytes);
+      std::memcpy(slot(r, cache.slot_of(units[i])), buffer.data() + plan.staging_offset[i - first], region.unit_bytes);
     }
   }
 }

@@ -2,7 +2,8 @@
 //
 // One region is a fetch (masks, cache, reads) followed by products over the fetched columns in ascending order. Weights
 // are resident (all or some regions pinned), streamed whole through a ring, or cached by columns with misses read from
-// flash.
+// flash. A split region's bases are resident where it is refined: every product then has all columns by their bases and
+// some of them refined by residuals, which are cached by units, the misses read from flash.
 #pragma once
 
 #include <cstdint>
@@ -45,8 +46,10 @@ struct MlpOptions {
   float gamma = 1.0f;
   CachePolicy policy = CachePolicy::kLfu;
   float decay = 0.99f;
-  std::vector<int32_t> capacity;  // kCached, kSimulated: slots by region
+  std::vector<int32_t> capacity;  // kCached, kSimulated, refined regions: slots by region, a unit each
   std::vector<uint8_t> pinned;    // kStream: regions held in DRAM
+  std::vector<uint8_t> refined;   // kStream: split regions of which the bases are held, residuals as tokens want them
+  std::vector<int32_t> fetch;     // kStream: units that a token fetches, by refined region
   int32_t stream_slots = 8;
   uint32_t stream_chunk_bytes = 1u << 20;
 };
@@ -115,8 +118,8 @@ class GluMlp {
   // After an error in the middle of a token or block: reads are let finish, the stream ends, caches whose slots may lag
   // behind their books are emptied.
   void abandon();
-  // Static caches: fills slots with these columns of a region, read from flash.
-  void pin(int32_t region, const std::vector<int32_t>& columns);
+  // Fills a cache with these units of a region, read from flash.
+  void pin(int32_t region, const std::vector<int32_t>& units);
   const MlpCounters& counters() const { return counters_; }
   void reset_counters();
   void start_trace(std::unique_ptr<TraceWriter> trace) { trace_ = std::move(trace); }
@@ -124,6 +127,9 @@ class GluMlp {
   void finish_trace() {
     if (const std::unique_ptr<TraceWriter> trace = std::move(trace_)) trace->finish();
   }
+  // Sums the squares of all inputs of every column that come by in blocks, from now on.
+  void start_energies();
+  const std::vector<std::vector<double>>& energies() const { return energies_; }  // by region, [n_columns]
   // What traces call the next token, or the first of the next block.
   void set_token(uint32_t position, int32_t token) {
     position_ = position;
@@ -181,28 +187,42 @@ class GluMlp {
   };
 
   void fetch_cached(int32_t region, const float* values, Ledger& ledger);
+  void fetch_residuals(int32_t region, const float* values, Ledger& ledger);
   void admit(int32_t region, Ledger& ledger);
   Sums input_sums() const { return {{gate_, up_}, {second_gate_, second_up_}, wide_}; }
   Sums glu_sums(float* y, int64_t y_stride) const { return {{y, nullptr}, {second_down_, nullptr}, y_stride}; }
   void step_region(int32_t region, const float* values, const Sums& sums, Ledger& ledger);
   void project(int32_t region, const float* x, int32_t n_tokens, bool masked, const Sums& sums, Ledger& ledger);
   void multiply(const Region& region, const Sums& sums, Ledger& ledger);
+  void take_units(const Region& region, const uint8_t* units, const uint8_t* bases, uint64_t ticket);
+  void multiply_split(const Region& region, const Sums& sums, Ledger& ledger);
+  void step_split(int32_t region, const float* values, const Sums& sums, Ledger& ledger);
+  void begin_token();
+  WeightStream& of_token() { return token_stream_ ? *token_stream_ : *stream_; }
   void block_region(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
                     const Sums& sums, Ledger& ledger);
   void mask_block(int32_t region, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced);
   void multiply_block(const Region& region, const float* x, int32_t n_tokens, const Sums& sums, Ledger& ledger);
+  void refine_block(int32_t region, const float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced);
+  void multiply_split_block(const Region& region, int32_t n_tokens, bool all_refined, const Sums& sums, Ledger& ledger);
+  void split_block(int32_t region, const float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced,
+                   const Sums& sums, Ledger& ledger);
+  void take_refined(const WeightView& w, const MatrixInputs& inputs, int32_t n_tokens);
   void add_halves(const Region& region, int32_t n_tokens, const Sums& sums);
   void activate(int32_t n_tokens);
+  void add_energies(int32_t region, const float* x, int32_t n_tokens);
   void copy_streamed(int32_t region, const StreamChunk& chunk, const uint8_t* data);
   void make_spans(const Grid& grid, int32_t split, Spans& spans) const;
   bool wait_ticket(int thread, uint64_t ticket, Ledger& ledger);
   bool has_caches() const {
     return options_.residency == Residency::kCached || options_.residency == Residency::kSimulated;
   }
+  void load_bases();
+  void pin_first_units();
   void make_caches();
   // The reads for missing columns of a region -> plan_.
   void plan_misses(const Region& region, std::span<const int32_t> misses) {
-    plan_records(region.offset, region.record_bytes, misses, FlashReader::alignment(), staging_.data(), miss_offsets_,
+    plan_records(region.offset, region.unit_bytes, misses, FlashReader::alignment(), miss_staging_, miss_offsets_,
                  plan_);
     if (options_.residency == Residency::kSimulated) {
       counters_.simulated.reads += plan_.ranges.size();
@@ -213,7 +233,7 @@ class GluMlp {
              const CacheStep& step, const float* scores);
   uint8_t* slot(int32_t region, int32_t slot) const {
     return slot_base_[static_cast<size_t>(region)] +
-           static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].record_bytes;
+           static_cast<uint64_t>(slot) * model_.regions[static_cast<size_t>(region)].unit_bytes;
   }
   void load_pinned(Model& model);
   void tile_region(Region& region, uint8_t* to);
@@ -237,10 +257,13 @@ class GluMlp {
   Arena pinned_memory_;
   Arena slot_memory_;
   Arena staging_;
-  std::vector<const uint8_t*> region_base_;  // pinned regions whose records lie as on flash, else null
-  std::vector<uint8_t*> slot_base_;
-  std::vector<ColumnCache> caches_;
-  std::unique_ptr<WeightStream> stream_;
+  uint8_t* miss_staging_ = nullptr;             // where misses are read to
+  std::vector<const uint8_t*> region_base_;     // pinned regions whose records lie as on flash, else null
+  std::vector<uint8_t*> slot_base_;             // by region, where there are slots
+  std::vector<uint8_t*> base_memory_;           // refined regions: their bases, else null
+  std::vector<ColumnCache> caches_;             // by region, of units
+  std::unique_ptr<WeightStream> stream_;        // of a block of tokens: all that is not pinned
+  std::unique_ptr<WeightStream> token_stream_;  // of a token, where that is less: what is not refined either
 
   Batch batch_;
   Spans spans_[2];  // for the first and, where its grid wants others, the second matrix
@@ -250,10 +273,18 @@ class GluMlp {
   std::vector<uint64_t> miss_offsets_;
   std::vector<Admission> admissions_;
   std::vector<const uint8_t*> admitted_record_;
+  Refinement refinement_;
+  // A split region at hand: where its bases and each unit lie (null: not used), and the reads that bring units.
+  const uint8_t* bases_ = nullptr;
+  std::vector<const uint8_t*> unit_data_;
+  std::vector<uint64_t> unit_ticket_;
   std::vector<int32_t> block_masks_;  // [n_tokens, k]
 
   Arena scratch_;
-  float* gate_ = nullptr;  // [block_tokens, I padded]
+  std::vector<uint8_t> refined_columns_;  // [n_tokens, n_columns]: 1 where a token's column is refined
+  std::vector<int16_t> refined_q_;        // [n_tokens, padded_inputs(n_columns)]
+  std::vector<int32_t> coarse_;           // [n_tokens, n_blocks]
+  float* gate_ = nullptr;                 // [block_tokens, I padded]
   float* up_ = nullptr;
   float* second_gate_ = nullptr;  // Sums::second
   float* second_up_ = nullptr;
@@ -261,6 +292,7 @@ class GluMlp {
   float* hidden_ = nullptr;       // act(gate) * up, [block_tokens, I]
   int64_t wide_ = 0;              // I padded
 
+  std::vector<std::vector<double>> energies_;
   MlpCounters counters_;
   std::unique_ptr<TraceWriter> trace_;
   uint32_t position_ = 0;

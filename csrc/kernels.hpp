@@ -64,15 +64,36 @@ constexpr int32_t column_tile_bytes(Codes codes, bool half) {
   return plane_tile_bytes(codes, 0, half) + plane_tile_bytes(codes, 1, half);
 }
 
+// Some bits of every code of a column: `bits` (1, 2 or 4) of them from bit `shift` of the code on, at `offset` of the
+// column's record. Within a tile they lie as plane_tile_bytes's planes of as many bits do.
+struct Plane {
+  int32_t bits = 0;
+  int32_t shift = 0;
+  uint32_t offset = 0;
+};
+constexpr int32_t plane_tile_bytes(int32_t bits, bool half) {
+  return bits == 1 ? 16 : (half ? kHalfTileRows : kTileRows) * bits / 8;
+}
+
+// The planes of one record that belong to one matrix.
+struct Planes {
+  static constexpr int32_t kMax = 2;
+  Plane plane[kMax];
+  int32_t n = 0;
+};
+
 // What a kernel sees of one matrix. Columns come either as pointers to records (regions) or from `tiled` (resident
-// matrices).
+// matrices). The codes of a split matrix lie in two records a column, the upper bits in its base, the others in its
+// residual.
 struct WeightView {
   Grid grid{};
   int32_t n_rows = 0;  // padded to a multiple of 64
   int32_t n_cols = 0;
   int32_t n_blocks = 0;               // of `group` columns
   const uint8_t* tiled = nullptr;     // codes by tile, then column; null for a region's matrix
-  uint32_t plane_offset[2] = {0, 0};  // of this matrix's planes within a record (regions only)
+  uint32_t plane_offset[2] = {0, 0};  // of this matrix's planes within a record (regions only, not split)
+  Planes base, residual;              // split: their planes
+  int32_t residual_bits = 0;          // split, else 0
   // Scale arrays. Regions: [block][n_rows]. Resident: [tile][block][rows of the tile].
   const uint16_t* d = nullptr;
   const uint16_t* dm = nullptr;  // f16m: the offsets
@@ -107,6 +128,41 @@ struct BlockColumns {
   // Records that this matrix is multiplied with next (null: none), brought into the CPU's caches meanwhile.
   const uint8_t* const* next_record = nullptr;
   int32_t n_next = 0;
+};
+
+// Columns of one kind of record of a split matrix, ascending, with their inputs.
+struct RecordColumns {
+  int32_t n = 0;
+  const uint8_t* const* record = nullptr;  // [n]
+  const int16_t* q = nullptr;              // [n, and a zero more if n is odd]
+};
+
+// One block of a split matrix: all of its columns by their base, some of them refined by their residual. The residual
+// of the others counts as the middle of what it could be.
+struct SplitColumns {
+  int32_t block;
+  RecordColumns base;
+  RecordColumns residual;
+  BlockInputs inputs;  // of the base's columns
+  int32_t coarse;      // sum of q over the columns that are not refined
+  // Records that this matrix is multiplied with next, brought into the CPU's caches meanwhile.
+  RecordColumns next;
+};
+
+// The same for several tokens. Columns of token t: inputs q[t * q_stride + c]; refined[t * q_stride + c] are the same
+// where the column is refined and 0 elsewhere; refined == q: all are.
+struct SplitTokens {
+  int32_t block;
+  int32_t n;
+  const uint8_t* const* base;      // [n] records
+  const uint8_t* const* residual;  // [n]
+  const int16_t* q;
+  const int16_t* refined;
+  int64_t q_stride;
+  const BlockInputs* inputs;  // of token t: inputs[t * inputs_stride], coarse[t * inputs_stride]
+  const int32_t* coarse;
+  int64_t inputs_stride;
+  int32_t n_tokens;
 };
 
 // The inputs of a matrix: x [tokens, n_cols] for float codes; q [tokens, q_stride] and blocks [tokens, n_blocks] for
@@ -177,6 +233,10 @@ struct Kernels {
                      int64_t y_stride);
   void (*gemm_tiled)(const WeightView& w, const MatrixInputs& x, BlockRange blocks, int32_t n_tokens,
                      int32_t tile_begin, int32_t tile_end, float* y, int64_t y_stride);
+  // The same for one block of a split matrix.
+  void (*gemv_split)(const WeightView& w, const SplitColumns& columns, int32_t half_begin, int32_t half_end, float* y);
+  void (*gemm_split)(const WeightView& w, const SplitTokens& columns, int32_t tile_begin, int32_t tile_end, float* y,
+                     int64_t y_stride);
   void (*rms_norm)(const float* x, const float* weight, int32_t n, float eps, float* out);
   void (*add)(const float* x, int32_t n, float* y);  // y += x
   // out = act(gate) * up

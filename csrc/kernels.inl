@@ -477,6 +477,234 @@ void gemm_tiled(const WeightView& w, const MatrixInputs& x, BlockRange blocks, i
   }
 }
 
+// --- split matrices: planes of 1, 2 and 4 bits, each with its own columns --------------------------------------------
+
+// Fields of a plane are taken out of their lanes up to four bits too high, which saves most shifts; sums are kept 16
+// times too large all the way to the scale, which makes up for it, exactly.
+constexpr int kSumShift = 4;
+constexpr int fields_a_shift(int bits) { return bits == 1 ? 5 : bits == 2 ? 3 : 2; }
+constexpr int fields_a_word(int bits) { return bits == 4 ? 4 : 8; }
+constexpr int left_in_place(int bits, int field) {  // bits by which a field is too high
+  return field % fields_a_word(bits) % fields_a_shift(bits) * bits;
+}
+
+// Fields [K0, K0 + KN) of one tile of a plane of two columns, one column's in the lower int16 of a lane.
+template <int Bits, int K0, int KN, bool Half>
+DIPPER_INLINE void plane_pairs(const uint8_t* a, const uint8_t* b, I (&out)[KN]) {
+  I words[2];
+  if constexpr (Bits == 4 && !Half) {
+    const I lanes_a = lanes_u32(a);
+    const I lanes_b = lanes_u32(b);
+    if constexpr (K0 < 4) words[0] = lower_halves(lanes_a, lanes_b);
+    if constexpr (K0 + KN > 4) words[1] = upper_halves(lanes_a, lanes_b);
+  } else if constexpr (Bits == 1 || (Bits == 2 && Half)) {
+    words[0] = lower_halves(lanes_u8(a), lanes_u8(b));
+  } else {
+    words[0] = lower_halves(lanes_u16(a), lanes_u16(b));
+  }
+  unrolled<KN>(DIPPER_EACH {
+    constexpr int kField = (K0 + k) % fields_a_word(Bits);
+    constexpr int kDown = kField / fields_a_shift(Bits) * fields_a_shift(Bits) * Bits;
+    constexpr uint32_t kMask = ((1u << Bits) - 1u) << left_in_place(Bits, kField);
+    const I word = words[(K0 + k) / fields_a_word(Bits)];
+    out[k] = bits_and(kDown == 0 ? word : shift_right(word, kDown), kMask | (kMask << 16));
+  });
+}
+
+// kept[fields] += 16 * 2^shift * plane * q over n columns of one tile; offset is the tile's within the record.
+template <int Bits, int K0, int KN, bool Half>
+DIPPER_INLINE void add_plane(const uint8_t* const* record, int32_t n, const int16_t* q, uint32_t offset, int32_t shift,
+                             int32_t* kept) {
+  I sum[KN];
+  unrolled<KN>(DIPPER_EACH { sum[k] = set1(0); });
+  for (int32_t i = 0; i < n; i += 2) {
+    I codes[KN];
+    plane_pairs<Bits, K0, KN, Half>(record[i] + offset, record[i + 1 < n ? i + 1 : i] + offset, codes);
+    const I xi = input_pair(q + i);
+    unrolled<KN>(DIPPER_EACH { sum[k] = dot(codes[k], xi, sum[k]); });
+  }
+  unrolled<KN>(DIPPER_EACH {
+    int32_t* to = kept + 16 * (K0 + k);
+    store(to, add(load(to), shift_left(sum[k], shift + kSumShift - left_in_place(Bits, K0 + k))));
+  });
+}
+
+template <int Bits>
+DIPPER_INLINE void add_plane_tile(const WeightView& w, const Plane& plane, const uint8_t* const* record, int32_t n,
+                                  const int16_t* q, int32_t t, Halves halves, int32_t* kept) {
+  const uint32_t offset = plane.offset + static_cast<uint32_t>(t * plane_tile_bytes(Bits, false));
+  if (tile_rows(w, t) == kHalfTileRows) {
+    add_plane<Bits, 0, 4, true>(record, n, q, offset, plane.shift, kept);
+  } else if (kFieldsAtOnce == 8 && halves.lower && halves.upper) {
+    add_plane<Bits, 0, 8, false>(record, n, q, offset, plane.shift, kept);
+  } else {
+    if (halves.lower) add_plane<Bits, 0, 4, false>(record, n, q, offset, plane.shift, kept);
+    if (halves.upper) add_plane<Bits, 4, 4, false>(record, n, q, offset, plane.shift, kept);
+  }
+}
+
+// What a block's sum starts at: the zero point of all columns, and the middle of the residuals that are not known.
+inline int32_t split_start(const WeightView& w, const BlockInputs& inputs, int32_t coarse) {
+  const int32_t all = (1 << w.residual_bits) - 1;
+  return -w.grid.zero_point * inputs.sum + ((all * coarse) >> 1);
+}
+
+// The records of a pass, and those of the next, which it asks for.
+struct SplitPass {
+  const Planes* planes;
+  RecordColumns columns;
+};
+
+// Asks for one tile of a pass's records; a line of them at a time.
+DIPPER_INLINE void prefetch_tile(const SplitPass& pass, int32_t t, bool first) {
+  for (int32_t p = 0; p < pass.planes->n; ++p) {
+    const Plane& plane = pass.planes->plane[p];
+    const int32_t bytes = plane_tile_bytes(plane.bits, false);
+    if (!first && t % (64 / bytes) != 0) continue;
+    for (int32_t i = 0; i < pass.columns.n; ++i) prefetch_far(pass.columns.record[i] + plane.offset + t * bytes);
+  }
+}
+
+template <Scale S>
+void gemv_split(const WeightView& w, const SplitColumns& c, int32_t half_begin, int32_t half_end, float* y) {
+  alignas(64) int32_t kept[kStripTiles * kTileRows];
+  SplitPass passes[2 * kMaxGroup / kMaxStreams + 1];
+  int32_t n_passes = 0;
+  const auto take = [&](const Planes& planes, const RecordColumns& all) {
+    const int32_t n = (all.n + kMaxStreams - 1) / kMaxStreams;
+    for (int32_t p = 0; p < n; ++p) {
+      const int32_t first = all.n * p / n / 2 * 2;  // pairs stay together
+      const int32_t last = p + 1 < n ? all.n * (p + 1) / n / 2 * 2 : all.n;
+      passes[n_passes++] = {&planes, {last - first, all.record + first, all.q + first}};
+    }
+  };
+  take(w.base, c.base);
+  take(w.residual, c.residual);
+  passes[n_passes] = {&w.base, {c.next.n < kMaxStreams ? c.next.n : kMaxStreams, c.next.record, nullptr}};
+  const I start = set1(split_start(w, c.inputs, c.coarse) * (1 << kSumShift));
+  const F scale = set1(c.inputs.scale * (1.0f / (1 << kSumShift)));
+  const F sum_x = set1(c.inputs.scale * static_cast<float>(c.inputs.sum));
+  for (int32_t begin = half_begin, end; begin < half_end; begin = end) {
+    end = 2 * (begin / 2 + kStripTiles);
+    if (end > half_end) end = half_end;
+    const int32_t first_tile = begin / 2;
+    const int32_t n_tiles = (end + 1) / 2 - first_tile;
+    for (int32_t i = 0; i < n_tiles * kTileRows; i += 16) store(kept + i, start);
+    for (int32_t p = 0; p < n_passes; ++p) {
+      const SplitPass& pass = passes[p];
+      for (int32_t i = 0; i < n_tiles; ++i) {
+        const int32_t t = first_tile + i;
+        prefetch_tile(passes[p + 1], t, i == 0);
+        const Halves halves = halves_of(t, begin, end);
+        for (int32_t k = 0; k < pass.planes->n; ++k) {
+          const Plane& plane = pass.planes->plane[k];
+          const auto add = plane.bits == 1   ? add_plane_tile<1>
+                           : plane.bits == 2 ? add_plane_tile<2>
+                                             : add_plane_tile<4>;
+          add(w, plane, pass.columns.record, pass.columns.n, pass.columns.q, t, halves, kept + i * kTileRows);
+        }
+      }
+    }
+    for (int32_t i = 0; i < n_tiles; ++i) {
+      const int32_t t = first_tile + i;
+      const int32_t rows = tile_rows(w, t);
+      const ScaleAt at = scale_at(w, t, rows, c.block);
+      const Halves halves = halves_of(t, begin, end);
+      for (int32_t row = halves.lower ? 0 : kHalfTileRows; row < (halves.upper ? rows : kHalfTileRows); row += 16) {
+        float* to = y + t * kTileRows + row;
+        store(to, apply_scale<S>(row_scales<S>(w, at, row), load(kept + i * kTileRows + row), scale, sum_x, load(to)));
+      }
+    }
+  }
+}
+
+// codes [pairs of columns][kTileRows] of one tile gain a plane's bits.
+template <int Bits, bool Half>
+DIPPER_INLINE void decode_plane(const uint8_t* const* record, int32_t n, uint32_t offset, int32_t shift,
+                                int32_t* codes) {
+  constexpr int kFields = Half ? 4 : 8;
+  for (int32_t i = 0; i < n; i += 2, codes += kTileRows) {
+    I lanes[kFields];
+    plane_pairs<Bits, 0, kFields, Half>(record[i] + offset, record[i + 1 < n ? i + 1 : i] + offset, lanes);
+    unrolled<kFields>(DIPPER_EACH {
+      const I code = shift_left(shift_right(lanes[k], left_in_place(Bits, k)), shift);
+      store(codes + 16 * k, add(load(codes + 16 * k), code));
+    });
+  }
+}
+inline void decode_planes(const Planes& planes, const uint8_t* const* record, int32_t n, int32_t t, bool half,
+                          int32_t* codes) {
+  for (int32_t p = 0; p < planes.n; ++p) {
+    const Plane& plane = planes.plane[p];
+    const uint32_t offset = plane.offset + static_cast<uint32_t>(t * plane_tile_bytes(plane.bits, false));
+    const auto decode = plane.bits == 1   ? (half ? decode_plane<1, true> : decode_plane<1, false>)
+                        : plane.bits == 2 ? (half ? decode_plane<2, true> : decode_plane<2, false>)
+                                          : (half ? decode_plane<4, true> : decode_plane<4, false>);
+    decode(record, n, offset, plane.shift, codes);
+  }
+}
+
+// Rows [row, row + 16 Rows) of a tile for some tokens: y += scale * (codes * q + residual codes * refined).
+template <Scale S, int Rows, int Tokens>
+DIPPER_INLINE void multiply_split(const WeightView& w, const int32_t* codes, const int32_t* residual,
+                                  const SplitTokens& c, int32_t token, const RowScales<S> (&scales)[Rows], int32_t row,
+                                  float* y, int64_t y_stride) {
+  I sum[Tokens * Rows];
+  unrolled<Tokens * Rows>(DIPPER_EACH {
+    const int64_t t = (token + k / Rows) * c.inputs_stride;
+    sum[k] = set1(split_start(w, c.inputs[t], c.coarse != nullptr ? c.coarse[t] : 0));
+  });
+  const auto add_products = [&](const int32_t* from, const int16_t* q) __attribute__((always_inline)) {
+    for (int32_t i = 0; i < c.n; i += 2, from += kTileRows) {
+      I code[Rows];
+      unrolled<Rows>(DIPPER_EACH { code[k] = load(from + row + 16 * k); });
+      I x;
+      unrolled<Tokens * Rows>(DIPPER_EACH {
+        if constexpr (k % Rows == 0) x = input_pair(q + (token + k / Rows) * c.q_stride + i);
+        sum[k] = dot(code[k % Rows], x, sum[k]);
+      });
+    }
+  };
+  add_products(codes, c.q);
+  if (residual != nullptr) add_products(residual, c.refined);
+  float* out = y + token * y_stride + row;
+  unrolled<Tokens * Rows>(DIPPER_EACH {
+    float* to = out + k / Rows * y_stride + 16 * (k % Rows);
+    const BlockInputs& in = c.inputs[(token + k / Rows) * c.inputs_stride];
+    store(to, apply_scale<S>(scales[k % Rows], sum[k], set1(in.scale), set1(in.scale * static_cast<float>(in.sum)),
+                             load(to)));
+  });
+}
+
+template <Scale S>
+void gemm_split(const WeightView& w, const SplitTokens& c, int32_t tile_begin, int32_t tile_end, float* y,
+                int64_t y_stride) {
+  constexpr int32_t kCodes = kMaxGroup / 2 * kTileRows;
+  alignas(64) int32_t codes[2 * kCodes];
+  const bool all_refined = c.refined == c.q;
+  int32_t* residual = all_refined ? codes : codes + kCodes;
+  for (int32_t t = tile_begin; t < tile_end; ++t) {
+    const int32_t rows = tile_rows(w, t);
+    const bool half = rows == kHalfTileRows;
+    std::memset(codes, 0, sizeof codes);
+    decode_planes(w.base, c.base, c.n, t, half, codes);
+    decode_planes(w.residual, c.residual, c.n, t, half, residual);
+    const ScaleAt at = scale_at(w, t, rows, c.block);
+    constexpr int kRows = kFieldsAtOnce == 8 ? 4 : 2;
+    constexpr int kTokens = kFieldsAtOnce == 8 ? 6 : 3;
+    for (int32_t row = 0; row < rows; row += 16 * kRows) {
+      RowScales<S> scales[kRows];
+      unrolled<kRows>(DIPPER_EACH { scales[k] = row_scales<S>(w, at, row + 16 * k); });
+      const int32_t* lower = all_refined ? nullptr : residual;
+      float* out = y + t * kTileRows;
+      int32_t i = 0;
+      for (; i + kTokens <= c.n_tokens; i += kTokens)
+        multiply_split<S, kRows, kTokens>(w, codes, lower, c, i, scales, row, out, y_stride);
+      for (; i < c.n_tokens; ++i) multiply_split<S, kRows, 1>(w, codes, lower, c, i, scales, row, out, y_stride);
+    }
+  }
+}
+
 // The largest |x|; 0 below 1e-30, which no sum would notice, NaN where some x is not finite.
 inline float largest_magnitude(const float* x, int32_t n) {
   I top = set1(0);
@@ -518,32 +746,36 @@ BlockInputs quantise(const float* x, int32_t n, int16_t* q) {
   return {largest / 32767.0f, reduce_add(sum)};
 }
 
+// Runs fn.template operator()<scale>() for the scales of packed codes.
+template <typename Fn>
+inline void with_scale(Scale scale, Fn&& fn) {
+  switch (scale) {
+    case Scale::kF16:
+      return fn.template operator()<Scale::kF16>();
+    case Scale::kF16M:
+      return fn.template operator()<Scale::kF16M>();
+    case Scale::kU8:
+      return fn.template operator()<Scale::kU8>();
+    case Scale::kI8:
+      return fn.template operator()<Scale::kI8>();
+    default:
+      return fn.template operator()<Scale::kU8M>();
+  }
+}
+
 // Runs fn.template operator()<codes, scale>() for the grids that bundles hold.
 template <typename Fn>
 inline void with_grid(const Grid& grid, Fn&& fn) {
-  const auto with_scale = [&]<Codes C>() {
-    switch (grid.scale) {
-      case Scale::kF16:
-        return fn.template operator()<C, Scale::kF16>();
-      case Scale::kF16M:
-        return fn.template operator()<C, Scale::kF16M>();
-      case Scale::kU8:
-        return fn.template operator()<C, Scale::kU8>();
-      case Scale::kI8:
-        return fn.template operator()<C, Scale::kI8>();
-      default:
-        return fn.template operator()<C, Scale::kU8M>();
-    }
-  };
+  const auto packed = [&]<Codes C>() { with_scale(grid.scale, [&]<Scale S>() { fn.template operator()<C, S>(); }); };
   switch (grid.codes) {
     case Codes::kQ4:
-      return with_scale.template operator()<Codes::kQ4>();
+      return packed.template operator()<Codes::kQ4>();
     case Codes::kQ5:
-      return with_scale.template operator()<Codes::kQ5>();
+      return packed.template operator()<Codes::kQ5>();
     case Codes::kQ6:
-      return with_scale.template operator()<Codes::kQ6>();
+      return packed.template operator()<Codes::kQ6>();
     case Codes::kQ8:
-      return with_scale.template operator()<Codes::kQ8>();
+      return packed.template operator()<Codes::kQ8>();
     case Codes::kF16:
       return fn.template operator()<Codes::kF16, Scale::kNone>();
     case Codes::kBF16:
@@ -568,6 +800,13 @@ void gemm_tiled_any(const WeightView& w, const MatrixInputs& x, BlockRange block
                     int32_t tile_end, float* y, int64_t y_stride) {
   with_grid(w.grid,
             [&]<Codes C, Scale S>() { gemm_tiled<C, S>(w, x, blocks, n_tokens, tile_begin, tile_end, y, y_stride); });
+}
+void gemv_split_any(const WeightView& w, const SplitColumns& c, int32_t half_begin, int32_t half_end, float* y) {
+  with_scale(w.grid.scale, [&]<Scale S>() { gemv_split<S>(w, c, half_begin, half_end, y); });
+}
+void gemm_split_any(const WeightView& w, const SplitTokens& c, int32_t tile_begin, int32_t tile_end, float* y,
+                    int64_t y_stride) {
+  with_scale(w.grid.scale, [&]<Scale S>() { gemm_split<S>(w, c, tile_begin, tile_end, y, y_stride); });
 }
 
 // exp for x <= 88; results below 2^-126 are flushed to 2^-126 * p, far under what a softmax can see. Relative error < 2
@@ -886,7 +1125,8 @@ double log_sum_exp(const float* x, int32_t n) {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table{DIPPER_ISA_NAME, quantise, gemv_block_any, gemv_tiled_any, gemm_block_any, gemm_tiled_any, rms_norm,
-                    add_to,          silu_mul, gelu_tanh_mul,  keep,           attend,         log_sum_exp};
+const Kernels table{DIPPER_ISA_NAME, quantise,       gemv_block_any, gemv_tiled_any, gemm_block_any,
+                    gemm_tiled_any,  gemv_split_any, gemm_split_any, rms_norm,       add_to,
+                    silu_mul,        gelu_tanh_mul,  keep,           attend,         log_sum_exp};
 
 }  // namespace dipper::DIPPER_ISA

@@ -38,16 +38,34 @@ struct LayerWeights {
   int32_t window = 0;  // 0: all positions
 };
 
-// All columns of one kind in one layer, as they lie on flash.
+// All columns of one kind in one layer, as they lie on flash: in units, which are what is read and cached. A unit of a
+// region that is not split is one column. In a split region it is several, of which it holds the residuals; the bases
+// of all columns follow the units, in the order of the columns.
 struct Region {
   int32_t n_columns = 0;
   uint64_t offset = 0;
   uint32_t record_bytes = 0;
+  int32_t columns_per_unit = 1;
+  uint32_t unit_bytes = 0;
   std::vector<WeightView> matrices;  // gate, up (input) or down (glu)
 
-  uint64_t bytes() const { return static_cast<uint64_t>(n_columns) * record_bytes; }
-  int32_t split() const { return split_column(n_columns); }
-  uint64_t record_offset(int32_t column) const { return offset + static_cast<uint64_t>(column) * record_bytes; }
+  // Split regions alone.
+  uint32_t base_bytes = 0;               // of a column
+  uint64_t base_offset = 0;              // in the file
+  const float* residual_norm = nullptr;  // [n_columns]
+  std::vector<int32_t> order;            // [n_columns] the columns as they lie in units
+  std::vector<int32_t> unit_of;          // [n_columns] by column
+  std::vector<uint32_t> offset_in_unit;  // [n_columns] by column
+
+  bool split() const { return base_bytes != 0; }
+  int32_t n_units() const { return (n_columns + columns_per_unit - 1) / columns_per_unit; }
+  uint64_t units_bytes() const { return static_cast<uint64_t>(n_units()) * unit_bytes; }
+  uint64_t bytes() const {  // of units and bases
+    return split() ? base_offset - offset + static_cast<uint64_t>(n_columns) * base_bytes : units_bytes();
+  }
+  uint64_t unit_offset(int32_t unit) const { return offset + static_cast<uint64_t>(unit) * unit_bytes; }
+  // Where the second half of the columns begins, whose products are summed apart.
+  int32_t half_column() const { return split_column(n_columns); }
 };
 
 // Rows of an untied input embedding on flash.

@@ -180,6 +180,43 @@ void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t*
   select(scores, factors, k, gamma, cached, scratch, out, std::nullopt);
 }
 
+void refine(const float* x, const float* norm, std::span<const int32_t> order, int32_t columns_per_unit,
+            const uint8_t* cached, int32_t n_fetch, Refinement& out) {
+  const size_t n_columns = order.size();
+  const auto per_unit = static_cast<size_t>(columns_per_unit);
+  const size_t n_units = (n_columns + per_unit - 1) / per_unit;
+  out.scores.resize(n_units);
+  out.keys.resize(n_units);
+  int32_t n_absent = 0;
+  for (size_t u = 0; u < n_units; ++u) {
+    float score = 0.0f;
+    for (size_t i = u * per_unit; i < std::min(n_columns, (u + 1) * per_unit); ++i) {
+      const float error = x[order[i]] * norm[order[i]];
+      score += error * error;
+    }
+    if (std::isnan(score)) {
+      throw ConfigError("an input of the columns of unit " + std::to_string(u) +
+                        " is NaN: it has no rank; look for an overflow or a damaged weight in the layers before");
+    }
+    out.scores[u] = score;
+    out.keys[u] = cached[u] ? 0 : std::bit_cast<uint32_t>(score) + 1;  // scores are not negative: bits rank as they do
+    n_absent += cached[u] == 0;
+  }
+  const int32_t n = std::min(n_fetch, n_absent);
+  out.fetched.resize(static_cast<size_t>(n));
+  out.demanded.clear();
+  if (n == 0) return;
+  top_k_keys(out.keys, n, out.scratch, out.fetched.data());
+  float least = out.scores[static_cast<size_t>(out.fetched[0])];
+  for (const int32_t u : out.fetched) least = std::min(least, out.scores[static_cast<size_t>(u)]);
+  size_t next = 0;
+  for (size_t u = 0; u < n_units; ++u) {
+    const bool is_fetched = next < out.fetched.size() && out.fetched[next] == static_cast<int32_t>(u);
+    next += is_fetched;
+    if (is_fetched || (cached[u] && out.scores[u] >= least)) out.demanded.push_back(static_cast<int32_t>(u));
+  }
+}
+
 void scan(const float* scores, int32_t n_tokens, int32_t n, int32_t k, float gamma, ColumnCache* cache, bool counted,
           int32_t* masks, int32_t* hits, const float* factors, const EachStep& each) {
   check_selection(n, k, gamma, cache != nullptr);

@@ -42,6 +42,21 @@ void top_k_keys(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scr
 void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
            int32_t* out, const float* factors = nullptr);
 
+// Which residuals of a split region a token fetches (docs/architecture.md, Refinement).
+struct Refinement {
+  std::vector<float> scores;      // [n_units]
+  std::vector<int32_t> fetched;   // units, ascending: the best that are not cached
+  std::vector<int32_t> demanded;  // units, ascending: those and the cached that score at least as well as one of them
+  std::vector<uint32_t> keys;
+  SelectionScratch scratch;
+};
+// Scores units by the error that their residuals remove: the sum over a unit's columns of (x_j norm_j)^2, in fp32, in
+// the order in which they lie. Then fetches the n_fetch best units that are not cached, ties to the lower; fewer where
+// fewer are not cached. x [n_columns], norm [n_columns], order [n_columns], cached [n_units]. A NaN in x is a
+// ConfigError.
+void refine(const float* x, const float* norm, std::span<const int32_t> order, int32_t columns_per_unit,
+            const uint8_t* cached, int32_t n_fetch, Refinement& out);
+
 // Closed-loop masks of a whole sequence: for each of n_tokens rows of scores [n_tokens, n], select, then step the
 // cache. masks [n_tokens, k]; hits [n_tokens] (may be null; zeros without a cache). cache may be null when gamma == 1.
 // factors [n] as top_k.

@@ -5,11 +5,26 @@
 
 namespace dipper {
 
-std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32_t>& regions, uint32_t max_bytes) {
+namespace {
+
+constexpr uint32_t kMaxStreamRead = 1u << 20;
+
+}  // namespace
+
+uint32_t n_reads(const StreamChunk& chunk) { return (chunk.bytes + kMaxStreamRead - 1) / kMaxStreamRead; }
+
+std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32_t>& regions, uint32_t max_bytes,
+                                     const std::vector<uint8_t>& based) {
   constexpr uint64_t kAlign = FlashReader::alignment();
   std::vector<StreamChunk> chunks;
   for (const int32_t r : regions) {
     const Region& region = model.regions[static_cast<size_t>(r)];
+    if (region.split()) {
+      const bool units_alone = !based.empty() && based[static_cast<size_t>(r)];
+      const uint64_t bytes = units_alone ? region.units_bytes() : (region.bytes() + kAlign - 1) / kAlign * kAlign;
+      chunks.push_back({r, 0, region.n_columns, region.offset, static_cast<uint32_t>(bytes), 0});
+      continue;
+    }
     const int32_t n_blocks = (region.n_columns + kMaxGroup - 1) / kMaxGroup;
     const uint64_t block_bytes = static_cast<uint64_t>(kMaxGroup) * region.record_bytes;
     const auto room =
@@ -19,10 +34,10 @@ std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32
       const int32_t first = static_cast<int32_t>(static_cast<int64_t>(n_blocks) * c / n_chunks) * kMaxGroup;
       const int32_t last = std::min(
           region.n_columns, static_cast<int32_t>(static_cast<int64_t>(n_blocks) * (c + 1) / n_chunks) * kMaxGroup);
-      const uint64_t begin = region.record_offset(first) / kAlign * kAlign;
-      const uint64_t end = (region.record_offset(last) + kAlign - 1) / kAlign * kAlign;
+      const uint64_t begin = region.unit_offset(first) / kAlign * kAlign;
+      const uint64_t end = (region.unit_offset(last) + kAlign - 1) / kAlign * kAlign;
       chunks.push_back({r, first, last, begin, static_cast<uint32_t>(end - begin),
-                        static_cast<uint32_t>(region.record_offset(first) - begin)});
+                        static_cast<uint32_t>(region.unit_offset(first) - begin)});
     }
   }
   return chunks;
@@ -53,8 +68,10 @@ void WeightStream::start(bool cyclic) {
 void WeightStream::read_ahead() {
   while (read_ < end_ && read_ - use_ < n_slots_) {
     const StreamChunk& c = chunks_[static_cast<size_t>(read_ % static_cast<int64_t>(chunks_.size()))];
-    const ReadRange range{c.file_offset, c.bytes, slot(read_)};
-    tickets_[static_cast<size_t>(read_ % n_slots_)] = reader_.submit({&range, 1});
+    ranges_.clear();
+    for (uint32_t at = 0; at < c.bytes; at += kMaxStreamRead)
+      ranges_.push_back({c.file_offset + at, std::min(kMaxStreamRead, c.bytes - at), slot(read_) + at});
+    tickets_[static_cast<size_t>(read_ % n_slots_)] = reader_.submit(ranges_) + ranges_.size();
     ++read_;
   }
 }

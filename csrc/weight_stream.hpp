@@ -10,7 +10,8 @@
 
 namespace dipper {
 
-// Consecutive columns of one region, one read. Starts at a multiple of 32 columns, so that no block is split.
+// Consecutive columns of one region, one read. Starts at a multiple of 32 columns, so that no block is split. A split
+// region, whose units hold columns in any order, is one chunk: its units and, where they are wanted, its bases.
 struct StreamChunk {
   int32_t region;
   int32_t first;  // column
@@ -20,8 +21,12 @@ struct StreamChunk {
   uint32_t skip;         // from the buffer's start to record `first`
 };
 
-// Cuts regions into chunks of at most max_bytes (at least 32 columns each), even in size.
-std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32_t>& regions, uint32_t max_bytes);
+// Cuts regions into chunks of at most max_bytes (at least 32 columns each), even in size. based: by region, whether its
+// bases are elsewhere already; empty: none.
+std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32_t>& regions, uint32_t max_bytes,
+                                     const std::vector<uint8_t>& based = {});
+// Reads that bring a chunk.
+uint32_t n_reads(const StreamChunk& chunk);
 // Room that the largest of the chunks needs in a ring.
 uint32_t ring_slot_bytes(const std::vector<StreamChunk>& chunks);
 
@@ -40,7 +45,7 @@ class WeightStream {
     return chunks_[static_cast<size_t>(use_ % static_cast<int64_t>(chunks_.size()))];
   }
   const uint8_t* data() const { return slot(use_) + current().skip; }
-  uint64_t ticket() const { return tickets_[static_cast<size_t>(use_ % n_slots_)] + 1; }
+  uint64_t ticket() const { return tickets_[static_cast<size_t>(use_ % n_slots_)]; }
   void release();
   // Ends the stream; the reader must have finished what was submitted.
   void abandon() { running_ = false; }
@@ -55,6 +60,7 @@ class WeightStream {
   uint32_t slot_bytes_;
   int64_t n_slots_;
   std::vector<uint64_t> tickets_;
+  std::vector<ReadRange> ranges_;
   int64_t use_ = 0;   // chunks consumed since start
   int64_t read_ = 0;  // chunks submitted since start
   int64_t end_ = 0;   // where a stream that is not cyclic ends

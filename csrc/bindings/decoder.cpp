@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -40,6 +41,19 @@ Codes codes_of(const std::string& name) {
   const auto at = known.find(name);
   if (at == known.end()) throw BundleError("codes '" + name + "' are unknown to this dipper: upgrade it");
   return at->second;
+}
+
+int32_t code_bits(Codes codes) {
+  switch (codes) {
+    case Codes::kQ4:
+      return 4;
+    case Codes::kQ5:
+      return 5;
+    case Codes::kQ6:
+      return 6;
+    default:
+      throw BundleError("a matrix is split whose codes are not of 4 to 6 bits: pack the bundle again");
+  }
 }
 
 Scale scale_of(const std::string& name) {
@@ -185,23 +199,67 @@ class Reader {
     r.n_columns = get<int32_t>(d, "n_columns");
     r.offset = get<uint64_t>(d, "offset");
     r.record_bytes = get<uint32_t>(d, "record_bytes");
-    if (get<int32_t>(d, "columns_per_unit") != 1 || !d["order"].is_none()) {
-      throw BundleError("this bundle groups or reorders its columns, which this dipper cannot run: upgrade it");
-    }
+    r.columns_per_unit = get<int32_t>(d, "columns_per_unit");
+    r.unit_bytes = get<uint32_t>(d, "unit_bytes");
     for (nb::handle h : get<nb::list>(d, "matrices")) {
       const auto m = nb::cast<nb::dict>(h);
       WeightView w = weight(m, get<int32_t>(m, "rows"), r.n_columns);
-      size_t p = 0;
-      for (nb::handle plane : get<nb::list>(m, "planes")) {
-        if (p == 2) throw BundleError("a matrix has more than two planes, which this dipper cannot run: upgrade it");
-        const auto pd = nb::cast<nb::dict>(plane);
-        if (get<std::string>(pd, "tier") != "flash")
-          throw BundleError("a plane of codes is not on flash, which this dipper cannot run: upgrade it");
-        w.plane_offset[p++] = static_cast<uint32_t>(get<uint64_t>(pd, "offset"));
-      }
+      read_planes(m, w);
       r.matrices.push_back(w);
     }
+    if (!d["base"].is_none()) read_split(d, r);
+    if (!r.split() && (r.columns_per_unit != 1 || !d["order"].is_none() || r.unit_bytes != r.record_bytes)) {
+      throw BundleError(
+          "this bundle groups or reorders columns that are not split, which this dipper cannot run: upgrade it");
+    }
     return r;
+  }
+
+  void read_planes(const nb::dict& m, WeightView& w) const {
+    const auto base_bits = get<int32_t>(m, "base_bits");
+    if (base_bits != 0) w.residual_bits = code_bits(w.grid.codes) - base_bits;
+    size_t n = 0;
+    for (nb::handle h : get<nb::list>(m, "planes")) {
+      const auto d = nb::cast<nb::dict>(h);
+      const Plane plane{get<int32_t>(d, "bits"), get<int32_t>(d, "shift"),
+                        static_cast<uint32_t>(get<uint64_t>(d, "offset"))};
+      if (base_bits == 0) {
+        if (n == 2) throw BundleError("a matrix has more than two planes, which this dipper cannot run: upgrade it");
+        w.plane_offset[n++] = plane.offset;
+        continue;
+      }
+      Planes& part = get<std::string>(d, "tier") == "base" ? w.base : w.residual;
+      if (part.n == Planes::kMax || (plane.bits != 1 && plane.bits != 2 && plane.bits != 4)) {
+        throw BundleError("the codes of a split matrix lie in planes that this dipper cannot run: upgrade it");
+      }
+      part.plane[part.n++] = plane;
+    }
+  }
+
+  void read_split(const nb::dict& d, Region& r) const {
+    const auto base = get<nb::dict>(d, "base");
+    r.base_bytes = get<uint32_t>(base, "record_bytes");
+    r.base_offset = get<uint64_t>(base, "offset");
+    if (r.base_offset != r.offset + r.units_bytes()) {
+      throw BundleError(
+          "the bases of a region do not follow its units, as this dipper reads them: pack the bundle again");
+    }
+    const std::string name = "layers." + std::to_string(get<int32_t>(d, "layer")) + "." + get<std::string>(d, "kind");
+    r.residual_norm = vector(name + "_residual");
+    const auto n = static_cast<size_t>(r.n_columns);
+    if (d["order"].is_none()) {
+      r.order.resize(n);
+      std::iota(r.order.begin(), r.order.end(), 0);
+    } else {
+      r.order = get<std::vector<int32_t>>(d, "order");
+    }
+    r.unit_of.resize(n);
+    r.offset_in_unit.resize(n);
+    for (int32_t i = 0; i < r.n_columns; ++i) {
+      const auto column = static_cast<size_t>(r.order[static_cast<size_t>(i)]);
+      r.unit_of[column] = i / r.columns_per_unit;
+      r.offset_in_unit[column] = static_cast<uint32_t>(i % r.columns_per_unit) * r.record_bytes;
+    }
   }
 
   nb::dict header_;
@@ -268,6 +326,8 @@ DecoderOptions options_of(const nb::dict& d, const Model& model) {
   o.mlp.decay = get<float>(d, "cache_decay");
   o.mlp.capacity = get<std::vector<int32_t>>(d, "capacity");
   o.mlp.pinned = get<std::vector<uint8_t>>(d, "pinned");
+  o.mlp.refined = get<std::vector<uint8_t>>(d, "refined");
+  o.mlp.fetch = get<std::vector<int32_t>>(d, "fetch");
   o.mlp.stream_slots = get<int32_t>(d, "stream_slots");
   o.mlp.stream_chunk_bytes = get<uint32_t>(d, "stream_chunk_bytes");
   o.context = get<int32_t>(d, "context");
@@ -430,6 +490,13 @@ void bind_decoder(nb::module_& m) {
              return copy_array<float>(logits);
            })
       .def("logits", &logits_of)
+      .def("start_energies", &Decoder::start_energies)
+      .def("energies",
+           [](const Decoder& d) {
+             nb::list out;
+             for (const std::vector<double>& e : d.mlp().energies()) out.append(nb::cast(e));
+             return out;
+           })
       .def("losses", &losses_of)
       .def("advance",
            [](Decoder& self, const Tokens& tokens) {

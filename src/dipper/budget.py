@@ -29,12 +29,13 @@ from .errors import BudgetError, ConfigError
 
 __all__ = ["METHODS", "EngineConfig", "Plan", "available_cpus", "parse_bytes", "plan_run", "rss_bytes"]
 
-METHODS = ("dense-resident", "dense-stream", "dip", "dip-ca")
+METHODS = ("dense-resident", "dense-stream", "dip", "dip-ca", "planes")
 CACHES = ("lru", "lfu", "lfu-decay", "static")
 READERS = ("auto", "io_uring", "pread")
 KV_CODES = ("f32", "f16", "int8")
 DEFAULT_GAMMA = 0.5  # of dip-ca
 DEFAULT_MLP_DRAM = "50%"
+DEFAULT_FETCH = 0.1  # of planes
 
 # Tried in this order until the budget holds: tokens a prefill block, buffers of the weight ring.
 _BLOCKS_AND_SLOTS = ((256, 8), (64, 8), (64, 4), (16, 4), (16, 2))
@@ -79,6 +80,9 @@ class EngineConfig:
         method: one of `METHODS`.
         density: share of MLP columns used by dip and dip-ca, in (0, 1]; `d_in` and `d_glu` override it for the input
             and the GLU columns (give both).
+        fetch: planes only: share of a region's units of residuals that a token reads from flash, in [0, 1]; the best that
+            are not cached, and all that are cached are used as well. Reads of a token are therefore the same for every
+            token. `fetch_glu` overrides it for the GLU columns. None: 0.1.
         gamma: factor on the scores of uncached columns, in (0, 1]; None: 1 for dip, 0.5 for dip-ca.
         cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
         dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the
@@ -103,6 +107,8 @@ class EngineConfig:
     density: float = 0.7
     d_in: float | None = None
     d_glu: float | None = None
+    fetch: float | None = None
+    fetch_glu: float | None = None
     gamma: float | None = None
     cache: str = "lfu"
     cache_decay: float = 0.99
@@ -129,6 +135,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ConfigError(f"{name} is {value}, outside (0, 1]: give a share such as 0.7")
+        for name in ("fetch", "fetch_glu"):
+            value = getattr(self, name)
+            if value is not None and self.method != "planes":
+                raise ConfigError(f"{name} goes with --method planes, not {self.method}")
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value}, outside [0, 1]: give a share such as 0.1")
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise ConfigError(
                 f"gamma is {self.gamma}, outside (0, 1]: 1 ignores the cache, smaller favours cached columns"
@@ -162,6 +174,17 @@ class EngineConfig:
     def prunes(self) -> bool:
         """Whether the MLP is pruned at all."""
         return self.method in ("dip", "dip-ca")
+
+    @property
+    def selects(self) -> bool:
+        """Whether tokens choose which columns they use, or refine."""
+        return self.prunes or self.method == "planes"
+
+    @property
+    def fetches(self) -> tuple[float, float]:
+        """Shares of the units of the input and the GLU regions that a token reads (planes)."""
+        fetch = DEFAULT_FETCH if self.fetch is None else self.fetch
+        return fetch, fetch if self.fetch_glu is None else self.fetch_glu
 
     @property
     def densities(self) -> tuple[float, float]:
@@ -264,7 +287,9 @@ class Planner:
         self.vectors = vectors
         self.regions: list[dict[str, Any]] = bundle.header["regions"]
         self.base: dict[str, Any] = {
-            "residency": {"dense-resident": "resident", "dense-stream": "stream"}.get(config.method, "cached"),
+            "residency": {"dense-resident": "resident", "dense-stream": "stream", "planes": "stream"}.get(
+                config.method, "cached"
+            ),
             "prune": config.prunes,
             "k": [n_selected(d, r["n_columns"]) for d, r in zip(densities.flat, self.regions, strict=True)],
             "gamma": config.effective_gamma,
@@ -272,6 +297,8 @@ class Planner:
             "cache_decay": config.cache_decay,
             "capacity": [0] * len(self.regions),
             "pinned": [0] * len(self.regions),
+            "refined": [0] * len(self.regions),
+            "fetch": [0] * len(self.regions),
             "stream_chunk_bytes": _CHUNK_BYTES,
             "context": config.context,
             "kv": config.kv,
@@ -287,7 +314,10 @@ class Planner:
             for name, array in matrix["scales"].items()
             if name != "tier"
         )
-        self.region_bytes = sum(region["bytes"] for region in self.regions)
+        self.scale_bytes += sum(  # norms of residuals
+            4 * region["n_columns"] for region in self.regions if region["base"] is not None
+        )
+        self.region_bytes = sum(_region_bytes(region) for region in self.regions)
         self.mlp_weights = bundle.mlp_weights
 
     def native(self, options: dict[str, Any]) -> dict[str, int]:
@@ -330,6 +360,8 @@ class Planner:
     def fill(self, options: dict[str, Any], room: int) -> dict[str, Any]:
         """Spends `room` bytes on pinned regions (dense-stream) or slots (dip)."""
         options = dict(options)
+        if self.config.method == "planes":
+            return self.refine(options, room)
         if self.base["residency"] == "cached":
             columns = [region["n_columns"] for region in self.regions]
             empty, full = self.parts(options), self.parts({**options, "capacity": columns})
@@ -339,8 +371,38 @@ class Planner:
             else:
                 options["capacity"] = self.split_slots(self.config.split, room)
         elif self.base["residency"] == "stream":
-            options["pinned"] = _spread([-(-region["bytes"] // 4096) * 4096 for region in self.regions], room)
+            options["pinned"] = _spread([_aligned(_region_bytes(region)) for region in self.regions], room)
         return options
+
+    def refine(self, options: dict[str, Any], room: int) -> dict[str, Any]:
+        """Spends `room` bytes on bases, in as many regions as it holds, and then on slots for residuals."""
+        n_units = [-(-region["n_columns"] // region["columns_per_unit"]) for region in self.regions]
+        bases = [0 if region["base"] is None else _aligned(region["base"]["bytes"]) for region in self.regions]
+        fetch = [int(share * n + 0.5) for share, n in zip(self.config.fetches * len(n_units), n_units, strict=False)]
+        least = sum(self.parts(options).values())
+
+        def refined(which: list[int]) -> tuple[dict[str, Any], int]:
+            chosen = {
+                **options,
+                "refined": which,
+                "fetch": [m if r else 0 for m, r in zip(fetch, which, strict=True)],
+            }
+            return chosen, room - (sum(self.parts(chosen).values()) - least)
+
+        made, left = refined([int(base > 0) for base in bases])
+        if left < 0:  # the bases of some regions do not fit: those are streamed whole
+            held = [int(base > 0) for base in bases]
+            while left < 0 and any(held):
+                fixed = sum(base for base, h in zip(bases, held, strict=True) if h)
+                held = [h if base else 0 for h, base in zip(_spread(bases, fixed + left), bases, strict=True)]
+                made, left = refined(held)
+            if left < 0:
+                return {**options, "pinned": _spread([_aligned(_region_bytes(r)) for r in self.regions], room)}
+        slots = [n * r for n, r in zip(n_units, made["refined"], strict=True)]
+        full = {**made, "capacity": slots}
+        cost = sum(self.parts(full).values()) - sum(self.parts(made).values())
+        share = min(1.0, left / cost) if cost else 0.0
+        return {**made, "capacity": [int(share * n) for n in slots]}
 
     def split_slots(self, weights: Sequence[float], room: int) -> list[int]:
         """Capacities proportional to columns x weight, up to all columns, that together take `room` bytes at most."""
@@ -372,8 +434,13 @@ class Planner:
 
     def settings(self) -> list[dict[str, Any]]:
         """Options to choose from, most comfortable first: tokens a prefill block, buffers of the weight ring."""
+        split = any(region["base"] is not None for region in self.regions)  # of which a buffer holds a whole region
         return [
-            {**self.base, "block_tokens": min(block_tokens, self.config.context), "stream_slots": stream_slots}
+            {
+                **self.base,
+                "block_tokens": min(block_tokens, self.config.context),
+                "stream_slots": 2 if split else stream_slots,
+            }
             for block_tokens, stream_slots in _BLOCKS_AND_SLOTS
         ]
 
@@ -416,7 +483,9 @@ class Planner:
 
     def made(self, options: dict[str, Any], budget: int | None, mlp_budget: int | None) -> Plan:
         parts = self.parts(options)
-        held = sum(r["bytes"] for r, p in zip(self.regions, options["pinned"], strict=True) if p) + parts["slots"]
+        held = sum(_region_bytes(r) for r, p in zip(self.regions, options["pinned"], strict=True) if p)
+        held += sum(r["base"]["bytes"] for r, p in zip(self.regions, options["refined"], strict=True) if p)
+        held += parts["slots"]
         if self.config.method == "dense-resident":
             held = self.region_bytes
         return Plan(
@@ -456,6 +525,16 @@ class Planner:
 
 def _ceil_mb(n_bytes: int) -> str:
     return f"{-(-n_bytes // 10**5) / 10:.1f}"
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // 4096) * 4096
+
+
+def _region_bytes(region: dict[str, Any]) -> int:
+    """Units and bases as they lie on flash."""
+    base = region["base"]
+    return int(region["bytes"]) + (0 if base is None else int(base["bytes"]))
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[int]:

@@ -310,7 +310,7 @@ class Engine:
             FlashError: a read failed.
         """
         logits: npt.NDArray[np.float32] = self._decoder.prefill(
-            np.asarray(tokens, np.int32), self.config.prunes and not self.config.cold
+            np.asarray(tokens, np.int32), self.config.selects and not self.config.cold
         )
         return logits
 
@@ -347,7 +347,7 @@ class Engine:
         ids = np.asarray(tokens, np.int32)
         if masks is None:
             logits: npt.NDArray[np.float32] = self._decoder.logits(
-                ids, "own" if self.config.prunes else "dense", [], []
+                ids, "own" if self.config.selects else "dense", [], []
             )
         else:
             inputs, glus = ([np.ascontiguousarray(layer[i], np.uint8) for layer in masks] for i in range(2))
@@ -357,6 +357,23 @@ class Engine:
     def advance(self, tokens: Sequence[int]) -> None:
         """Takes tokens through their own masks and cache steps, as `logits` does, and tells nothing but counters."""
         self._decoder.advance(np.asarray(tokens, np.int32))
+
+    def column_energies(self, tokens: Sequence[int]) -> dict[str, npt.NDArray[np.float64]]:
+        """Mean square of every column's input over tokens, which continue after `n_past`; for `bundle.pack`.
+
+        Args:
+            tokens: through the dense model, or whatever method the engine was opened with.
+
+        Returns:
+            By region, "layers.N.input" and "layers.N.glu": [n_columns].
+        """
+        self._decoder.start_energies()
+        self.advance(tokens)
+        sums = self._decoder.energies()
+        return {
+            f"layers.{region['layer']}.{region['kind']}": np.array(values) / len(tokens)
+            for region, values in zip(self.bundle.header["regions"], sums, strict=True)
+        }
 
     def score(self, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
         """Negative log-likelihood of tokens[1:], every token through its own mask and cache step, [T - 1].
