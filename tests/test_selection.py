@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dipper.cache import ColumnCache, ReferenceCache, n_selected, reference_top_k, scan, scan_many, top_k
+from dipper.cache import (
+    ColumnCache,
+    ReferenceCache,
+    n_selected,
+    reference_refine,
+    reference_top_k,
+    refine,
+    scan,
+    scan_many,
+    top_k,
+)
 from dipper.errors import ConfigError
 
 GAMMAS = [1.0, 0.5, 0.2, 0.1, 1e-30]
@@ -209,3 +219,113 @@ def test_many_scans_refuse_what_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"sequence 1: score of column 3 at token 2 is NaN"):
         scan_many(scores, 2)
     assert scan_many(scores[:0], 2) == []
+
+
+# --- which residuals a token fetches
+
+
+def equals_reference(*given_args) -> bool:
+    scores, fetched, demanded = refine(*given_args)
+    assert (scores.dtype, fetched.dtype, demanded.dtype) == (np.float32, np.int32, np.int32)
+    with np.errstate(over="ignore"):
+        expected_scores, expected_fetched, expected_demanded = reference_refine(*given_args)
+    assert np.array_equal(scores.view(np.int32), np.array(expected_scores, np.float32).view(np.int32))
+    return (fetched.tolist(), demanded.tolist()) == (expected_fetched, expected_demanded)
+
+
+@given(
+    x=hnp.arrays(np.float32, st.integers(1, 120), elements=st.one_of(finite_or_inf, few_values)),
+    columns_per_unit=st.integers(1, 40),
+    ordered=st.booleans(),
+    data=st.data(),
+)
+def test_refinement_equals_the_definition(x: np.ndarray, columns_per_unit: int, ordered: bool, data) -> None:
+    n_units = -(-len(x) // columns_per_unit)
+    norms = st.sampled_from([1e-20, 0.25, 0.5, 1.0, 1.7, 3e10])  # positive, for an infinite input's sake
+    norm = data.draw(hnp.arrays(np.float32, len(x), elements=norms))
+    order = np.array(data.draw(st.permutations(range(len(x))))) if ordered else None
+    cached = data.draw(hnp.arrays(np.bool_, n_units))
+    n_fetch = data.draw(st.integers(0, n_units + 3))
+    assert equals_reference(x, norm, order, columns_per_unit, cached, n_fetch)
+
+
+@pytest.mark.parametrize(("n", "columns_per_unit"), [(576, 16), (576, 25), (1536, 42), (4864, 11), (4864, 1)])
+@pytest.mark.parametrize("held", [0.0, 0.4, 0.99])
+def test_refinement_equals_the_definition_at_model_sizes(n: int, columns_per_unit: int, held: float) -> None:
+    rng = np.random.default_rng(n + columns_per_unit)
+    n_units = -(-n // columns_per_unit)
+    x, norm = rng.standard_normal(n).astype(np.float32), rng.random(n).astype(np.float32)
+    for n_fetch in (0, 1, n_units // 10, n_units // 2, n_units):
+        assert equals_reference(x, norm, rng.permutation(n), columns_per_unit, rng.random(n_units) < held, n_fetch)
+
+
+def test_refinement_adds_in_fp32_in_the_order_of_the_unit() -> None:
+    x = np.array([2.0**12, 1, 1, 1], np.float32)  # 2^24 + 1 is 2^24 in fp32
+    first, last = [0, 1, 2, 3], [3, 2, 1, 0]
+    assert refine(x, np.ones(4), first, 4, [False], 1)[0].tolist() == [2.0**24]
+    assert refine(x, np.ones(4), last, 4, [False], 1)[0].tolist() == [2.0**24 + 4]  # 2^24 + 3, to even
+    assert refine(x, [1, 2, 3, 4], None, 1, [False] * 4, 1)[0].tolist() == [2.0**24, 4, 9, 16]
+
+
+def test_ties_go_to_the_lower_unit() -> None:
+    x = [1, 1, 1, 1, 1, 1, 2]
+    scores, fetched, demanded = refine(x, np.ones(7), None, 2, [False] * 4, 2)
+    assert scores.tolist() == [2, 2, 2, 4]  # the last unit has one column
+    assert fetched.tolist() == demanded.tolist() == [0, 3]
+    _, fetched, demanded = refine(x, np.ones(7), None, 2, [True, False, True, False], 2)
+    assert fetched.tolist() == [1, 3]
+    assert demanded.tolist() == [0, 1, 2, 3]  # cached ones that are as good as the worst that is fetched
+    assert refine(np.zeros(7), np.ones(7), None, 2, [True, False, False, False], 1)[1].tolist() == [1]
+
+
+def test_refinement_of_what_little_there_is() -> None:
+    x, norm = np.arange(1, 7, dtype=np.float32), np.ones(6)
+
+    def units(cached: list[bool], n_fetch: int) -> tuple[list[int], list[int]]:
+        _, fetched, demanded = refine(x, norm, None, 2, cached, n_fetch)
+        return fetched.tolist(), demanded.tolist()
+
+    assert units([False, True, False], 3) == ([0, 2], [0, 1, 2])  # fewer are absent than may be fetched
+    assert units([True, False, True], 1) == ([1], [1, 2])
+    assert units([True, True, True], 2) == ([], [])
+    assert units([False, True, False], 0) == ([], [])
+    scores, fetched, demanded = refine([], [], [], 3, [], 2)
+    assert len(scores) == len(fetched) == len(demanded) == 0
+
+
+@pytest.mark.parametrize("column", [0, 5, 9])
+@pytest.mark.parametrize("cached", [False, True])
+def test_nan_names_its_unit(column: int, cached: bool) -> None:
+    x, order = np.ones(10, np.float32), [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    x[column] = math.nan
+    unit = order.index(column) // 3
+    with pytest.raises(ConfigError, match=rf"an input of the columns of unit {unit} is NaN: it has no rank"):
+        refine(x, np.ones(10), order, 3, [cached] * 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": [[1, 2]]}, r"x has shape \[1, 2\]: it must be \[n\]"),
+        ({"norm": [1, 2]}, r"3 inputs, 2 norms and 3 columns in order: give one of each a column"),
+        ({"order": [0, 1]}, r"3 inputs, 3 norms and 2 columns in order"),
+        ({"order": [0, 1, 3]}, r"order holds 3 at position 2: it is a permutation of the 3 columns"),
+        ({"order": [0, -1, 2]}, r"order holds -1 at position 1"),
+        ({"order": [0, 1, 0]}, r"order holds 0 at position 2"),
+        ({"order": [0.0, 1.0, 2.0]}, r"order has dtype float64: columns are integers"),
+        ({"columns_per_unit": 0}, r"columns_per_unit is 0: a unit has at least 1"),
+        ({"columns_per_unit": 1}, r"cached has 2 flags for 3 units: give one flag a unit"),
+        ({"n_fetch": -1}, r"n_fetch is -1: at least 0 units are fetched"),
+    ],
+)
+def test_refinement_refuses_what_cannot_be(changes: dict, message: str) -> None:
+    arguments = {
+        "x": [1, 2, 3],
+        "norm": [1, 1, 1],
+        "order": None,
+        "columns_per_unit": 2,
+        "cached": [0, 1],
+        "n_fetch": 1,
+    }
+    with pytest.raises(ConfigError, match=message):
+        refine(**{**arguments, **changes})

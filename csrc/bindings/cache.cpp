@@ -89,6 +89,37 @@ nb::tuple scan(const Input<float, 2>& scores, int32_t k, float gamma, ColumnCach
   return nb::make_tuple(std::move(masks), std::move(hits));
 }
 
+nb::tuple refine(const Input<float, 1>& x, const Input<float, 1>& norm, const Input<int32_t, 1>& order,
+                 int32_t columns_per_unit, const Input<bool, 1>& cached, int32_t n_fetch) {
+  const size_t n = x.size();
+  if (norm.size() != n || order.size() != n) {
+    throw ConfigError(std::to_string(n) + " inputs, " + std::to_string(norm.size()) + " norms and " +
+                      std::to_string(order.size()) + " columns in order: give one of each a column");
+  }
+  if (columns_per_unit < 1) {
+    throw ConfigError("columns_per_unit is " + std::to_string(columns_per_unit) + ": a unit has at least 1");
+  }
+  const auto per_unit = static_cast<size_t>(columns_per_unit);
+  if (cached.size() != (n + per_unit - 1) / per_unit) {
+    throw ConfigError("cached has " + std::to_string(cached.size()) + " flags for " +
+                      std::to_string((n + per_unit - 1) / per_unit) + " units: give one flag a unit");
+  }
+  if (n_fetch < 0) throw ConfigError("n_fetch is " + std::to_string(n_fetch) + ": at least 0 units are fetched");
+  std::vector<uint8_t> seen(n);
+  for (size_t i = 0; i < n; ++i) {
+    const int32_t column = order.data()[i];
+    if (column < 0 || static_cast<size_t>(column) >= n || seen[static_cast<size_t>(column)]++) {
+      throw ConfigError("order holds " + std::to_string(column) + " at position " + std::to_string(i) +
+                        ": it is a permutation of the " + std::to_string(n) + " columns");
+    }
+  }
+  dipper::Refinement out;
+  dipper::refine(x.data(), norm.data(), {order.data(), n}, columns_per_unit,
+                 reinterpret_cast<const uint8_t*>(cached.data()), n_fetch, out);
+  return nb::make_tuple(copy_array<float>(out.scores), copy_array<int32_t>(out.fetched),
+                        copy_array<int32_t>(out.demanded));
+}
+
 // A replay's masks (where they are new) and traffic by token.
 struct Replayed {
   explicit Replayed(size_t n_tokens)
@@ -199,6 +230,8 @@ void bind_cache(nb::module_& m) {
         nb::arg("cached").noconvert() = nb::none());
   m.def("scan", &scan, nb::arg("scores").noconvert(), nb::arg("k"), nb::arg("gamma") = 1.0f,
         nb::arg("cache") = nb::none(), nb::arg("counted") = true);
+  m.def("refine", &refine, nb::arg("x").noconvert(), nb::arg("norm").noconvert(), nb::arg("order").noconvert(),
+        nb::arg("columns_per_unit"), nb::arg("cached").noconvert(), nb::arg("n_fetch"));
   m.def("next_uses", &next_uses, nb::arg("masks").noconvert(), nb::arg("n_columns"));
   m.def("replay_masks", &replay_masks, nb::arg("masks").noconvert(), nb::arg("offset"), nb::arg("record_bytes"),
         nb::arg("alignment"), nb::arg("cache"), nb::arg("counted") = true,

@@ -80,9 +80,9 @@ class EngineConfig:
         method: one of `METHODS`.
         density: share of MLP columns used by dip and dip-ca, in (0, 1]; `d_in` and `d_glu` override it for the input
             and the GLU columns (give both).
-        fetch: planes only: share of a region's units of residuals that a token reads from flash, in [0, 1]; the best that
-            are not cached, and all that are cached are used as well. Reads of a token are therefore the same for every
-            token. `fetch_glu` overrides it for the GLU columns. None: 0.1.
+        fetch: planes only: share of a region's units of residuals that a token reads from flash, in [0, 1]: the best
+            that are not cached, while all that are cached are used as well. Every token therefore reads as much.
+            `fetch_glu` overrides it for the GLU columns. None: 0.1.
         gamma: factor on the scores of uncached columns, in (0, 1]; None: 1 for dip, 0.5 for dip-ca.
         cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
         dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the

@@ -32,7 +32,9 @@ __all__ = [
     "ReferenceCache",
     "n_selected",
     "next_uses",
+    "reference_refine",
     "reference_top_k",
+    "refine",
     "scan",
     "scan_many",
     "top_k",
@@ -134,6 +136,40 @@ def scan_many(
 
     with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
         return [scanned.result() for scanned in [pool.submit(one, b) for b in range(len(scores))]]
+
+
+def refine(
+    x: ArrayLike, norm: ArrayLike, order: ArrayLike | None, columns_per_unit: int, cached: ArrayLike, n_fetch: int
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
+    """Which units of residuals a token of `planes` fetches: the best `n_fetch` that are not cached.
+
+    A unit scores the error that its residuals remove, the sum over its columns, in the order in which they lie, of
+    (x_j * norm_j)^2, all in fp32; ties go to the lower unit. Fewer are fetched where fewer are not cached.
+
+    Args:
+        x: [n] inputs, converted to fp32.
+        norm: [n] norms of the residuals (docs/bundle-format.md section 4), converted to fp32.
+        order: [n] the columns as they lie in units; None: in their own order.
+        columns_per_unit: at least 1.
+        cached: [n_units] flags.
+        n_fetch: units, at least 0.
+
+    Returns:
+        scores [n_units] fp32; fetched units; demanded units, which the cache's step counts: those fetched, and the
+        cached ones that score at least as well as the worst of them. Units are ascending int32.
+
+    Raises:
+        ConfigError: a NaN score (the message names its unit), or a size out of range.
+    """
+    values = _of_shape("x", np.ascontiguousarray(x, dtype=np.float32), 1)
+    return _core.refine(
+        values,
+        _of_shape("norm", np.ascontiguousarray(norm, dtype=np.float32), 1),
+        np.arange(len(values), dtype=np.int32) if order is None else _columns("order", order),
+        columns_per_unit,
+        _of_shape("cached", np.ascontiguousarray(cached, dtype=np.bool_), 1),
+        n_fetch,
+    )
 
 
 def next_uses(masks: ArrayLike, n_columns: int) -> NDArray[np.int32]:
@@ -248,6 +284,23 @@ def reference_top_k(scores: ArrayLike, k: int, gamma: float = 1.0, cached: Array
     if gamma != 1.0:
         keys = np.where(np.asarray(cached, dtype=bool), keys, np.float32(gamma) * keys)
     return sorted(int(j) for j in np.argsort(-keys, kind="stable")[:k])
+
+
+def reference_refine(
+    x: ArrayLike, norm: ArrayLike, order: ArrayLike | None, columns_per_unit: int, cached: ArrayLike, n_fetch: int
+) -> tuple[list[np.float32], list[int], list[int]]:
+    """What `refine` must return, by its definition. The oracle of the tests; no checks."""
+    errors: NDArray[np.float32] = np.asarray(x, dtype=np.float32) * np.asarray(norm, dtype=np.float32)
+    squares = errors * errors
+    if order is not None:
+        squares = squares[np.asarray(order)]
+    scores = [sum(squares[i : i + columns_per_unit], np.float32(0)) for i in range(0, len(squares), columns_per_unit)]
+    held = [bool(c) for c in np.asarray(cached)]
+    absent = sorted((u for u in range(len(scores)) if not held[u]), key=lambda u: (-scores[u], u))
+    fetched = sorted(absent[:n_fetch])
+    worst = min((scores[u] for u in fetched), default=np.float32(np.inf))
+    also = [u for u in range(len(scores)) if fetched and held[u] and scores[u] >= worst]
+    return scores, fetched, sorted(fetched + also)
 
 
 # Belady's values are minus the next use: the nearer, the better. Worse than any: it never comes; nobody has told it.

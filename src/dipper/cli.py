@@ -67,11 +67,18 @@ app = typer.Typer(
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle made by `dipper pack`.", show_default=False)]
 Method = Annotated[
-    str | None, typer.Option(help="dense-resident, dense-stream, dip or dip-ca (default dip).", metavar="NAME")
+    str | None, typer.Option(help="dense-resident, dense-stream, dip, dip-ca or planes (default dip).", metavar="NAME")
 ]
 Density = Annotated[float | None, typer.Option(help="Share of MLP columns used, in (0, 1] (default 0.7).", metavar="D")]
 DIn = Annotated[float | None, typer.Option("--d-in", help="Share of input columns; with --d-glu.", metavar="D")]
 DGlu = Annotated[float | None, typer.Option("--d-glu", help="Share of GLU columns; with --d-in.", metavar="D")]
+Fetch = Annotated[
+    float | None,
+    typer.Option(help="planes: share of the residuals that a token reads, in [0, 1] (default 0.1).", metavar="F"),
+]
+FetchGlu = Annotated[
+    float | None, typer.Option("--fetch-glu", help="planes: the same of GLU columns (default --fetch).", metavar="F")
+]
 Gamma = Annotated[
     float | None, typer.Option(help="dip-ca: weight of columns not cached, in (0, 1] (default 0.5).", metavar="G")
 ]
@@ -227,6 +234,35 @@ def _split_options(base_bits: int, unit_bytes: str | None, energies: Path | None
 
 
 @app.command()
+def energies(
+    bundle: Bundle,
+    text: Annotated[Path, typer.Option("--text", help="A text like those the model will see.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write (.npz).", metavar="FILE")],
+    tokens: Annotated[int, typer.Option(help="Use at most N positions.", metavar="N")] = 8192,
+    window: Annotated[int, typer.Option(help="Positions of a window.", metavar="N")] = 1024,
+    mlp_dram: MlpDram = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how strongly each column is driven, which orders the residuals of `dipper pack --base-bits`.
+
+    \b
+    Examples:
+      dipper energies model.dipper --text wiki.train.raw -o model.npz
+      dipper pack model.gguf --base-bits 3 --energies model.npz -o model-3.dipper
+    """
+    from dipper.energies import measure_energies, write_energies
+    from dipper.engine import EngineConfig
+    from dipper.files import check_target
+
+    check_target(out)
+    config = None
+    if mlp_dram is not None:
+        config = EngineConfig(method="dense-stream", mlp_dram=mlp_dram, context=window)
+    write_energies(out, measure_energies(bundle, text, window=window, limit=tokens, config=config))
+    print(out)
+
+
+@app.command()
 def inspect(
     bundle: Bundle,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read every byte for the checksums.")] = False,
@@ -263,6 +299,8 @@ def run(
     density: Density = None,
     d_in: DIn = None,
     d_glu: DGlu = None,
+    fetch: Fetch = None,
+    fetch_glu: FetchGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
@@ -312,7 +350,8 @@ def run(
     if ctx is None:
         n_tokens = _fitting(len(tokens), n_tokens, opened.model.max_context)
     options: dict[str, Any] = {
-        "method": method, "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
+        "method": method, "density": density, "d_in": d_in, "d_glu": d_glu, "fetch": fetch,
+        "fetch_glu": fetch_glu, "gamma": gamma, "cache": cache,
         "calibration": calibration, "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader,
         "isa": isa, "kv": kv, "cold": cold or None, "trace": trace,
     }  # fmt: skip
@@ -379,6 +418,8 @@ def chat(
     density: Density = None,
     d_in: DIn = None,
     d_glu: DGlu = None,
+    fetch: Fetch = None,
+    fetch_glu: FetchGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
@@ -412,7 +453,8 @@ def chat(
     sampling = _sampling(temperature, top_k, top_p, min_p, seed)
     tokenizer = _open_tokenizer(bundle)
     config = _config(
-        method=method, density=density, d_in=d_in, d_glu=d_glu, gamma=gamma, cache=cache, calibration=calibration,
+        method=method, density=density, d_in=d_in, d_glu=d_glu, fetch=fetch, fetch_glu=fetch_glu,
+        gamma=gamma, cache=cache, calibration=calibration,
         dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, kv=kv, cold=cold or None, trace=trace,
         context=ctx,
     )  # fmt: skip
@@ -510,6 +552,8 @@ def evaluate(
     density: Density = None,
     d_in: DIn = None,
     d_glu: DGlu = None,
+    fetch: Fetch = None,
+    fetch_glu: FetchGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
@@ -563,7 +607,10 @@ def evaluate(
         raise ConfigError("give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR.")
     common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
     files = {"calibration": calibration}
-    native = {"dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa, "kv": kv}
+    native = {
+        "fetch": fetch, "fetch_glu": fetch_glu, "dram": dram, "mlp_dram": mlp_dram, "threads": threads,
+        "reader": reader, "isa": isa, "kv": kv,
+    }  # fmt: skip
     torch_method = {
         "select": select, "norms": norms or None, "compensate": compensate or None, "capacity": capacity,
     }  # fmt: skip
@@ -811,6 +858,8 @@ def bench(
     density: Density = None,
     d_in: DIn = None,
     d_glu: DGlu = None,
+    fetch: Fetch = None,
+    fetch_glu: FetchGlu = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
@@ -861,7 +910,8 @@ def bench(
     if ledger and n_tokens < 2:
         raise ConfigError(f"-n {n_tokens} decodes nothing after the first new token: --ledger needs at least -n 2.")
     options = {
-        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
+        "density": density, "d_in": d_in, "d_glu": d_glu, "fetch": fetch,
+        "fetch_glu": fetch_glu, "gamma": gamma, "cache": cache,
         "calibration": None if calibration is None else str(calibration), "dram": dram, "mlp_dram": mlp_dram,
         "threads": threads, "reader": reader, "isa": isa, "kv": kv, "cold": cold or None,
     }  # fmt: skip
@@ -1171,11 +1221,13 @@ _ACTS_WITH = {
     "density": ("dip", "dip-ca"),
     "d_in": ("dip", "dip-ca"),
     "d_glu": ("dip", "dip-ca"),
-    "cache": ("dip", "dip-ca"),
+    "fetch": ("planes",),
+    "fetch_glu": ("planes",),
+    "cache": ("dip", "dip-ca", "planes"),
     "calibration": ("dip", "dip-ca"),
-    "cold": ("dip", "dip-ca"),
+    "cold": ("dip", "dip-ca", "planes"),
     "gamma": ("dip-ca",),
-    "mlp_dram": ("dense-stream", "dip", "dip-ca"),
+    "mlp_dram": ("dense-stream", "dip", "dip-ca", "planes"),
 }
 
 

@@ -1,0 +1,218 @@
+"""Planes against dense streaming in the same DRAM: speed in turns of one run, perplexity through the same masks.
+
+    python benchmarks/bench_planes.py MODEL... --text wiki.valid.raw [--held] [--ppl wiki.test.raw --ppl-tokens 8192]
+
+Per model and budget (`--mlp-dram`, bits per MLP weight with everything counted): dense-stream on the plain bundle, and
+planes on split bundles, a setting BASE:FETCH[:FETCH_GLU] each (`--setting`). Each setting generates greedily after
+every prompt, settings take turns by prompt. Bundles are packed into --workdir once; split ones are ordered by column
+energies on the text of --text, from which the prompts come, too (other parts of it).
+
+r is tok/s over dense-stream's, r_max dense-stream's milliseconds a token over those of all-resident (dense-resident,
+plain bundle): what can be won at most. `disk` is the share of a read-only pass at the mean request size that the decode
+drew from the disk; `change` is perplexity against the dense model, same windows, the native engine in blocks of tokens.
+With `--held` the disk gives 0.5 GB/s and 40,000 reads a second (benchmarks/held_disk.sh).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness import (
+    bundle_for,
+    finish,
+    greedy,
+    hold_disk,
+    is_bundle,
+    open_engine,
+    parser,
+    print_table,
+    run_command,
+    source_for,
+    text_tokens,
+    text_windows,
+)
+
+
+@dataclass
+class Setting:
+    """What is run: a method on a bundle; and what was measured."""
+
+    name: str
+    bundle: Path
+    options: dict[str, Any]
+    seconds: float = 0.0
+    tokens: int = 0
+    flash_bytes: int = 0
+    reads: int = 0
+    hits: int = 0
+    misses: int = 0
+    plan: Any = None
+    nll: list[float] = field(default_factory=list)
+
+
+def split_bundle(spec: str, base_bits: int, args: Any) -> Path:
+    """The split bundle of a checkpoint, ordered by energies on --text, packed into the workdir once."""
+    from dipper.bundle import pack
+    from dipper.calibration import read_energies
+    from dipper.energies import measure_energies, write_energies
+
+    plain = bundle_for(spec, "source", args.workdir)
+    target = args.workdir / f"{plain.name.removesuffix('.dipper')}-base{base_bits}-{args.unit_bytes}.dipper"
+    if is_bundle(str(target)):
+        return target
+    kept = args.workdir / f"{plain.name.removesuffix('.dipper')}-energies.npz"
+    energies = None
+    if not spec.startswith("synthetic:"):
+        if not kept.exists():
+            print(f"measuring the energies of {plain.name}", file=sys.stderr)
+            write_energies(kept, measure_energies(plain, args.text, limit=args.energy_tokens))
+        energies = read_energies(kept)
+    print(f"packing {target.name}", file=sys.stderr)
+    return pack(
+        source_for(spec, args.workdir), target, base_bits=base_bits, unit_bytes=args.unit_bytes, energies=energies,
+        tokenizer=not spec.startswith("synthetic:"),
+    )  # fmt: skip
+
+
+def prompts_of(spec: str, plain: Path, args: Any) -> list[list[int]]:
+    if spec.startswith("synthetic:"):
+        random = np.random.default_rng(0)
+        return [random.integers(0, 1000, args.prompt).tolist() for _ in range(args.prompts)]
+    ids, bos = text_tokens(plain, args.text)
+    start = len(ids) // 2  # not where energies come from
+    head = [] if bos is None else [bos]
+    step = (len(ids) - start) // args.prompts
+    return [head + ids[start + i * step :][: args.prompt - len(head)] for i in range(args.prompts)]
+
+
+def measure(settings: list[Setting], prompts: list[list[int]], args: Any) -> None:
+    """Every setting's decode, in turns by prompt; engines are opened for a turn, so that one holds memory at a time."""
+    for i, prompt in enumerate(prompts):
+        for setting in settings:
+            engine = open_engine(
+                setting.bundle, context=args.prompt + args.tokens + 1, threads=args.threads, **setting.options
+            )
+            with engine:
+                run = greedy(engine, prompt, args.tokens)
+                counters = engine.counters()
+                setting.plan = engine.plan
+            setting.seconds += run.token_s * args.tokens
+            setting.tokens += args.tokens
+            setting.flash_bytes += counters.flash_bytes
+            setting.reads += counters.reads
+            setting.hits += counters.hits
+            setting.misses += counters.misses
+        print(f"prompt {i + 1} of {len(prompts)}", file=sys.stderr)
+
+
+def score(setting: Setting, args: Any) -> float:
+    n_windows = args.ppl_tokens // args.window
+    windows = text_windows(setting.bundle, args.ppl, args.window, n_windows).tokens
+    with open_engine(setting.bundle, context=args.window, threads=args.threads, **setting.options) as engine:
+        for window in windows:
+            engine.reset()
+            setting.nll.append(float(engine.score(window).mean()))
+    return math.exp(sum(setting.nll) / len(setting.nll))
+
+
+def change(setting: Setting, dense: Setting) -> tuple[float, float]:
+    """Relative change of perplexity and its error by bootstrap over windows, paired."""
+    differences = np.array(setting.nll) - np.array(dense.nll)
+    random = np.random.default_rng(0)
+    means = differences[random.integers(0, len(differences), (1000, len(differences)))].mean(axis=1)
+    return math.expm1(differences.mean()), float(np.expm1(means).std())
+
+
+def row_of(model: str, budget: str, setting: Setting, stream: Setting, resident: Setting) -> dict[str, Any]:
+    token_ms = 1e3 * setting.seconds / setting.tokens
+    stream_ms = 1e3 * stream.seconds / stream.tokens
+    row = {
+        "model": model,
+        "budget": budget,
+        "setting": setting.name,
+        "bits": setting.plan.mlp_bits_per_weight,
+        "token_ms": token_ms,
+        "r": stream_ms / token_ms,
+        "r_max": stream_ms / (1e3 * resident.seconds / resident.tokens),
+        "flash_mb": setting.flash_bytes / setting.tokens / 1e6,
+        "reads": setting.reads / setting.tokens,
+        "read_kb": setting.flash_bytes / max(1, setting.reads) / 1e3,
+        "read_gbps": setting.flash_bytes / setting.seconds / 1e9,
+        "hit_rate": setting.hits / (setting.hits + setting.misses) if setting.hits + setting.misses else None,
+    }
+    if setting.nll:
+        row["change_pct"], row["change_error_pct"] = (100 * v for v in change(setting, resident))
+    return row
+
+
+def run_model(spec: str, args: Any) -> list[dict[str, Any]]:
+    plain = bundle_for(spec, "source", args.workdir)
+    prompts = prompts_of(spec, plain, args)
+    resident = Setting("dense-resident", plain, {"method": "dense-resident"})
+    rows = []
+    if args.ppl and not spec.startswith("synthetic:"):
+        score(resident, args)
+    for budget in args.mlp_dram:
+        stream = Setting("dense-stream", plain, {"method": "dense-stream", "mlp_dram": budget})
+        settings = [resident, stream]
+        for text in args.setting:
+            base, fetch, *glu = text.split(":")
+            options = {"method": "planes", "mlp_dram": budget, "fetch": float(fetch)}
+            if glu:
+                options["fetch_glu"] = float(glu[0])
+            settings.append(Setting(f"planes {text}", split_bundle(spec, int(base), args), options))
+        if args.tokens:
+            measure(settings, prompts, args)
+        if resident.nll:
+            stream.nll = resident.nll
+            for setting in settings[2:]:
+                score(setting, args)
+        if args.tokens:
+            rows += [row_of(plain.name, budget, setting, stream, resident) for setting in settings]
+        else:
+            for setting in settings[2:]:
+                percent, error = (100 * v for v in change(setting, resident))
+                rows.append({"model": plain.name, "budget": budget, "setting": setting.name, "change_pct": percent,
+                             "change_error_pct": error})  # fmt: skip
+        print_table(rows[-len(settings) :])
+    return rows
+
+
+def main() -> None:
+    cli = parser(__doc__)
+    cli.add_argument("models", nargs="+", metavar="MODEL", help="GGUF file, name, or synthetic:SHAPE")
+    cli.add_argument("--text", type=Path, help="text for energies and prompts; never the test text")
+    cli.add_argument("--mlp-dram", action="append", help="budget; may be repeated [2.43b 2.7b 3.6b]")
+    cli.add_argument("--setting", action="append", metavar="BASE:FETCH[:FETCH_GLU]", help="may be repeated [3:0.1]")
+    cli.add_argument("--unit-bytes", type=int, default=12288)
+    cli.add_argument("--tokens", type=int, default=64, help="decoded tokens per prompt; 0: perplexity alone [64]")
+    cli.add_argument("--prompt", type=int, default=64, help="tokens of a prompt [64]")
+    cli.add_argument("--prompts", type=int, default=8)
+    cli.add_argument("--energy-tokens", type=int, default=8192)
+    cli.add_argument("--ppl", type=Path, help="also perplexity on this text")
+    cli.add_argument("--ppl-tokens", type=int, default=8192)
+    cli.add_argument("--window", type=int, default=1024)
+    cli.add_argument("--threads", type=int, default=2)
+    cli.add_argument("--workdir", type=Path, default=Path("bundles"))
+    cli.add_argument("--held", action="store_true", help="decode under benchmarks/held_disk.sh")
+    args = cli.parse_args()
+    args.mlp_dram = args.mlp_dram or ["2.43b", "2.7b", "3.6b"]
+    args.setting = args.setting or ["3:0.1"]
+    bundles = [bundle_for(spec, "source", args.workdir) for spec in args.models]
+    if args.held:
+        sys.stdout.flush()
+        hold_disk(bundles[0])
+    rows = [row for spec in args.models for row in run_model(spec, args)]
+    finish(
+        "planes", rows, bundles, threads=args.threads, n_tokens=args.tokens * args.prompts, unit_bytes=args.unit_bytes
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
