@@ -847,6 +847,7 @@ void GluMlp::refine_block(int32_t r, const float* x, int32_t n_tokens, const Blo
     counters_.selected += refinement_.demanded.size();
     counters_.hits += static_cast<uint64_t>(step.n_hits);
     counters_.misses += step.misses.size();
+    for (const Admission& a : step.admissions) counters_.evictions += a.evicted >= 0;
     uint8_t* columns = refined_columns_.data() + static_cast<size_t>(t) * n;
     for (size_t c = 0; c < n; ++c) columns[c] = used[static_cast<size_t>(region.unit_of[c])];
   }

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import reference_model
 import tiny
 from dipper import _core
 from dipper.budget import KV_CODES, EngineConfig, parse_bytes, plan_run
@@ -339,6 +340,17 @@ def test_peak_memory_keeps_to_the_budget(smollm2, method):
     assert peak <= budget + 32 * 2**20
 
 
+@pytest.mark.parametrize("method", ["dense-resident", "dense-stream", "planes"])
+def test_peak_memory_of_split_columns_keeps_to_the_budget(smollm2_split, method):
+    dram = "170MB" if method == "dense-resident" else "130MB"
+    run = subprocess.run(
+        [sys.executable, "-c", _PEAK, smollm2_split, method, dram], capture_output=True, text=True, check=True
+    )
+    planned, budget, peak = (int(word) for word in run.stdout.split())
+    assert planned <= budget
+    assert peak <= budget + 32 * 2**20
+
+
 @pytest.fixture
 def memory_group():
     """A control group that limits memory: (folder, the file of its limit), as cgroup v1 or v2 has it."""
@@ -379,25 +391,28 @@ def test_the_budget_holds_in_a_memory_group(smollm2, memory_group):
     assert held.returncode == 0, held.stderr
 
 
-def test_smallest_budget_is_named_and_works(smollm2):
-    for method in METHODS:
+def test_smallest_budget_is_named_and_works(smollm2, smollm2_split):
+    cases = [(smollm2, method) for method in METHODS]
+    for path, method in [*cases, *((smollm2_split, m) for m in ("dense-resident", "dense-stream", "planes"))]:
         with pytest.raises(BudgetError, match=r"needs at least .* raise --dram to ") as error:
-            Engine.open(smollm2, EngineConfig(method=method, dram="1MB"))
+            Engine.open(path, EngineConfig(method=method, dram="1MB"))
         named = str(error.value).split("raise --dram to ")[1].split("MB")[0]
         with Engine.open(
-            smollm2, EngineConfig(method=method, dram=f"{float(named) + 4:.1f}MB")
+            path, EngineConfig(method=method, dram=f"{float(named) + 4:.1f}MB")
         ) as engine:  # the host may grow a little
             assert engine.plan.total_bytes <= engine.plan.budget_bytes
             engine.step(1)
 
 
-def test_smallest_mlp_share_is_named_and_works(smollm2):
-    for method in ("dense-stream", "dip"):
+def test_smallest_mlp_share_is_named_and_works(smollm2, smollm2_split):
+    split = ((smollm2_split, method) for method in ("dense-stream", "planes"))
+    for path, method in ((smollm2, "dense-stream"), (smollm2, "dip"), (smollm2, "planes"), *split):
         with pytest.raises(BudgetError, match="its scales and staging alone need") as error:
-            Engine.open(smollm2, EngineConfig(method=method, mlp_dram="0.5b"))
+            Engine.open(path, EngineConfig(method=method, mlp_dram="0.5b"))
         named = str(error.value).split("raise --mlp-dram to ")[1].split(" ")[0]
-        with Engine.open(smollm2, EngineConfig(method=method, mlp_dram=named)) as engine:
+        with Engine.open(path, EngineConfig(method=method, mlp_dram=named)) as engine:
             assert engine.plan.mlp_bytes <= engine.plan.mlp_budget_bytes
+            engine.step(1)
 
 
 def test_plan_comes_before_loading(smollm2, tmp_path):
@@ -432,7 +447,7 @@ def test_parse_bytes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "dop"}, "method 'dop' is unknown: choose dense-resident, dense-stream, dip, dip-ca"),
+        ({"method": "dop"}, "method 'dop' is unknown: choose .*dense-resident, dense-stream, dip, dip-ca, planes"),
         ({"density": 0.0}, r"density is 0.0, outside \(0, 1\]"),
         ({"density": 1.2}, r"density is 1.2, outside \(0, 1\]"),
         ({"density": float("nan")}, r"density is nan, outside"),
@@ -817,3 +832,457 @@ def test_logits_can_be_looked_at_without_a_copy(bundles):
         engine.step(5)
         assert np.array_equal(seen, engine.step(6, copy=False))  # the same memory, another token
         assert not np.array_equal(seen, kept)
+
+
+# --- split columns: bases and residuals, method planes
+
+SPLITS = {  # how it is made, the arguments of pack
+    "llama": ({}, {"bits": "4", "base_bits": 2, "unit_bytes": 500}),  # units that end in the middle of a block; untied
+    "gemma3": ({}, {"bits": "4", "base_bits": 1, "unit_bytes": 300}),  # residuals of 3 bits; norms behind the MLP
+    "mixed": ({"types": ("Q4_1", "Q5_0", "Q6_K"), "hidden_size": 160}, {"base_bits": 2, "unit_bytes": 300}),
+    "groups": ({"types": ("Q6_K", "Q4_K", "Q5_K"), "hidden_size": 256}, {"base_bits": 3, "unit_bytes": 700}),
+    "half": ({"types": ("Q4_0", "Q4_0", "Q8_0"), "hidden_size": 160}, {"base_bits": 3, "unit_bytes": 300}),
+}
+GO_ON = [int(token) for token in np.random.default_rng(4).integers(3, 150, 40)]
+
+
+@pytest.fixture(scope="session")
+def splits(tmp_path_factory):
+    """Tiny bundles (in one piece, split), packed on demand."""
+    folder = tmp_path_factory.mktemp("splits")
+
+    def pair(kind: str = "llama") -> tuple[Path, Path]:
+        whole, split = folder / f"{kind}.dipper", folder / f"{kind}-split.dipper"
+        if not split.exists():
+            source = split_source(folder, kind)
+            pack_options = SPLITS[kind][1]
+            pack(source, whole, tokenizer=False, bits=pack_options.get("bits", "source"))
+            pack(source, split, tokenizer=False, **pack_options)
+        return whole, split
+
+    return pair
+
+
+def split_source(folder, kind):
+    made = dict(SPLITS[kind][0])
+    if "types" not in made:
+        return tiny.write_hf(folder / kind, kind)
+    pytest.importorskip("gguf")
+    types = dict(zip(("ffn_gate", "ffn_up", "ffn_down"), made.pop("types"), strict=True))
+    return tiny.write_gguf(
+        folder / f"{kind}.gguf", "llama-tied", types, intermediate_size=256, num_attention_heads=4,
+        num_key_value_heads=2, **made,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def smollm2_split(smollm2_gguf, tmp_path_factory):
+    return pack(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "split.dipper", base_bits=2)
+
+
+def planes_shares(path, **options):
+    """MLP budgets by what a plan can do with them.
+
+    "streams" some split regions whole; holds the bases of all and "some" of their units, or "all". Where a token
+    fetches much, there may be no budget in which some bases fit and others do not.
+    """
+    shares = {}
+    options = {"method": "planes", "context": 128, **options}
+    bundle = Bundle.open(path)
+    is_split = [region["base"] is not None for region in bundle.header["regions"]]
+    units = [-(-r["n_columns"] // r["columns_per_unit"]) for r in bundle.header["regions"]]
+    for part in (*np.arange(0, 0.2, 0.01), 0.3, 0.4, 0.5, 0.8, 4.0):
+        share = scarce(path, part, **options)
+        plan = plan_run(bundle, EngineConfig(mlp_dram=share, **options), 0)
+        assert plan.mlp_bytes <= plan.mlp_budget_bytes
+        assert plan.cached_fraction <= 1
+        refined, capacity = plan.options["refined"], plan.options["capacity"]
+        assert all(s or not r for s, r in zip(is_split, refined, strict=True))
+        assert all(0 <= c <= n * r for c, n, r in zip(capacity, units, refined, strict=True))
+        if any(refined):
+            if sum(refined) < sum(is_split):
+                shares["streams"] = share  # the last: some that are refined lie between some that are not
+            elif capacity == [n * s for n, s in zip(units, is_split, strict=True)]:
+                shares.setdefault("all", share)
+            else:
+                shares.setdefault("some", share)
+        else:
+            stream = EngineConfig(method="dense-stream", mlp_dram=share, context=options["context"])
+            assert plan.options == plan_run(bundle, stream, 0).options
+    assert {"some", "all"} | ({"streams"} if options["fetch"] < 0.2 else set()) <= set(shares)
+    return shares
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_refining_all_equals_the_bundle_in_one_piece(splits, kind):
+    whole, split = splits(kind)
+    dense = decode(whole, method="dense-resident")
+    with Engine.open(whole, EngineConfig(method="dense-resident", context=64)) as engine:
+        block = engine.logits(PROMPT)
+    variants = [
+        {"method": "dense-resident"},
+        {"method": "dense-stream"},
+        {"method": "dense-stream", "mlp_dram": scarce(split, 0.3, method="dense-stream", context=64)},
+        {"method": "planes", "fetch": 0.0},  # all is cached
+        {"method": "planes", "fetch": 1.0, "threads": 3},
+        {"method": "planes", "fetch": 1.0, "mlp_dram": scarce(split, 0.0, method="planes", context=64)},
+        *(
+            {"method": "planes", "fetch": 1.0, "mlp_dram": share, "cold": cold, "cache": cache, "context": 128}
+            for share in planes_shares(split, fetch=1.0).values()
+            for cold, cache in ((True, "lfu"), (False, "lru"), (True, "static"))
+        ),
+    ]
+    for variant in variants:
+        assert same_bits(decode(split, **variant), dense), variant
+        options = {"context": 64, "mlp_dram": None if variant["method"] == "dense-resident" else ALL, **variant}
+        with Engine.open(split, EngineConfig(**options)) as engine:
+            assert same_bits(engine.logits(PROMPT), block), variant
+    none = decode(split, method="planes", fetch=0.0, mlp_dram=planes_shares(split, fetch=0.0)["some"], context=128)
+    assert not same_bits(none, dense)  # or nothing above was tested
+
+
+def counted(engine):
+    counters = engine.counters()
+    return counters.selected, counters.hits, counters.misses, counters.evictions
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_block_of_planes_equals_decoding(splits, kind, cold):
+    _, split = splits(kind)
+    options = {"method": "planes", "fetch": 0.1, "fetch_glu": 0.05, "context": 128, "cold": cold}
+    evictions = 0
+    for share in planes_shares(split, fetch=0.1, fetch_glu=0.05).values():
+        for cache in ("lfu", "lru", "static", "lfu-decay") if kind == "llama" else ("lfu",):
+            config = EngineConfig(mlp_dram=share, cache=cache, **options)
+            with Engine.open(split, config) as block, Engine.open(split, config) as steps:
+                assert same_bits(block.prefill(PROMPT), steps.prefill(PROMPT))
+                assert counted(block) == (0, 0, 0, 0)
+                rows = block.logits(GO_ON)
+                for i, token in enumerate(GO_ON):
+                    assert same_bits(steps.step(token), rows[i]), (share, cache, i)
+                assert counted(block) == counted(steps)
+                evictions += counted(block)[3]
+                assert same_bits(block.step(7), steps.step(7))  # the slots hold what the books say
+                assert same_bits(block.logits(GO_ON[:9])[-1], [steps.step(t) for t in GO_ON[:9]][-1])
+                for engine in (block, steps):
+                    engine.reset()
+                    engine.reset_cache()
+                losses = block.score(GO_ON)
+                rows = np.stack([steps.step(token) for token in GO_ON[:-1]]).astype(np.float64)
+                exact = np.log(np.exp(rows).sum(1)) - rows[np.arange(len(rows)), GO_ON[1:]]
+                assert np.allclose(losses, exact, rtol=1e-5, atol=1e-6)
+    assert evictions > 0 or kind != "llama"  # or no slot was overwritten
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_planes_depend_on_the_cache_alone(splits, kind):
+    _, split = splits(kind)
+    options = {"method": "planes", "fetch": 0.1, "context": 128}
+    for share in planes_shares(split, fetch=0.1).values():
+        base = decode(split, mlp_dram=share, **options)
+        variants = [{"threads": n} for n in (1, 2, 3)] + [{"reader": "pread"}] + [{"isa": isa} for isa in _core.isas()]
+        for variant in variants:
+            assert same_bits(decode(split, mlp_dram=share, **options, **variant), base), (share, variant)
+
+
+def test_planes_on_a_real_model(smollm2, smollm2_split):
+    dense = decode(smollm2, n=4, method="dense-resident")
+    for method in ("dense-resident", "dense-stream"):
+        assert same_bits(decode(smollm2_split, n=4, method=method), dense)
+    for share in ("3.2b", "4b"):
+        assert same_bits(decode(smollm2_split, n=4, method="planes", fetch=1.0, mlp_dram=share), dense)
+        config = EngineConfig(method="planes", mlp_dram=share, context=64)
+        with Engine.open(smollm2_split, config) as block, Engine.open(smollm2_split, config) as steps:
+            rows = block.logits(GO_ON)
+            for i, token in enumerate(GO_ON):
+                assert same_bits(steps.step(token), rows[i]), (share, i)
+
+
+def expected_reads(engine):
+    """(units, bytes) that a token reads: caches of planes are always full."""
+    options = engine.plan.options
+    n_units = n_bytes = 0
+    for i, region in enumerate(engine.bundle.header["regions"]):
+        if options["refined"][i]:
+            units = -(-region["n_columns"] // region["columns_per_unit"])
+            n = min(options["fetch"][i], units - options["capacity"][i])
+            n_units += n
+            n_bytes += n * region["unit_bytes"]
+        elif not options["pinned"][i]:
+            base = 0 if region["base"] is None else region["base"]["bytes"]
+            n_bytes += -(-(region["bytes"] + base) // 4096) * 4096
+    return n_units, n_bytes
+
+
+@pytest.mark.parametrize("fetch", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("kind", ["mixed", "groups", "half"])
+@pytest.mark.parametrize("cold", [False, True])
+def test_every_token_of_planes_reads_as_much(splits, kind, fetch, cold):
+    _, split = splits(kind)
+    for what, share in planes_shares(split, fetch=fetch).items():
+        config = EngineConfig(method="planes", fetch=fetch, mlp_dram=share, context=128, cold=cold)
+        with Engine.open(split, config) as engine:
+            engine.prefill(PROMPT)
+            engine.step(1)  # the stream is ahead by as much from now on
+            n_units, n_bytes = expected_reads(engine)
+            for token in GO_ON[:12]:
+                engine.reset_counters()
+                engine.step(token)
+                counters = engine.counters()
+                assert counters.misses == n_units
+                assert counters.flash_bytes == n_bytes
+                assert (counters.reads > 0) == (n_bytes > 0)
+                assert counters.hits == counters.selected - counters.misses
+            assert (n_units > 0) == (fetch > 0 and what != "all")
+            if kind != "half":
+                assert (n_bytes > n_units) == (n_units > 0 or what == "streams")
+
+
+def test_what_is_refined_is_what_the_definition_says(splits, monkeypatch):
+    """A static cache and no reads: the first units of every region are refined, and nothing else is."""
+    _, split = splits("mixed")
+    options = {"method": "planes", "fetch": 0.0, "context": 128}
+    config = EngineConfig(cache="static", cold=True, mlp_dram=scarce(split, 0.5, **options), **options)
+    with Engine.open(split, config) as engine:
+        rows = engine.logits(PROMPT)
+        regions = engine.bundle.header["regions"]
+        masks = []
+        for region, capacity in zip(regions, engine.plan.options["capacity"], strict=True):
+            used = np.zeros((len(PROMPT), region["n_columns"]), np.uint8)
+            assert 0 < capacity * region["columns_per_unit"] < region["n_columns"]
+            used[:, : capacity * region["columns_per_unit"]] = 1
+            masks.append(used)
+    pairs = list(zip(masks[::2], masks[1::2], strict=True))
+    nothing = [(np.zeros_like(a), np.zeros_like(b)) for a, b in pairs]
+    everything = [(np.ones_like(a), np.ones_like(b)) for a, b in pairs]
+    for options in ({"method": "dense-resident"}, {"method": "dense-stream", "mlp_dram": ALL}):
+        with Engine.open(split, EngineConfig(context=128, kv="f32", **options)) as engine:
+            found = {}
+            for name, forced in (("planes", pairs), ("coarse", nothing), ("dense", everything), ("own", None)):
+                engine.reset()
+                found[name] = engine.logits(PROMPT, forced)
+        assert same_bits(found["dense"], found["own"])
+    with Engine.open(split, EngineConfig(method="dense-resident", context=128)) as engine:
+        assert same_bits(engine.logits(PROMPT, pairs), rows)
+
+    # Without residuals a weight is in the middle of what it could be.
+    whole_columns = Bundle._dequantise_columns
+    read_records = Bundle._read_records
+
+    def middle(bundle, region, matrix):
+        ends = []
+        for byte in (0, 255):
+            monkeypatch.setattr(
+                Bundle,
+                "_read_records",
+                lambda b, r, byte=byte: {
+                    k: v if k == "base" else np.full_like(v, byte) for k, v in read_records(b, r).items()
+                },
+            )
+            ends.append(whole_columns(bundle, region, matrix).astype(np.float64))
+        monkeypatch.setattr(Bundle, "_read_records", read_records)
+        return (ends[0] + ends[1]) / 2
+
+    bundle = Bundle.open(split)
+    dense = reference_model.logits(bundle, PROMPT)
+    monkeypatch.setattr(Bundle, "_dequantise_columns", middle)
+    coarse = reference_model.logits(bundle, PROMPT)
+    allowed = 2e-3 * np.abs(dense).max()
+    assert np.abs(found["dense"] - dense).max() < allowed
+    assert np.abs(found["coarse"] - coarse).max() < allowed
+    assert np.abs(coarse - dense).max() > 10 * allowed
+
+
+def test_planes_of_a_bundle_in_one_piece_are_its_stream(bundles):
+    path = bundles()
+    dense = decode(path, method="dense-stream")
+    for options in ({}, {"fetch": 0.0}, {"mlp_dram": scarce(path, 0.2, method="planes", context=64)}):
+        assert same_bits(decode(path, method="planes", **options), dense), options
+    with Engine.open(path, EngineConfig(method="planes", mlp_dram=ALL, context=64)) as engine:
+        assert all(engine.plan.options["pinned"])
+        engine.logits(PROMPT)
+        assert counted(engine) == (0, 0, 0, 0)
+
+
+class Recorder:
+    """Stands where reference_model has a pruning rule, and keeps what it is given."""
+
+    def __init__(self):
+        self.inputs = {}
+
+    def prune(self, layer, kind, x):
+        self.inputs[f"layers.{layer}.{('input', 'glu')[kind]}"] = x
+        return x
+
+
+@pytest.mark.parametrize("path_of", ["whole", "split", "16-bit"])
+def test_column_energies_are_mean_squares_of_inputs(bundles, splits, path_of):
+    path = bundles() if path_of == "16-bit" else splits("llama")[path_of == "split"]
+    config = EngineConfig(method="dense-stream", mlp_dram=ALL, context=128, kv="f32")
+    with Engine.open(path, config) as engine:
+        found = engine.column_energies(GO_ON)
+        engine.reset()
+        engine.prefill(GO_ON[:10])
+        rest = engine.column_energies(GO_ON[10:])
+        recorder = Recorder()
+        reference_model.logits(engine.bundle, GO_ON, recorder)
+    assert list(found) == list(recorder.inputs) == list(rest)
+    for name, x in recorder.inputs.items():
+        for energies, rows in ((found, x), (rest, x[10:])):
+            expected = (rows**2).mean(0)
+            assert energies[name].shape == expected.shape
+            assert np.abs(energies[name] - expected).max() < 2e-3 * expected.max()
+
+
+def test_an_order_changes_no_bit_where_all_is_refined(splits, tmp_path):
+    whole, split = splits("llama")
+    with Engine.open(whole, EngineConfig(method="dense-resident", context=128)) as engine:
+        energies = engine.column_energies(GO_ON)
+    ordered = pack(
+        split_source(tmp_path, "llama"), tmp_path / "x.dipper", tokenizer=False, energies=energies, **SPLITS["llama"][1]
+    )
+    regions = Bundle.open(ordered).header["regions"]
+    assert all(r["order"] not in (None, sorted(r["order"])) for r in regions)
+    dense = decode(whole, method="dense-resident")
+    options = {"method": "planes", "context": 128}
+    for share in planes_shares(ordered, fetch=1.0).values():
+        assert same_bits(decode(ordered, fetch=1.0, mlp_dram=share, **options), dense)
+    assert same_bits(decode(ordered, method="dense-resident"), dense)
+    assert same_bits(decode(ordered, method="dense-stream"), dense)
+    # Otherwise an order matters: other columns share a unit, and the hottest are there first.
+    share = planes_shares(ordered, fetch=0.1)["some"]
+    rows = decode(ordered, fetch=0.1, mlp_dram=share, cold=True, **options)
+    plain = decode(split, fetch=0.1, mlp_dram=share, cold=True, **options)
+    assert not same_bits(rows, plain)
+    config = EngineConfig(fetch=0.1, mlp_dram=share, **options)
+    with Engine.open(ordered, config) as block, Engine.open(ordered, config) as steps:
+        found = block.logits(GO_ON)
+        for i, token in enumerate(GO_ON):
+            assert same_bits(steps.step(token), found[i]), i
+
+
+@pytest.mark.parametrize("what", ["streams", "some"])
+def test_flash_cut_amid_planes(splits, tmp_path, what):
+    path = tmp_path / "cut.dipper"
+    shutil.copytree(splits("mixed")[1], path)
+    config = EngineConfig(method="planes", fetch=0.1, mlp_dram=planes_shares(path, fetch=0.1)[what], context=128)
+    flash = path / "flash.bin"
+    whole = flash.read_bytes()
+    for spoil in (
+        lambda engine: [engine.step(t) for t in GO_ON[:4]],
+        lambda engine: engine.logits(GO_ON[:4]),
+        lambda engine: engine.prefill(GO_ON[:4]),
+    ):
+        with Engine.open(path, config) as engine:
+            engine.step(1)
+            engine.logits(PROMPT)
+            os.truncate(flash, 0)
+            try:
+                with pytest.raises(FlashError, match=r"flash\.bin"):
+                    spoil(engine)
+            finally:
+                flash.write_bytes(whole)
+            for _ in range(2):  # and it stays stopped, whatever is asked
+                for call in (lambda: engine.step(1), lambda: engine.logits([1, 2]), lambda: engine.prefill([1, 2])):
+                    with pytest.raises(FlashError):
+                        call()
+                engine.reset()
+
+
+def test_nan_amid_planes_names_layer_and_region_and_leaves_nothing_stale(splits, tmp_path):
+    path = tmp_path / "nan.dipper"
+    shutil.copytree(splits("llama")[1], path)
+    header = json.loads((path / "bundle.json").read_text())
+    header.pop("header_sha256", None)
+    flash = bytearray((path / "flash.bin").read_bytes())
+    embedding = header["embedding"]
+    bad = 77  # a token whose embedding is NaN
+    at = embedding["offset"] + bad * embedding["row_bytes"]
+    flash[at : at + 4] = np.float32(np.nan).tobytes()
+    (path / "flash.bin").write_bytes(flash)
+    (path / "bundle.json").write_bytes(header_bytes(header))
+    cases = [(fetch, *case) for fetch in (0.1, 1.0) for case in planes_shares(path, fetch=fetch).items()]
+    for fetch, what, share in cases:
+        config = EngineConfig(method="planes", fetch=fetch, mlp_dram=share, context=128)
+        with Engine.open(path, config) as engine:
+            message = r"layer 0, input columns: (token \d+: )?an input of the columns of unit \d+ is NaN"
+            if not engine.plan.options["refined"][0]:
+                assert what == "streams"
+                message = r"layer \d, \w+ columns: .* is NaN"  # the first region that ranks tells
+
+            def decoded(engine=engine, prefill=True):
+                engine.reset()
+                rows = [engine.prefill(PROMPT)] if prefill else []
+                return np.stack(rows + [engine.step(t) for t in GO_ON])
+
+            engine.step(3)
+            engine.reset_cache()
+            clean = decoded(prefill=False)
+            engine.reset_cache()
+            warm = decoded()
+            for spoil in (
+                lambda: engine.prefill([*PROMPT, bad, 3]),
+                lambda: engine.logits([*PROMPT, bad, 3]),
+                lambda: (engine.step(3), engine.step(bad)),
+            ):
+                engine.reset()
+                with pytest.raises(ConfigError, match=message):
+                    spoil()
+                if fetch == 1.0:  # whatever is cached: no slot may hold another unit than the books say
+                    assert same_bits(decoded(prefill=False), clean)
+                    assert same_bits(decoded(), warm)
+                    engine.reset()
+                    with pytest.raises(ConfigError, match=message):
+                        spoil()
+                engine.reset_cache()
+                assert same_bits(decoded(prefill=False), clean)
+                engine.reset_cache()
+                assert same_bits(decoded(), warm)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fetch": 0.1}, "fetch goes with --method planes, not dip"),
+        ({"method": "dip-ca", "fetch_glu": 0.1}, "fetch_glu goes with --method planes, not dip-ca"),
+        ({"method": "dense-stream", "fetch": 0.1}, "fetch goes with --method planes, not dense-stream"),
+        ({"method": "planes", "fetch": -0.1}, "fetch is -0.1, outside [0, 1]: give a share such as 0.1"),
+        ({"method": "planes", "fetch": 1.1}, "fetch is 1.1, outside [0, 1]: give a share such as 0.1"),
+        ({"method": "planes", "fetch_glu": float("nan")}, "fetch_glu is nan, outside [0, 1]: give a share such as 0.1"),
+        ({"method": "planes", "gamma": 0.5}, "gamma 0.5 goes with --method dip-ca, not planes"),
+        (
+            {"method": "planes", "calibration": "c.npz"},
+            "a calibration is about pruning, and planes does none: use --method dip or dip-ca",
+        ),
+        (
+            {"method": "planes", "trace": Path("x")},
+            "a trace records masks, which planes does not have: use --method dip or dip-ca",
+        ),
+        (
+            {"method": "planes", "split": (1.0,)},
+            "a split shares out column slots, which planes does not have: drop it",
+        ),
+    ],
+)
+def test_bad_options_of_planes(options, message):
+    with pytest.raises(ConfigError) as e:
+        EngineConfig(**options)
+    assert str(e.value) == message
+
+
+def test_dip_drops_no_columns_that_are_split(splits):
+    message = (
+        "the columns of this bundle are split in base and residual, and dip drops whole columns: pack with "
+        "--base-bits 0, or use --method planes"
+    )
+    for kind in ("llama", "half"):
+        for method in ("dip", "dip-ca"):
+            for simulated in (False, True):
+                with pytest.raises(ConfigError) as e:
+                    Engine.open(
+                        splits(kind)[1], EngineConfig(method=method, mlp_dram=ALL, context=16), simulated=simulated
+                    )
+                assert str(e.value) == message
+    with pytest.raises(ConfigError, match="planes has no masks and no caches to simulate: use dip or dip-ca"):
+        Engine.open(splits()[1], EngineConfig(method="planes", mlp_dram=ALL, context=16), simulated=True)

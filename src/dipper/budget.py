@@ -29,7 +29,7 @@ from .errors import BudgetError, ConfigError
 
 __all__ = ["METHODS", "EngineConfig", "Plan", "available_cpus", "parse_bytes", "plan_run", "rss_bytes"]
 
-METHODS = ("dense-resident", "dense-stream", "dip", "dip-ca", "planes")
+METHODS = ("auto", "dense-resident", "dense-stream", "dip", "dip-ca", "planes")
 CACHES = ("lru", "lfu", "lfu-decay", "static")
 READERS = ("auto", "io_uring", "pread")
 KV_CODES = ("f32", "f16", "int8")
@@ -77,7 +77,7 @@ class EngineConfig:
     """How a bundle is run.
 
     Attributes:
-        method: one of `METHODS`.
+        method: one of `METHODS`; auto is settled by `dipper.auto.choose`.
         density: share of MLP columns used by dip and dip-ca, in (0, 1]; `d_in` and `d_glu` override it for the input
             and the GLU columns (give both).
         fetch: planes only: share of a region's units of residuals that a token reads from flash, in [0, 1]: the best
@@ -218,6 +218,7 @@ class Plan:
         minimum_bytes: the smallest process budget that this bundle, method and context work with.
         stream_reads, stream_bytes: what streaming the MLP once reads from flash: a token of dense-stream, a block of
             tokens in prefill.
+        token_bytes: what a decoded token reads of the MLP at most where that is known before: all but dip and dip-ca.
         options: what the native decoder is built with, a calibration's vectors aside.
     """
 
@@ -230,12 +231,19 @@ class Plan:
     minimum_bytes: int
     stream_reads: int
     stream_bytes: int
+    token_bytes: int
     options: dict[str, Any] = field(repr=False)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(self.parts.values())
+
+    def mlp_limit_bits(self, mlp_weights: int) -> float:
+        """Bits per MLP weight that the MLP might hold at most under the budgets."""
+        rest = self.total_bytes - self.mlp_bytes
+        limits = [self.mlp_budget_bytes, None if self.budget_bytes is None else self.budget_bytes - rest]
+        return 8 * min(limit for limit in (*limits, float("inf")) if limit is not None) / mlp_weights
 
     def lines(self) -> list[str]:
         """The plan in words, one line for the process and one for the MLP."""
@@ -396,8 +404,8 @@ class Planner:
                 fixed = sum(base for base, h in zip(bases, held, strict=True) if h)
                 held = [h if base else 0 for h, base in zip(_spread(bases, fixed + left), bases, strict=True)]
                 made, left = refined(held)
-            if left < 0:
-                return {**options, "pinned": _spread([_aligned(_region_bytes(r)) for r in self.regions], room)}
+        if not any(made["refined"]):  # none fit, or no region is split: as dense-stream
+            return {**options, "pinned": _spread([_aligned(_region_bytes(r)) for r in self.regions], room)}
         slots = [n * r for n, r in zip(n_units, made["refined"], strict=True)]
         full = {**made, "capacity": slots}
         cost = sum(self.parts(full).values()) - sum(self.parts(made).values())
@@ -497,7 +505,18 @@ class Planner:
             cached_fraction=held / self.region_bytes,
             minimum_bytes=self.smallest(),
             **self.streamed(options),
+            token_bytes=self.token_bytes(options),
             options=options,
+        )
+
+    def token_bytes(self, options: dict[str, Any]) -> int:
+        """Of units that refined regions fetch, and of regions streamed whole."""
+        if self.base["residency"] != "stream":
+            return 0
+        each = zip(self.regions, options["pinned"], options["refined"], options["fetch"], strict=True)
+        return sum(
+            0 if pinned else m * region["unit_bytes"] if refined else _aligned(_region_bytes(region))
+            for region, pinned, refined, m in each
         )
 
     def streamed(self, options: dict[str, Any]) -> dict[str, int]:
@@ -571,6 +590,10 @@ def plan_run(
         BudgetError: the budget is below the smallest that works.
         ConfigError: a capacity above its region.
     """
+    if config.method == "auto":
+        from .auto import choose
+
+        return choose(bundle, config, host_bytes).plan
     densities = densities_of(config, bundle.model.n_layers, None)
     host = rss_bytes() if host_bytes is None else host_bytes
     planner = Planner(bundle, config, host, densities, calibration_vectors(None))

@@ -67,7 +67,8 @@ app = typer.Typer(
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle made by `dipper pack`.", show_default=False)]
 Method = Annotated[
-    str | None, typer.Option(help="dense-resident, dense-stream, dip, dip-ca or planes (default dip).", metavar="NAME")
+    str | None,
+    typer.Option(help="auto, dense-resident, dense-stream, dip, dip-ca or planes (default auto).", metavar="NAME"),
 ]
 Density = Annotated[float | None, typer.Option(help="Share of MLP columns used, in (0, 1] (default 0.7).", metavar="D")]
 DIn = Annotated[float | None, typer.Option("--d-in", help="Share of input columns; with --d-glu.", metavar="D")]
@@ -675,7 +676,7 @@ def _eval_native(
 
     window = scoring["window"]
     _check_context(bundle, f"--window {window}", window, "a smaller one")
-    configs = [_config(method=method, **options, context=window)]
+    configs = [_config(method=method or "dip", **options, context=window)]
     if against is not None:
         other = "dense-stream" if against == "dense" else against
         configs.append(_config(**_for_method(other, options), context=window))
@@ -1227,15 +1228,15 @@ _ACTS_WITH = {
     "calibration": ("dip", "dip-ca"),
     "cold": ("dip", "dip-ca", "planes"),
     "gamma": ("dip-ca",),
-    "mlp_dram": ("dense-stream", "dip", "dip-ca", "planes"),
+    "mlp_dram": ("auto", "dense-stream", "dip", "dip-ca", "planes"),
 }
 
 
 def _config(*, method: str | None, context: int | None, **options: Any) -> EngineConfig:
-    """The options that were given, as a configuration; defaults are the engine's."""
+    """The options that were given, as a configuration; defaults are the engine's, and method auto."""
     from dipper.engine import METHODS, EngineConfig
 
-    method = method or EngineConfig().method
+    method = method or "auto"
     for name, methods in _ACTS_WITH.items():
         if options.get(name) is not None and method in METHODS and method not in methods:
             flag = f"--{name.replace('_', '-')}"

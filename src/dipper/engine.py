@@ -5,11 +5,14 @@ every byte, hand the plan to the caller, allocate and load. A budget that is too
 loaded.
 
 Methods:
+    auto             the one of the others that reads least within the budget and a bounded loss of quality
     dense-resident   every weight in DRAM
     dense-stream     as many regions of the MLP pinned as the budget allows, the rest streamed by large reads,
                      double-buffered
     dip              Dynamic Input Pruning: top-k columns by |x|, column caches, misses read from flash
                      (arXiv 2412.01380)
+    planes           the upper bits of all columns resident, the others of the columns that matter most read from flash
+                     by units
     dip-ca           the same with Cache-Aware Masking: scores of uncached columns times gamma
 
 Example:
@@ -33,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
+from .auto import choose
 from .budget import (
     METHODS,
     EngineConfig,
@@ -125,6 +129,11 @@ class Engine:
         """
         config = config or EngineConfig()
         bundle = Bundle.open(path)
+        notes = []
+        if config.method == "auto":
+            choice = choose(bundle, config)
+            config = choice.config
+            notes.append(f"auto is {config.method}: {choice.why}")
         limit = bundle.header["model"]["max_context"]
         if config.context > limit:
             raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
@@ -149,6 +158,7 @@ class Engine:
         decoder = _core.Decoder(bundle.header, str(bundle.path), options, check_resident)
         sha256 = None if calibration is None else calibration.sha256
         engine = cls(bundle, config, plan, decoder, mean_densities(densities), sha256)
+        engine.notes += notes
         if config.kv != "f16":
             engine.notes.append(f"keys and values are kept as {config.kv}")
         if config.split is not None:

@@ -275,15 +275,17 @@ void check_products(const Split& s) {
   }
   const std::vector<float> in_one_piece = unsplit_gemv(select_kernels("scalar"), s, whole[0]);
   CHECK(same_bits(defined(s, whole[0]), in_one_piece));
-  CHECK(!same_bits(defined(s, masked[0]), unsplit_gemv(select_kernels("scalar"), s, masked[0])));
   const std::vector<float> many_masked = one_after_another(s, masked), many_whole = one_after_another(s, whole);
+  std::vector<std::vector<float>> expected;
+  for (size_t i = 0; i < 4; ++i) expected.push_back(defined(s, masked[i]));
+  CHECK(!same_bits(expected[0], unsplit_gemv(select_kernels("scalar"), s, masked[0])));
 
   for (const std::string& isa : available_isas()) {
     const Kernels& k = select_kernels(isa);
     CHECK(same_bits(unsplit_gemv(k, s, whole[0]), in_one_piece));
     for (const std::vector<int32_t>& ends : {halves, every_half}) {
       CHECK(same_bits(split_gemv(k, s, whole[0], ends), in_one_piece));
-      for (size_t i = 0; i < 4; ++i) CHECK(same_bits(split_gemv(k, s, masked[i], ends), defined(s, masked[i])));
+      for (size_t i = 0; i < 4; ++i) CHECK(same_bits(split_gemv(k, s, masked[i], ends), expected[i]));
     }
     for (const std::vector<int32_t>& ends : {tiles, every_tile}) {
       CHECK(same_bits(split_gemm(k, s, masked, false, ends), many_masked));
@@ -302,9 +304,9 @@ void test_products() {
         const Grid grid{codes, scale, group, has_offset ? 0 : 1 << (bits - 1), scale == Scale::kU8M ? 3 : 2};
         for (int32_t base_bits = std::max(1, bits - 4); base_bits <= std::min(4, bits - 1); ++base_bits) {
           const int failed = n_failed_checks();
-          check_products(split_matrix(grid, 192, 96, base_bits, 7));  // a half tile at the end, whole blocks
+          check_products(split_matrix(grid, 192, 64, base_bits, 7));  // a half tile at the end, whole blocks
           check_products(split_matrix(grid, 40, 33, base_bits, 8));   // half a tile alone, a lone column at the end
-          check_products(split_matrix(grid, 256, 45, base_bits, 9));  // an odd rest
+          check_products(split_matrix(grid, 256, 29, base_bits, 9));  // an odd rest
           if (n_failed_checks() != failed) {
             std::fprintf(stderr, "  codes of %d bits, scale %d, group %d, %d base bits\n", static_cast<int>(bits),
                          static_cast<int>(scale), static_cast<int>(group), static_cast<int>(base_bits));

@@ -1,0 +1,108 @@
+"""The method `auto`: what reads least from flash per token within a budget and a bounded loss of quality.
+
+Everything resident where it fits. Else, of a split bundle, `planes` with the smallest fetch that was measured to lose
+no more than `LOSS` in this much DRAM (`planes.toml`, written by experiments/planes.py), unless dense streaming reads
+nearly as little; else `dense-stream`, which loses nothing. What was not measured for a model is not assumed of it.
+
+    choice = choose(Bundle.open("model.dipper"), EngineConfig(method="auto", dram="600MB"))
+    print(choice.config.method, choice.why)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import tomli
+
+from .budget import EngineConfig, Plan, plan_run
+from .bundle import Bundle
+from .errors import BudgetError
+
+__all__ = ["LOSS", "Choice", "choose"]
+
+LOSS = 0.023  # of perplexity, relative: the 0.1 that arXiv 2412.01380 allows Phi-3-medium
+_WORTH = 0.95  # of dense streaming's bytes: a smaller gain is not worth a loss of quality
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its settings, its plan, and why it."""
+
+    config: EngineConfig
+    plan: Plan
+    why: str
+
+
+@lru_cache(maxsize=1)
+def _measured() -> dict[str, list[dict[str, Any]]]:
+    """Points by the SHA-256 of a model's source."""
+    content = tomli.loads(resources.files("dipper").joinpath("planes.toml").read_text(encoding="utf-8"))
+    return {table["source_sha256"]: table["points"] for table in content.get("models", [])}
+
+
+def base_bits(bundle: Bundle) -> int:
+    """Of the first split matrix; 0: none is."""
+    return next((int(m["base_bits"]) for r in bundle.header["regions"] for m in r["matrices"] if m["base_bits"]), 0)
+
+
+def measured_point(bundle: Bundle, bits_per_weight: float) -> dict[str, Any] | None:
+    """The measured setting that fetches least, loses no more than `LOSS`, and took no more DRAM than this."""
+    points = [
+        point
+        for point in _measured().get(bundle.header["source"].get("sha256", ""), [])
+        if point["base_bits"] == base_bits(bundle)
+        and point["increase"] <= LOSS
+        and point["bits"] <= bits_per_weight + 0.01
+    ]
+    return min(points, key=lambda p: (p["fetch"] + p["fetch_glu"], p["increase"]), default=None)
+
+
+def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) -> Choice:
+    """Settles `auto`.
+
+    Args:
+        bundle: what is run.
+        config: budget, context and whatever else holds for every method.
+        host_bytes: as `plan_run`.
+
+    Raises:
+        BudgetError: not even dense streaming works within the budget.
+    """
+
+    def planned(method: str, why: str, **options: Any) -> Choice:
+        settled = replace(config, method=method, **options)
+        return Choice(settled, plan_run(bundle, settled, host_bytes), why)
+
+    if config.mlp_dram is None:
+        config = replace(config, dram=available_bytes() if config.dram is None else config.dram)
+        try:
+            return planned("dense-resident", "all of the model fits")
+        except BudgetError:
+            pass
+    stream = planned("dense-stream", "")
+    if base_bits(bundle) == 0:
+        return replace(stream, why="the model does not fit, and its columns are not split (dipper pack --base-bits)")
+    point = measured_point(bundle, stream.plan.mlp_limit_bits(bundle.mlp_weights))
+    if point is None:
+        return replace(
+            stream, why=f"no setting of planes is known to lose at most {100 * LOSS:.1f} % here in this much DRAM"
+        )
+    planes = planned(
+        "planes",
+        f"measured: perplexity {100 * point['increase']:+.1f} % at {point['bits']:.2f} bits per MLP weight",
+        fetch=point["fetch"],
+        fetch_glu=point["fetch_glu"],
+    )
+    ratio = planes.plan.token_bytes / max(1, stream.plan.token_bytes)
+    if ratio > _WORTH:
+        return replace(stream, why=f"planes would read {100 * ratio:.0f} % of its bytes, and lose quality")
+    return replace(planes, why=f"{planes.why}, {100 * ratio:.0f} % of the bytes of dense streaming")
+
+
+def available_bytes() -> int:
+    """Memory that the system could give now."""
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
