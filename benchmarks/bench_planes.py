@@ -3,9 +3,9 @@
     python benchmarks/bench_planes.py MODEL... --text wiki.valid.raw [--held] [--ppl wiki.test.raw --ppl-tokens 8192]
 
 Per model and budget (`--mlp-dram`, bits per MLP weight with everything counted): dense-stream on the plain bundle, and
-planes on split bundles, a setting BASE:FETCH[:FETCH_GLU] each (`--setting`). Each setting generates greedily after
-every prompt, settings take turns by prompt. Bundles are packed into --workdir once; split ones are ordered by column
-energies on the text of --text, from which the prompts come, too (other parts of it).
+planes on split bundles, a setting BASE[,BASE]:FETCH[:FETCH_GLU[:LAYERS]] each (`--setting`). Each setting generates
+greedily after every prompt, settings take turns by prompt. Bundles are packed into --workdir once. The text of --text
+gives the prompts and, from other parts of it, the energies that --ordered goes by.
 
 r is tok/s over dense-stream's, r_max dense-stream's milliseconds a token over those of all-resident (dense-resident,
 plain bundle): what can be won at most. `disk` is the share of a read-only pass at the mean request size that the decode
@@ -56,27 +56,29 @@ class Setting:
     nll: list[float] = field(default_factory=list)
 
 
-def split_bundle(spec: str, base_bits: int, args: Any) -> Path:
-    """The split bundle of a checkpoint, ordered by energies on --text, packed into the workdir once."""
+def split_bundle(spec: str, base: str, args: Any) -> Path:
+    """The split bundle of a checkpoint, with --ordered by energies on --text, packed into the workdir once."""
     from dipper.bundle import pack
     from dipper.calibration import read_energies
     from dipper.energies import measure_energies, write_energies
 
     plain = bundle_for(spec, "source", args.workdir)
-    target = args.workdir / f"{plain.name.removesuffix('.dipper')}-base{base_bits}-{args.unit_bytes}.dipper"
+    order = "-ordered" if args.ordered else ""
+    target = args.workdir / f"{plain.name.removesuffix('.dipper')}-base{base}-{args.unit_bytes}{order}.dipper"
     if is_bundle(str(target)):
         return target
     kept = args.workdir / f"{plain.name.removesuffix('.dipper')}-energies.npz"
     energies = None
-    if not spec.startswith("synthetic:"):
+    if args.ordered:
         if not kept.exists():
             print(f"measuring the energies of {plain.name}", file=sys.stderr)
             write_energies(kept, measure_energies(plain, args.text, limit=args.energy_tokens))
         energies = read_energies(kept)
     print(f"packing {target.name}", file=sys.stderr)
+    bits = [int(b) for b in base.split(",")]
     return pack(
-        source_for(spec, args.workdir), target, base_bits=base_bits, unit_bytes=args.unit_bytes, energies=energies,
-        tokenizer=not spec.startswith("synthetic:"),
+        source_for(spec, args.workdir), target, base_bits=(bits[0], bits[-1]), unit_bytes=args.unit_bytes,
+        energies=energies, tokenizer=not spec.startswith("synthetic:"),
     )  # fmt: skip
 
 
@@ -162,11 +164,13 @@ def run_model(spec: str, args: Any) -> list[dict[str, Any]]:
         stream = Setting("dense-stream", plain, {"method": "dense-stream", "mlp_dram": budget})
         settings = [resident, stream]
         for text in args.setting:
-            base, fetch, *glu = text.split(":")
-            options = {"method": "planes", "mlp_dram": budget, "fetch": float(fetch)}
-            if glu:
-                options["fetch_glu"] = float(glu[0])
-            settings.append(Setting(f"planes {text}", split_bundle(spec, int(base), args), options))
+            base, fetch, *rest = text.split(":")
+            options: dict[str, Any] = {"method": "planes", "mlp_dram": budget, "fetch": float(fetch)}
+            if rest:
+                options["fetch_glu"] = float(rest[0])
+            if len(rest) == 2:
+                options["whole"] = tuple(int(layer) for layer in rest[1].split(","))
+            settings.append(Setting(f"planes {text}", split_bundle(spec, base, args), options))
         if args.tokens:
             measure(settings, prompts, args)
         if resident.nll:
@@ -189,8 +193,11 @@ def main() -> None:
     cli.add_argument("models", nargs="+", metavar="MODEL", help="GGUF file, name, or synthetic:SHAPE")
     cli.add_argument("--text", type=Path, help="text for energies and prompts; never the test text")
     cli.add_argument("--mlp-dram", action="append", help="budget; may be repeated [2.43b 2.7b 3.6b]")
-    cli.add_argument("--setting", action="append", metavar="BASE:FETCH[:FETCH_GLU]", help="may be repeated [3:0.1]")
-    cli.add_argument("--unit-bytes", type=int, default=12288)
+    cli.add_argument(
+        "--setting", action="append", metavar="BASE:FETCH[:FETCH_GLU[:LAYERS]]", help="may be repeated [3:0.1]"
+    )
+    cli.add_argument("--unit-bytes", type=int, default=4096)
+    cli.add_argument("--ordered", action="store_true", help="split bundles ordered by column energies on --text")
     cli.add_argument("--tokens", type=int, default=64, help="decoded tokens per prompt; 0: perplexity alone [64]")
     cli.add_argument("--prompt", type=int, default=64, help="tokens of a prompt [64]")
     cli.add_argument("--prompts", type=int, default=8)

@@ -67,9 +67,10 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
     if (!std::binary_search(streamed.begin(), streamed.end(), static_cast<int32_t>(r)))
       memory.pinned += aligned(region.bytes());
     if (refines(options, static_cast<int32_t>(r))) {
-      memory.pinned += aligned(region.bytes() - region.units_bytes());
+      memory.pinned += aligned(region.bases_bytes());
       memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.unit_bytes;
-      memory.staging = std::max(memory.staging, static_cast<uint64_t>(options.fetch[r]) * region.unit_bytes);
+      memory.staging = std::max(memory.staging, max_staging_bytes(static_cast<uint64_t>(options.fetch[r]),
+                                                                  region.unit_bytes, region.units_bytes(), kAlign));
       memory.bookkeeping += ColumnCache::bytes(region.n_units(), options.capacity[r]);
     }
     if (options.residency == Residency::kCached) {
@@ -154,7 +155,7 @@ GluMlp::GluMlp(Model& model, const MlpOptions& options, const Kernels& kernels, 
     }
     if (refines(options_, static_cast<int32_t>(r))) {
       base_memory_[r] = pinned;
-      pinned += aligned(region.bytes() - region.units_bytes());
+      pinned += aligned(region.bases_bytes());
     }
     if (options.residency == Residency::kCached || refines(options_, static_cast<int32_t>(r))) {
       slot_base_[r] = slots;
@@ -255,7 +256,7 @@ void GluMlp::load_bases() {
   for (size_t r = 0; r < model_.regions.size(); ++r) {
     const Region& region = model_.regions[r];
     if (base_memory_[r] != nullptr)
-      add_ranges(region.base_offset, aligned(region.bytes() - region.units_bytes()), base_memory_[r], ranges);
+      add_ranges(region.base_offset, aligned(region.bases_bytes()), base_memory_[r], ranges);
   }
   if (!ranges.empty()) reader_.wait(reader_.submit(ranges) + ranges.size());
 }
@@ -702,11 +703,11 @@ void GluMlp::step_split(int32_t r, const float* values, const Sums& sums, Ledger
     multiply_split(region, sums, ledger);
     admit(r, ledger);
   } else if (const uint8_t* held = region_base_[static_cast<size_t>(r)]) {
-    take_units(region, held, held + region.units_bytes(), 0);
+    take_units(region, held, held + region.bases_at(), 0);
     multiply_split(region, sums, ledger);
   } else {
     WeightStream& stream = of_token();
-    take_units(region, stream.data(), stream.data() + region.units_bytes(), stream.ticket());
+    take_units(region, stream.data(), stream.data() + region.bases_at(), stream.ticket());
     multiply_split(region, sums, ledger);
     const Timed timed(ledger.submit);
     stream.release();
@@ -934,12 +935,12 @@ void GluMlp::split_block(int32_t r, const float* x, int32_t n_tokens, const Bloc
       masks.kind == BlockMasks::Kind::kDense || (masks.kind == BlockMasks::Kind::kOwn && !refines(options_, r));
   projector_.take(x, region.n_columns, n_tokens);
   if (const uint8_t* held = region_base_[static_cast<size_t>(r)]) {
-    take_units(region, held, held + region.units_bytes(), 0);
+    take_units(region, held, held + region.bases_at(), 0);
     multiply_split_block(region, n_tokens, all_refined, sums, ledger);
     return;
   }
   const uint8_t* units = stream_->data();
-  take_units(region, units, refines(options_, r) ? base_memory_[static_cast<size_t>(r)] : units + region.units_bytes(),
+  take_units(region, units, refines(options_, r) ? base_memory_[static_cast<size_t>(r)] : units + region.bases_at(),
              stream_->ticket());
   multiply_split_block(region, n_tokens, all_refined, sums, ledger);
   if (refines(options_, r) && (masks.kind == BlockMasks::Kind::kOwn || masks.touch_cache)) {

@@ -61,8 +61,10 @@ struct Region {
   int32_t n_units() const { return (n_columns + columns_per_unit - 1) / columns_per_unit; }
   uint64_t units_bytes() const { return static_cast<uint64_t>(n_units()) * unit_bytes; }
   uint64_t bytes() const {  // of units and bases
-    return split() ? base_offset - offset + static_cast<uint64_t>(n_columns) * base_bytes : units_bytes();
+    return split() ? bases_at() + bases_bytes() : units_bytes();
   }
+  uint64_t bases_bytes() const { return static_cast<uint64_t>(n_columns) * base_bytes; }
+  uint64_t bases_at() const { return base_offset - offset; }  // from the first unit
   uint64_t unit_offset(int32_t unit) const { return offset + static_cast<uint64_t>(unit) * unit_bytes; }
   // Where the second half of the columns begins, whose products are summed apart.
   int32_t half_column() const { return split_column(n_columns); }

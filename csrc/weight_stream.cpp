@@ -21,7 +21,7 @@ std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32
     const Region& region = model.regions[static_cast<size_t>(r)];
     if (region.split()) {
       const bool units_alone = !based.empty() && based[static_cast<size_t>(r)];
-      const uint64_t bytes = units_alone ? region.units_bytes() : (region.bytes() + kAlign - 1) / kAlign * kAlign;
+      const uint64_t bytes = units_alone ? region.bases_at() : (region.bytes() + kAlign - 1) / kAlign * kAlign;
       chunks.push_back({r, 0, region.n_columns, region.offset, static_cast<uint32_t>(bytes), 0});
       continue;
     }

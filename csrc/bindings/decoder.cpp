@@ -240,7 +240,8 @@ class Reader {
     const auto base = get<nb::dict>(d, "base");
     r.base_bytes = get<uint32_t>(base, "record_bytes");
     r.base_offset = get<uint64_t>(base, "offset");
-    if (r.base_offset != r.offset + r.units_bytes()) {
+    constexpr uint64_t kAlign = FlashReader::alignment();
+    if (r.base_offset != r.offset + (r.units_bytes() + kAlign - 1) / kAlign * kAlign) {
       throw BundleError(
           "the bases of a region do not follow its units, as this dipper reads them: pack the bundle again");
     }

@@ -83,6 +83,8 @@ class EngineConfig:
         fetch: planes only: share of a region's units of residuals that a token reads from flash, in [0, 1]: the best
             that are not cached, while all that are cached are used as well. Every token therefore reads as much.
             `fetch_glu` overrides it for the GLU columns. None: 0.1.
+        whole: planes only: layers of which both regions are used whole, the most sensitive first: in DRAM while the
+            budget lasts, streamed beyond it.
         gamma: factor on the scores of uncached columns, in (0, 1]; None: 1 for dip, 0.5 for dip-ca.
         cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
         dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the
@@ -109,6 +111,7 @@ class EngineConfig:
     d_glu: float | None = None
     fetch: float | None = None
     fetch_glu: float | None = None
+    whole: tuple[int, ...] = ()
     gamma: float | None = None
     cache: str = "lfu"
     cache_decay: float = 0.99
@@ -141,6 +144,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} goes with --method planes, not {self.method}")
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}, outside [0, 1]: give a share such as 0.1")
+        if self.whole and self.method != "planes":
+            raise ConfigError(f"whole layers go with --method planes, not {self.method}")
+        if any(layer < 0 for layer in self.whole) or len(set(self.whole)) != len(self.whole):
+            raise ConfigError(f"whole layers are {self.whole}: give each once, counted from 0")
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise ConfigError(
                 f"gamma is {self.gamma}, outside (0, 1]: 1 ignores the cache, smaller favours cached columns"
@@ -383,33 +390,44 @@ class Planner:
         return options
 
     def refine(self, options: dict[str, Any], room: int) -> dict[str, Any]:
-        """Spends `room` bytes on bases, in as many regions as it holds, and then on slots for residuals."""
+        """Spends `room` bytes on bases, then on regions that are used whole, then on slots for residuals."""
+        whole = {2 * layer + kind for layer in self.config.whole for kind in (0, 1)}
+        if whole and max(whole) >= len(self.regions):
+            raise ConfigError(f"layer {max(whole) // 2} is to be whole, and the model has {len(self.regions) // 2}")
         n_units = [-(-region["n_columns"] // region["columns_per_unit"]) for region in self.regions]
-        bases = [0 if region["base"] is None else _aligned(region["base"]["bytes"]) for region in self.regions]
+        sizes = [_aligned(_region_bytes(region)) for region in self.regions]
+        bases = [
+            0 if region["base"] is None or r in whole else _aligned(region["base"]["bytes"])
+            for r, region in enumerate(self.regions)
+        ]
         fetch = [int(share * n + 0.5) for share, n in zip(self.config.fetches * len(n_units), n_units, strict=False)]
         least = sum(self.parts(options).values())
 
-        def refined(which: list[int]) -> tuple[dict[str, Any], int]:
-            chosen = {
-                **options,
-                "refined": which,
-                "fetch": [m if r else 0 for m, r in zip(fetch, which, strict=True)],
-            }
-            return chosen, room - (sum(self.parts(chosen).values()) - least)
+        def left(made: dict[str, Any]) -> int:
+            return room - (sum(self.parts(made).values()) - least)
 
-        made, left = refined([int(base > 0) for base in bases])
-        if left < 0:  # the bases of some regions do not fit: those are streamed whole
-            held = [int(base > 0) for base in bases]
-            while left < 0 and any(held):
-                fixed = sum(base for base, h in zip(bases, held, strict=True) if h)
-                held = [h if base else 0 for h, base in zip(_spread(bases, fixed + left), bases, strict=True)]
-                made, left = refined(held)
+        def refining(room_for_bases: int) -> dict[str, Any]:
+            held = [int(h and base > 0) for h, base in zip(_spread(bases, room_for_bases), bases, strict=True)]
+            return {**options, "refined": held, "fetch": [m * h for m, h in zip(fetch, held, strict=True)]}
+
+        low, high = 0, sum(bases)
+        if left(refining(high)) >= 0:
+            low = high
+        while high - low > max(1, sum(bases) // 256):  # those whose bases do not fit are streamed whole
+            middle = (low + high) // 2
+            low, high = (middle, high) if left(refining(middle)) >= 0 else (low, middle)
+        made = refining(low)
         if not any(made["refined"]):  # none fit, or no region is split: as dense-stream
-            return {**options, "pinned": _spread([_aligned(_region_bytes(r)) for r in self.regions], room)}
+            return {**options, "pinned": _spread(sizes, room)}
+        wanted = [2 * layer + kind for layer in self.config.whole for kind in (0, 1)]
+        others = [r for r, refined in enumerate(made["refined"]) if not refined and r not in whole]
+        for r in (*wanted, *others):
+            pinned = [int(p or i == r) for i, p in enumerate(made["pinned"])]
+            if left({**made, "pinned": pinned}) >= 0:
+                made["pinned"] = pinned
         slots = [n * r for n, r in zip(n_units, made["refined"], strict=True)]
-        full = {**made, "capacity": slots}
-        cost = sum(self.parts(full).values()) - sum(self.parts(made).values())
-        share = min(1.0, left / cost) if cost else 0.0
+        cost = left(made) - left({**made, "capacity": slots})
+        share = max(0.0, min(1.0, left(made) / cost)) if cost else 0.0
         return {**made, "capacity": [int(share * n) for n in slots]}
 
     def split_slots(self, weights: Sequence[float], room: int) -> list[int]:

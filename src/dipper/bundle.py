@@ -84,7 +84,7 @@ def pack(
     *,
     overwrite: bool = False,
     tokenizer: bool = True,
-    base_bits: int = 0,
+    base_bits: int | tuple[int, int] = 0,
     unit_bytes: int = UNIT_BYTES,
     energies: Mapping[str, Array] | None = None,
 ) -> Path:
@@ -380,8 +380,9 @@ def _validate_region_spans(name: str, region: dict[str, Any], record_bytes: dict
     _require(size <= MAX_INT, f"{name}: record_bytes is {size}, more than {MAX_INT}")
     most = 1 if base is None else n_columns
     _require(_is_count(u) and 1 <= u <= most, f"{name}: columns_per_unit is {u!r}, it must lie in 1..{most}")
-    unit_bytes = size if base is None else _padded(u * size)
-    _require_number(name, region, "unit_bytes", unit_bytes)
+    unit_bytes = region["unit_bytes"]
+    sizes = (size,) if base is None else (u * size, _padded(u * size))
+    _require(_is_count(unit_bytes) and unit_bytes in sizes, f"{name}: unit_bytes is {unit_bytes!r}, not {sizes[-1]}")
     _require(unit_bytes <= MAX_INT, f"{name}: unit_bytes is {unit_bytes}, more than {MAX_INT}")
     _require_number(name, region, "bytes", -(-n_columns // u) * unit_bytes)
     _require(isinstance(region["sha256"], str), f"{name}: sha256 is {region['sha256']!r}")
@@ -392,7 +393,7 @@ def _validate_region_spans(name: str, region: dict[str, Any], record_bytes: dict
     _require(record_bytes["base"] <= MAX_INT, f"{name}: record_bytes is {record_bytes['base']}, more than {MAX_INT}")
     _require_number(name, base, "record_bytes", record_bytes["base"])
     _require_number(name, base, "bytes", n_columns * record_bytes["base"])
-    _require_number(name, base, "offset", region["offset"] + region["bytes"])
+    _require_number(name, base, "offset", region["offset"] + _padded(region["bytes"]))
     _require(isinstance(base["sha256"], str), f"{name}: sha256 is {base['sha256']!r}")
     flash.add(name, base["offset"], _padded(base["bytes"]), ALIGNMENT)
 

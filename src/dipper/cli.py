@@ -80,6 +80,10 @@ Fetch = Annotated[
 FetchGlu = Annotated[
     float | None, typer.Option("--fetch-glu", help="planes: the same of GLU columns (default --fetch).", metavar="F")
 ]
+Whole = Annotated[
+    str | None,
+    typer.Option(help="planes: layers used whole, the most sensitive first: 27,2,26.", metavar="LAYER,..."),
+]
 Gamma = Annotated[
     float | None, typer.Option(help="dip-ca: weight of columns not cached, in (0, 1] (default 0.5).", metavar="G")
 ]
@@ -185,9 +189,13 @@ def pack(
         str, typer.Option(help="Of the MLP: source (the checkpoint's own grid), 4, 8 or 16.", metavar="BITS")
     ] = "source",
     base_bits: Annotated[
-        int,
-        typer.Option(help="Of every MLP code, kept as a base apart from the residual: 0 (no base) to 4.", metavar="N"),
-    ] = 0,
+        str,
+        typer.Option(
+            help="Of every MLP code, kept as a base apart from the residual: 0 (no base) to 4, or of input and GLU "
+            "columns: 2,3.",
+            metavar="N[,N]",
+        ),
+    ] = "0",
     unit_bytes: Annotated[
         str | None,
         typer.Option(help="About what is read at once of the residuals (default 16KiB).", metavar="SIZE"),
@@ -209,7 +217,7 @@ def pack(
     """
     from dipper.bundle import pack as write
 
-    split = _split_options(base_bits, unit_bytes, energies)
+    split = _split_options(_base_bits(base_bits), unit_bytes, energies)
     target = out if out is not None else Path(source.resolve().stem + ".dipper")
     with _progress() as report:
         told = None if report is None else partial(report, f"packing {source.name}")
@@ -217,7 +225,14 @@ def pack(
     print(path)
 
 
-def _split_options(base_bits: int, unit_bytes: str | None, energies: Path | None) -> dict[str, Any]:
+def _base_bits(text: str) -> int | tuple[int, int]:
+    parts = _listed("--base-bits", text)
+    if not all(part.isdecimal() for part in parts) or len(parts) > 2:
+        raise ConfigError(f"--base-bits {text}: write a number such as 2, or two, of input and GLU columns: 2,3.")
+    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _split_options(base_bits: int | tuple[int, int], unit_bytes: str | None, energies: Path | None) -> dict[str, Any]:
     """The options of `pack` that are about base and residual."""
     given = [name for name, value in (("--unit-bytes", unit_bytes), ("--energies", energies)) if value is not None]
     if not base_bits and given:
@@ -302,6 +317,7 @@ def run(
     d_glu: DGlu = None,
     fetch: Fetch = None,
     fetch_glu: FetchGlu = None,
+    whole: Whole = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
@@ -352,7 +368,7 @@ def run(
         n_tokens = _fitting(len(tokens), n_tokens, opened.model.max_context)
     options: dict[str, Any] = {
         "method": method, "density": density, "d_in": d_in, "d_glu": d_glu, "fetch": fetch,
-        "fetch_glu": fetch_glu, "gamma": gamma, "cache": cache,
+        "fetch_glu": fetch_glu, "whole": _layers(whole), "gamma": gamma, "cache": cache,
         "calibration": calibration, "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader,
         "isa": isa, "kv": kv, "cold": cold or None, "trace": trace,
     }  # fmt: skip
@@ -421,6 +437,7 @@ def chat(
     d_glu: DGlu = None,
     fetch: Fetch = None,
     fetch_glu: FetchGlu = None,
+    whole: Whole = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
@@ -455,6 +472,7 @@ def chat(
     tokenizer = _open_tokenizer(bundle)
     config = _config(
         method=method, density=density, d_in=d_in, d_glu=d_glu, fetch=fetch, fetch_glu=fetch_glu,
+        whole=_layers(whole),
         gamma=gamma, cache=cache, calibration=calibration,
         dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, kv=kv, cold=cold or None, trace=trace,
         context=ctx,
@@ -555,6 +573,7 @@ def evaluate(
     d_glu: DGlu = None,
     fetch: Fetch = None,
     fetch_glu: FetchGlu = None,
+    whole: Whole = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
@@ -609,8 +628,8 @@ def evaluate(
     common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
     files = {"calibration": calibration}
     native = {
-        "fetch": fetch, "fetch_glu": fetch_glu, "dram": dram, "mlp_dram": mlp_dram, "threads": threads,
-        "reader": reader, "isa": isa, "kv": kv,
+        "fetch": fetch, "fetch_glu": fetch_glu, "whole": _layers(whole), "dram": dram, "mlp_dram": mlp_dram,
+        "threads": threads, "reader": reader, "isa": isa, "kv": kv,
     }  # fmt: skip
     torch_method = {
         "select": select, "norms": norms or None, "compensate": compensate or None, "capacity": capacity,
@@ -861,6 +880,7 @@ def bench(
     d_glu: DGlu = None,
     fetch: Fetch = None,
     fetch_glu: FetchGlu = None,
+    whole: Whole = None,
     gamma: Gamma = None,
     cache: Cache = None,
     calibration: Calibration = None,
@@ -912,7 +932,7 @@ def bench(
         raise ConfigError(f"-n {n_tokens} decodes nothing after the first new token: --ledger needs at least -n 2.")
     options = {
         "density": density, "d_in": d_in, "d_glu": d_glu, "fetch": fetch,
-        "fetch_glu": fetch_glu, "gamma": gamma, "cache": cache,
+        "fetch_glu": fetch_glu, "whole": _layers(whole), "gamma": gamma, "cache": cache,
         "calibration": None if calibration is None else str(calibration), "dram": dram, "mlp_dram": mlp_dram,
         "threads": threads, "reader": reader, "isa": isa, "kv": kv, "cold": cold or None,
     }  # fmt: skip
@@ -1207,6 +1227,16 @@ def _listed(option: str, text: str | None) -> tuple[str, ...]:
     return parts
 
 
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    """The layers of --whole."""
+    if text is None:
+        return None
+    parts = _listed("--whole", text)
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--whole {text} is not a list of layers: write 27,2,26.")
+    return tuple(int(part) for part in parts)
+
+
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:
     """A list of numbers with commas."""
     try:
@@ -1224,6 +1254,7 @@ _ACTS_WITH = {
     "d_glu": ("dip", "dip-ca"),
     "fetch": ("planes",),
     "fetch_glu": ("planes",),
+    "whole": ("planes",),
     "cache": ("dip", "dip-ca", "planes"),
     "calibration": ("dip", "dip-ca"),
     "cold": ("dip", "dip-ca", "planes"),

@@ -23,8 +23,9 @@ from dipper.errors import ConfigError
 from dipper.glu import ModelConfig
 from dipper.grid import Grid, can_split, padded_rows, plane_bytes, split_planes
 
-__all__ = ["columns_per_unit", "is_mlp", "layout", "round_up"]
+__all__ = ["BaseBits", "base_bits_by_kind", "columns_per_unit", "is_mlp", "layout", "round_up", "unit_size"]
 
+BaseBits = int | tuple[int, int]  # of all regions, or of input and GLU regions
 
 _MAX_BASE_BITS = 4
 _MAX_UNIT_BYTES = 1 << 30
@@ -63,13 +64,32 @@ def columns_per_unit(record_bytes: int, n_columns: int, unit_bytes: int) -> int:
     return max(range(low, high + 1), key=lambda u: u * record_bytes / round_up(u * record_bytes, ALIGNMENT))
 
 
+def base_bits_by_kind(base_bits: BaseBits) -> tuple[int, int]:
+    """Base bits of the input and of the GLU regions.
+
+    Raises:
+        ConfigError: they are out of range.
+    """
+    bits = (base_bits, base_bits) if isinstance(base_bits, int) else tuple(base_bits)
+    if len(bits) != 2 or not all(0 <= b <= _MAX_BASE_BITS for b in bits):
+        raise ConfigError(f"base_bits is {base_bits}; it must lie in 0..{_MAX_BASE_BITS}, or be two such numbers")
+    return bits[0], bits[1]
+
+
+def unit_size(record_bytes: int, n_columns: int) -> int:
+    """Bytes of a unit: padded to whole 4096s where that costs less than reading past both ends of an unpadded one."""
+    n_bytes = n_columns * record_bytes
+    padded = round_up(n_bytes, ALIGNMENT)
+    return padded if padded - n_bytes <= ALIGNMENT // 2 else n_bytes
+
+
 def layout(
     config: ModelConfig,
     vectors: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
     grids: Mapping[str, Grid],
     *,
-    base_bits: int = 0,
+    base_bits: BaseBits = 0,
     unit_bytes: int = UNIT_BYTES,
 ) -> dict[str, Any]:
     """The header with every offset and size, before checksums and tokenizer files.
@@ -79,15 +99,14 @@ def layout(
         vectors: name -> length of what is computed, not read (rotary tables).
         shapes: name -> shape of every other tensor, `embedding` included where it is not the head.
         grids: of every matrix among them.
-        base_bits: of the regions that can be split; 0: none is.
+        base_bits: of the regions that can be split, or those of input and of GLU regions; 0: none is.
         unit_bytes: about what a unit of a split region has.
 
     Raises:
         ConfigError: ``base_bits`` or ``unit_bytes`` is out of range, no region can be split, or a residual would have
             more than 4 bits.
     """
-    if not 0 <= base_bits <= _MAX_BASE_BITS:
-        raise ConfigError(f"base_bits is {base_bits}; it must lie in 0..{_MAX_BASE_BITS}")
+    bits_of = dict(zip(REGION_MATRICES, base_bits_by_kind(base_bits), strict=True))
     if not 1 <= unit_bytes <= _MAX_UNIT_BYTES:
         raise ConfigError(f"unit_bytes is {unit_bytes}; it must lie in 1..{_MAX_UNIT_BYTES}")
     resident, flash = _Allocator(), _Allocator()
@@ -103,12 +122,12 @@ def layout(
         for name in (n for n in shapes if n.startswith(prefix) and not is_mlp(n)):
             tensors[name] = _place_tensor(shapes[name], grids.get(name), resident)
         for kind in REGION_MATRICES:
-            region = _place_region(shapes, grids, layer, kind, base_bits, unit_bytes, resident, flash)
+            region = _place_region(shapes, grids, layer, kind, bits_of[kind], unit_bytes, resident, flash)
             regions.append(region)
             if region["base"] is not None:
                 # Behind the region's scales: like these it is known once the region has been built.
                 tensors[residual_name(region)] = _place_vector(region["n_columns"], resident)
-    if base_bits and all(region["base"] is None for region in regions):
+    if any(bits_of.values()) and all(region["base"] is None for region in regions):
         codes = ", ".join(sorted({grid.codes for name, grid in grids.items() if is_mlp(name)}))
         raise ConfigError(
             f"base_bits is {base_bits} and no region can be split: all its matrices need 4-, 5- or 6-bit codes of more "
@@ -179,7 +198,7 @@ def _place_region(
     columns, unit, base = 1, record_bytes["flash"], None
     if base_bits:
         columns = columns_per_unit(record_bytes["flash"], n_columns, unit_bytes)
-        unit = round_up(columns * record_bytes["flash"], ALIGNMENT)
+        unit = unit_size(record_bytes["flash"], columns)
     n_bytes = -(-n_columns // columns) * unit
     offset = flash.take(n_bytes, ALIGNMENT)
     if base_bits:

@@ -40,7 +40,7 @@ from dipper.grid import (
     residual_squares,
     tile_sizes,
 )
-from dipper.layout import is_mlp, layout, round_up
+from dipper.layout import BaseBits, is_mlp, layout, round_up
 
 __all__ = ["Progress", "write_bundle"]
 
@@ -58,7 +58,7 @@ def write_bundle(
     progress: Progress | None,
     overwrite: bool,
     tokenizer: bool,
-    base_bits: int = 0,
+    base_bits: BaseBits = 0,
     unit_bytes: int = UNIT_BYTES,
     energies: Mapping[str, Array] | None = None,
 ) -> Path:

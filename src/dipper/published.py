@@ -20,7 +20,7 @@ from dipper.bundle import UNIT_BYTES, Bundle
 from dipper.errors import ConfigError
 from dipper.glu import LayerConfig, ModelConfig, matrix_shapes, vector_shapes
 from dipper.grid import Grid, quantised_grid
-from dipper.layout import is_mlp, layout
+from dipper.layout import BaseBits, is_mlp, layout
 from dipper.rope import RopeConfig
 
 __all__ = ["names", "published_bundle"]
@@ -45,7 +45,7 @@ def published_bundle(
     bits: int = 4,
     other_bits: int = 8,
     max_context: int = 4096,
-    base_bits: int = 0,
+    base_bits: BaseBits = 0,
     unit_bytes: int = UNIT_BYTES,
 ) -> Bundle:
     """A model of `models.toml` as the bundle that `dipper pack --bits` would lay out, without weights.
