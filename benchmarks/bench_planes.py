@@ -217,8 +217,9 @@ def main() -> None:
         hold_disk(bundles[0])
     rows = [row for spec in args.models for row in run_model(spec, args)]
     finish(
-        "planes", rows, bundles, threads=args.threads, n_tokens=args.tokens * args.prompts, unit_bytes=args.unit_bytes
-    )
+        "planes", rows, bundles, threads=args.threads, n_tokens=args.tokens * args.prompts, unit_bytes=args.unit_bytes,
+        ppl_tokens=args.ppl_tokens if args.ppl else None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The method `auto`: what reads least from flash per token within a budget and a bounded loss of quality.
 
-Everything resident where it fits. Else, of a split bundle, `planes` with the smallest fetch that was measured to lose
-no more than `LOSS` in this much DRAM (`planes.toml`, written by experiments/planes.py), unless dense streaming reads
-nearly as little; else `dense-stream`, which loses nothing. What was not measured for a model is not assumed of it.
+Everything resident where it fits. Else, of a split bundle, `planes` with settings that were measured to lose no more
+than `LOSS` in this much DRAM (`planes.toml`, written by experiments/planes.py), unless dense streaming reads nearly as
+little; else `dense-stream`, which loses nothing. What was not measured for a model is not assumed of it.
 
     choice = choose(Bundle.open("model.dipper"), EngineConfig(method="auto", dram="600MB"))
     print(choice.config.method, choice.why)
@@ -18,7 +18,7 @@ from typing import Any
 import tomli
 
 from .budget import EngineConfig, Plan, plan_run
-from .bundle import Bundle
+from .bundle import REGION_MATRICES, Bundle
 from .errors import BudgetError
 
 __all__ = ["LOSS", "Choice", "choose"]
@@ -43,13 +43,16 @@ def _measured() -> dict[str, list[dict[str, Any]]]:
     return {table["source_sha256"]: table["points"] for table in content.get("models", [])}
 
 
-def base_bits(bundle: Bundle) -> int:
-    """Of the first split matrix; 0: none is."""
-    return next((int(m["base_bits"]) for r in bundle.header["regions"] for m in r["matrices"] if m["base_bits"]), 0)
+def base_bits(bundle: Bundle) -> list[int]:
+    """Of the input and of the GLU regions, the most in each; 0: none is split."""
+    regions = bundle.header["regions"]
+    return [
+        max(m["base_bits"] for r in regions if r["kind"] == kind for m in r["matrices"]) for kind in REGION_MATRICES
+    ]
 
 
 def measured_point(bundle: Bundle, bits_per_weight: float) -> dict[str, Any] | None:
-    """The measured setting that fetches least, loses no more than `LOSS`, and took no more DRAM than this."""
+    """Of the measured settings that lose no more than `LOSS` in at most this much DRAM the one with the most of it."""
     points = [
         point
         for point in _measured().get(bundle.header["source"].get("sha256", ""), [])
@@ -57,7 +60,7 @@ def measured_point(bundle: Bundle, bits_per_weight: float) -> dict[str, Any] | N
         and point["increase"] <= LOSS
         and point["bits"] <= bits_per_weight + 0.01
     ]
-    return min(points, key=lambda p: (p["fetch"] + p["fetch_glu"], p["increase"]), default=None)
+    return max(points, key=lambda p: (p["bits"], -p["increase"]), default=None)
 
 
 def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) -> Choice:
@@ -83,7 +86,7 @@ def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) 
         except BudgetError:
             pass
     stream = planned("dense-stream", "")
-    if base_bits(bundle) == 0:
+    if not any(base_bits(bundle)):
         return replace(stream, why="the model does not fit, and its columns are not split (dipper pack --base-bits)")
     point = measured_point(bundle, stream.plan.mlp_limit_bits(bundle.mlp_weights))
     if point is None:
@@ -95,6 +98,7 @@ def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) 
         f"measured: perplexity {100 * point['increase']:+.1f} % at {point['bits']:.2f} bits per MLP weight",
         fetch=point["fetch"],
         fetch_glu=point["fetch_glu"],
+        whole=tuple(point["whole"]),
     )
     ratio = planes.plan.token_bytes / max(1, stream.plan.token_bytes)
     if ratio > _WORTH:
