@@ -95,7 +95,7 @@ ReaderCounters stream_reads(const Model& model, const MlpOptions& options) {
   ReaderCounters c;
   for (const StreamChunk& chunk : chunks_of(model, streamed_regions(model, options), options)) {
     c.reads += n_reads(chunk);
-    c.bytes += chunk.bytes;
+    c.bytes += chunk.bytes();
   }
   return c;
 }
@@ -303,9 +303,9 @@ void GluMlp::tile_region(Region& region, uint8_t* to) {
   const Arena bounce(ring_slot_bytes(chunks));
   for (const StreamChunk& chunk : chunks) {
     std::vector<ReadRange> ranges;
-    for (uint32_t at = 0; at < chunk.bytes; at += kMaxReadBytes)
+    for (uint32_t at = 0; at < chunk.units.bytes; at += kMaxReadBytes)
       ranges.push_back(
-          {chunk.file_offset + at, std::min<uint32_t>(kMaxReadBytes, chunk.bytes - at), bounce.data() + at});
+          {chunk.units.offset + at, std::min<uint32_t>(kMaxReadBytes, chunk.units.bytes - at), bounce.data() + at});
     reader_.wait(reader_.submit(ranges) + ranges.size());
     for (size_t m = 0; m < region.matrices.size(); ++m) {
       const WeightView& w = region.matrices[m];
@@ -316,7 +316,7 @@ void GluMlp::tile_region(Region& region, uint8_t* to) {
         const auto bytes = static_cast<uint64_t>(column_tile_bytes(codes, half));
         uint8_t* out = base[m] + static_cast<uint64_t>(t) * static_cast<uint64_t>(region.n_columns) * tile_bytes +
                        static_cast<uint64_t>(chunk.first) * bytes;
-        const uint8_t* record = bounce.data() + chunk.skip;
+        const uint8_t* record = bounce.data() + chunk.units.skip;
         for (int32_t c = chunk.first; c < chunk.last; ++c, record += region.record_bytes) {
           for (int p = 0; p < 2; ++p) {
             const auto n = static_cast<size_t>(plane_tile_bytes(codes, p, half));
@@ -518,7 +518,7 @@ void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
     } catch (const ConfigError& e) {
       throw ConfigError(region_name(r) + ": " + e.what());
     }
-    bases_ = base_memory_[static_cast<size_t>(r)];
+    split_ = {0, region.n_columns, base_memory_[static_cast<size_t>(r)]};
     const std::span<const int32_t> slots = cache.slots();
     unit_data_.resize(slots.size());
     unit_ticket_.assign(slots.size(), 0);
@@ -551,16 +551,27 @@ void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
   }
 }
 
-// All of a split region, as it lies on flash.
-void GluMlp::take_units(const Region& region, const uint8_t* units, const uint8_t* bases, uint64_t ticket) {
-  bases_ = bases;
+// Columns [first, last) of a split region with all of their units, as these lie on flash.
+void GluMlp::take_units(const Region& region, int32_t first, int32_t last, const uint8_t* units, const uint8_t* bases,
+                        uint64_t ticket) {
+  split_ = {first, last, bases};
   unit_data_.resize(static_cast<size_t>(region.n_units()));
   unit_ticket_.assign(unit_data_.size(), ticket);
-  for (size_t u = 0; u < unit_data_.size(); ++u) unit_data_[u] = units + u * region.unit_bytes;
+  const int32_t first_unit = first / region.columns_per_unit;
+  const int32_t end_unit = (last + region.columns_per_unit - 1) / region.columns_per_unit;
+  for (int32_t u = first_unit; u < end_unit; ++u, units += region.unit_bytes)
+    unit_data_[static_cast<size_t>(u)] = units;
   batch_.awaits = ticket != 0;
 }
 
-// One token's products with a split region at hand.
+// The same of the next chunk of a stream.
+void GluMlp::take_chunk(const Region& region, const WeightStream& stream, const uint8_t* bases) {
+  const StreamChunk& chunk = stream.current();
+  take_units(region, chunk.first, chunk.last, stream.data(), bases != nullptr ? bases : stream.bases(),
+             stream.ticket());
+}
+
+// One token's products with the columns at hand of a split region.
 void GluMlp::multiply_split(const Region& region, const Sums& sums, Ledger& ledger) {
   const double start = now_s();
   const double waited = ledger.wait;
@@ -582,18 +593,18 @@ void GluMlp::multiply_split(const Region& region, const Sums& sums, Ledger& ledg
     for (size_t first = 0; first < n_matrices; first = last_matrix(first)) {
       const size_t last = last_matrix(first);
       const int32_t group = region.matrices[first].grid.group;
-      const int32_t n_blocks = region.matrices[first].n_blocks;
-      const int32_t middle = std::min(region.half_column() / group, n_blocks);
+      const int32_t first_block = split_.first / group;
+      const int32_t end_block = (split_.last + group - 1) / group;
+      const int32_t middle = std::clamp(region.half_column() / group, first_block, end_block);
       const uint8_t* room[2][kMaxGroup];  // bases of this block and the next
       const auto bases = [&](int32_t block) {
         const int32_t from = block * group;
-        const int32_t n = std::min(group, region.n_columns - from);
-        for (int32_t i = 0; i < n; ++i)
-          room[block % 2][i] = bases_ + static_cast<uint64_t>(from + i) * region.base_bytes;
+        const int32_t n = std::min(group, split_.last - from);
+        for (int32_t i = 0; i < n; ++i) room[block % 2][i] = split_.base(region, from + i);
         return RecordColumns{n, room[block % 2], inputs[first].q + from};
       };
-      const int32_t begin = n_sides == 2 && side == 1 ? middle : 0;
-      const int32_t end = n_sides == 2 && side == 0 ? middle : n_blocks;
+      const int32_t begin = n_sides == 2 && side == 1 ? middle : first_block;
+      const int32_t end = n_sides == 2 && side == 0 ? middle : end_block;
       RecordColumns base = begin < end ? bases(begin) : RecordColumns{};
       for (int32_t b = begin; b < end; ++b) {
         SplitColumns columns{b, base, {}, {}, 0, {}};
@@ -703,14 +714,17 @@ void GluMlp::step_split(int32_t r, const float* values, const Sums& sums, Ledger
     multiply_split(region, sums, ledger);
     admit(r, ledger);
   } else if (const uint8_t* held = region_base_[static_cast<size_t>(r)]) {
-    take_units(region, held, held + region.bases_at(), 0);
+    take_units(region, 0, region.n_columns, held, held + region.bases_at(), 0);
     multiply_split(region, sums, ledger);
   } else {
     WeightStream& stream = of_token();
-    take_units(region, stream.data(), stream.data() + region.bases_at(), stream.ticket());
-    multiply_split(region, sums, ledger);
-    const Timed timed(ledger.submit);
-    stream.release();
+    for (bool more = true; more;) {
+      more = stream.current().last < region.n_columns;
+      take_chunk(region, stream, nullptr);
+      multiply_split(region, sums, ledger);
+      const Timed timed(ledger.submit);
+      stream.release();
+    }
   }
 }
 
@@ -881,7 +895,7 @@ void GluMlp::take_refined(const WeightView& w, const MatrixInputs& inputs, int32
   });
 }
 
-// A block's products with a split region at hand, of which every unit is.
+// A block's products with the columns at hand of a split region, of which every unit is.
 void GluMlp::multiply_split_block(const Region& region, int32_t n_tokens, bool all_refined, const Sums& sums,
                                   Ledger& ledger) {
   const double start = now_s();
@@ -889,20 +903,23 @@ void GluMlp::multiply_split_block(const Region& region, int32_t n_tokens, bool a
   for (size_t m = 0; m < region.matrices.size(); ++m) {
     const WeightView& w = region.matrices[m];
     const MatrixInputs in = projector_.inputs(w.grid);
-    if (!all_refined) take_refined(w, in, n_tokens);
     const int32_t group = w.grid.group;
+    if (!all_refined && refined_group_ != group) {
+      take_refined(w, in, n_tokens);
+      refined_group_ = group;
+    }
     pool_.run([&](int thread) {
       if (!wait_ticket(thread, unit_ticket_[0], ledger)) return;
       const Share tiles = share(w.n_tiles(), thread, pool_.size());
       for (int32_t t = tiles.first; t < tiles.last; ++t) {
-        for (int32_t b = 0; b < w.n_blocks; ++b) {
+        for (int32_t b = split_.first / group; b * group < split_.last; ++b) {
           const int32_t first = b * group;
-          const int32_t n = std::min(group, region.n_columns - first);
+          const int32_t n = std::min(group, split_.last - first);
           const uint8_t* base[kMaxGroup];
           const uint8_t* residual[kMaxGroup];
           for (int32_t i = 0; i < n; ++i) {
             const auto column = static_cast<size_t>(first + i);
-            base[i] = bases_ + column * region.base_bytes;
+            base[i] = split_.base(region, first + i);
             residual[i] = unit_data_[static_cast<size_t>(region.unit_of[column])] + region.offset_in_unit[column];
           }
           const SplitTokens tokens{b,
@@ -934,22 +951,24 @@ void GluMlp::split_block(int32_t r, const float* x, int32_t n_tokens, const Bloc
   const bool all_refined =
       masks.kind == BlockMasks::Kind::kDense || (masks.kind == BlockMasks::Kind::kOwn && !refines(options_, r));
   projector_.take(x, region.n_columns, n_tokens);
+  refined_group_ = 0;
   if (const uint8_t* held = region_base_[static_cast<size_t>(r)]) {
-    take_units(region, held, held + region.bases_at(), 0);
+    take_units(region, 0, region.n_columns, held, held + region.bases_at(), 0);
     multiply_split_block(region, n_tokens, all_refined, sums, ledger);
     return;
   }
-  const uint8_t* units = stream_->data();
-  take_units(region, units, refines(options_, r) ? base_memory_[static_cast<size_t>(r)] : units + region.bases_at(),
-             stream_->ticket());
-  multiply_split_block(region, n_tokens, all_refined, sums, ledger);
-  if (refines(options_, r) && (masks.kind == BlockMasks::Kind::kOwn || masks.touch_cache)) {
-    const std::span<const int32_t> slots = caches_[static_cast<size_t>(r)].slots();
-    for (size_t u = 0; u < slots.size(); ++u) {
-      if (slots[u] >= 0) std::memcpy(slot(r, slots[u]), unit_data_[u], region.unit_bytes);
-    }
+  const bool fills_slots = refines(options_, r) && (masks.kind == BlockMasks::Kind::kOwn || masks.touch_cache);
+  const uint8_t* bases = base_memory_[static_cast<size_t>(r)];  // of refined regions
+  for (bool more = true; more;) {
+    const StreamChunk chunk = stream_->current();
+    const uint8_t* first_base =
+        bases == nullptr ? nullptr : bases + static_cast<uint64_t>(chunk.first) * region.base_bytes;
+    take_chunk(region, *stream_, first_base);
+    multiply_split_block(region, n_tokens, all_refined, sums, ledger);
+    if (fills_slots) copy_streamed(r, chunk, stream_->data());
+    stream_->release();
+    more = chunk.last < region.n_columns;
   }
-  stream_->release();
 }
 
 void GluMlp::mask_block(int32_t r, float* x, int32_t n_tokens, const BlockMasks& masks, const uint8_t* forced) {
@@ -1014,11 +1033,14 @@ void GluMlp::mask_block(int32_t r, float* x, int32_t n_tokens, const BlockMasks&
 
 // What a streamed chunk holds of the cache's contents goes to its slots.
 void GluMlp::copy_streamed(int32_t r, const StreamChunk& chunk, const uint8_t* data) {
-  const uint32_t bytes = model_.regions[static_cast<size_t>(r)].record_bytes;
+  const Region& region = model_.regions[static_cast<size_t>(r)];
+  const uint32_t bytes = region.unit_bytes;
   const std::span<const int32_t> slots = caches_[static_cast<size_t>(r)].slots();
-  for (int32_t c = chunk.first; c < chunk.last; ++c) {
-    const int32_t s = slots[static_cast<size_t>(c)];
-    if (s >= 0) std::memcpy(slot(r, s), data + static_cast<uint64_t>(c - chunk.first) * bytes, bytes);
+  const int32_t first = chunk.first / region.columns_per_unit;
+  const int32_t end = (chunk.last + region.columns_per_unit - 1) / region.columns_per_unit;
+  for (int32_t u = first; u < end; ++u) {
+    const int32_t s = slots[static_cast<size_t>(u)];
+    if (s >= 0) std::memcpy(slot(r, s), data + static_cast<uint64_t>(u - first) * bytes, bytes);
   }
 }
 

@@ -194,7 +194,9 @@ class GluMlp {
   void step_region(int32_t region, const float* values, const Sums& sums, Ledger& ledger);
   void project(int32_t region, const float* x, int32_t n_tokens, bool masked, const Sums& sums, Ledger& ledger);
   void multiply(const Region& region, const Sums& sums, Ledger& ledger);
-  void take_units(const Region& region, const uint8_t* units, const uint8_t* bases, uint64_t ticket);
+  void take_units(const Region& region, int32_t first, int32_t last, const uint8_t* units, const uint8_t* bases,
+                  uint64_t ticket);
+  void take_chunk(const Region& region, const WeightStream& stream, const uint8_t* bases);
   void multiply_split(const Region& region, const Sums& sums, Ledger& ledger);
   void step_split(int32_t region, const float* values, const Sums& sums, Ledger& ledger);
   void begin_token();
@@ -274,8 +276,17 @@ class GluMlp {
   std::vector<Admission> admissions_;
   std::vector<const uint8_t*> admitted_record_;
   Refinement refinement_;
-  // A split region at hand: where its bases and each unit lie (null: not used), and the reads that bring units.
-  const uint8_t* bases_ = nullptr;
+  // Columns at hand of a split region: their bases, one after the other; where each unit lies (null: not used), and the
+  // reads that bring units.
+  struct SplitAtHand {
+    int32_t first = 0;
+    int32_t last = 0;
+    const uint8_t* bases = nullptr;  // of column `first` on
+
+    const uint8_t* base(const Region& region, int32_t column) const {
+      return bases + static_cast<uint64_t>(column - first) * region.base_bytes;
+    }
+  } split_;
   std::vector<const uint8_t*> unit_data_;
   std::vector<uint64_t> unit_ticket_;
   std::vector<int32_t> block_masks_;  // [n_tokens, k]
@@ -284,6 +295,7 @@ class GluMlp {
   std::vector<uint8_t> refined_columns_;  // [n_tokens, n_columns]: 1 where a token's column is refined
   std::vector<int16_t> refined_q_;        // [n_tokens, padded_inputs(n_columns)]
   std::vector<int32_t> coarse_;           // [n_tokens, n_blocks]
+  int32_t refined_group_ = 0;             // of the blocks that these are for; 0: not made
   float* gate_ = nullptr;                 // [block_tokens, I padded]
   float* up_ = nullptr;
   float* second_gate_ = nullptr;  // Sums::second

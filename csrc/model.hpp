@@ -53,6 +53,7 @@ struct Region {
   uint32_t base_bytes = 0;               // of a column
   uint64_t base_offset = 0;              // in the file
   const float* residual_norm = nullptr;  // [n_columns]
+  bool natural = true;                   // columns lie in units in their own order
   std::vector<int32_t> order;            // [n_columns] the columns as they lie in units
   std::vector<int32_t> unit_of;          // [n_columns] by column
   std::vector<uint32_t> offset_in_unit;  // [n_columns] by column
@@ -65,6 +66,7 @@ struct Region {
   }
   uint64_t bases_bytes() const { return static_cast<uint64_t>(n_columns) * base_bytes; }
   uint64_t bases_at() const { return base_offset - offset; }  // from the first unit
+  uint64_t base_record(int32_t column) const { return base_offset + static_cast<uint64_t>(column) * base_bytes; }
   uint64_t unit_offset(int32_t unit) const { return offset + static_cast<uint64_t>(unit) * unit_bytes; }
   // Where the second half of the columns begins, whose products are summed apart.
   int32_t half_column() const { return split_column(n_columns); }

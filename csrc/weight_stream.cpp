@@ -2,42 +2,52 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 namespace dipper {
 
 namespace {
 
 constexpr uint32_t kMaxStreamRead = 1u << 20;
+constexpr uint64_t kAlign = FlashReader::alignment();
+
+StreamSpan span_of(uint64_t begin, uint64_t end) {
+  const uint64_t from = begin / kAlign * kAlign;
+  const uint64_t to = (end + kAlign - 1) / kAlign * kAlign;
+  return {from, static_cast<uint32_t>(to - from), static_cast<uint32_t>(begin - from)};
+}
 
 }  // namespace
 
-uint32_t n_reads(const StreamChunk& chunk) { return (chunk.bytes + kMaxStreamRead - 1) / kMaxStreamRead; }
+uint32_t n_reads(const StreamChunk& chunk) {
+  const auto reads = [](uint32_t bytes) { return (bytes + kMaxStreamRead - 1) / kMaxStreamRead; };
+  return reads(chunk.units.bytes) + reads(chunk.bases.bytes);
+}
 
 std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32_t>& regions, uint32_t max_bytes,
                                      const std::vector<uint8_t>& based) {
-  constexpr uint64_t kAlign = FlashReader::alignment();
   std::vector<StreamChunk> chunks;
   for (const int32_t r : regions) {
     const Region& region = model.regions[static_cast<size_t>(r)];
-    if (region.split()) {
-      const bool units_alone = !based.empty() && based[static_cast<size_t>(r)];
-      const uint64_t bytes = units_alone ? region.bases_at() : (region.bytes() + kAlign - 1) / kAlign * kAlign;
-      chunks.push_back({r, 0, region.n_columns, region.offset, static_cast<uint32_t>(bytes), 0});
-      continue;
-    }
-    const int32_t n_blocks = (region.n_columns + kMaxGroup - 1) / kMaxGroup;
-    const uint64_t block_bytes = static_cast<uint64_t>(kMaxGroup) * region.record_bytes;
-    const auto room =
-        static_cast<int32_t>(std::max<uint64_t>(1, (max_bytes - 2 * kAlign) / block_bytes));  // blocks a read
-    const int32_t n_chunks = (n_blocks + room - 1) / room;
+    const bool with_bases = region.split() && (based.empty() || based[static_cast<size_t>(r)] == 0);
+    const int32_t per_unit = region.columns_per_unit;
+    const int32_t step = region.natural ? std::lcm(kMaxGroup, per_unit) : region.n_columns;  // columns
+    const int32_t n_steps = (region.n_columns + step - 1) / step;
+    const uint64_t step_bytes = static_cast<uint64_t>(step / per_unit) * region.unit_bytes +
+                                (with_bases ? static_cast<uint64_t>(step) * region.base_bytes : 0);
+    const uint64_t widened = (with_bases ? 4 : 2) * kAlign;
+    const auto room = static_cast<int32_t>(std::max<uint64_t>(1, (max_bytes - widened) / step_bytes));  // steps a chunk
+    const int32_t n_chunks = (n_steps + room - 1) / room;
     for (int32_t c = 0; c < n_chunks; ++c) {
-      const int32_t first = static_cast<int32_t>(static_cast<int64_t>(n_blocks) * c / n_chunks) * kMaxGroup;
-      const int32_t last = std::min(
-          region.n_columns, static_cast<int32_t>(static_cast<int64_t>(n_blocks) * (c + 1) / n_chunks) * kMaxGroup);
-      const uint64_t begin = region.unit_offset(first) / kAlign * kAlign;
-      const uint64_t end = (region.unit_offset(last) + kAlign - 1) / kAlign * kAlign;
-      chunks.push_back({r, first, last, begin, static_cast<uint32_t>(end - begin),
-                        static_cast<uint32_t>(region.unit_offset(first) - begin)});
+      const auto at = [&](int32_t i) {
+        return std::min(region.n_columns, static_cast<int32_t>(static_cast<int64_t>(n_steps) * i / n_chunks) * step);
+      };
+      const int32_t first = at(c);
+      const int32_t last = at(c + 1);
+      StreamChunk chunk{r, first, last, {}, {}};
+      chunk.units = span_of(region.unit_offset(first / per_unit), region.unit_offset((last + per_unit - 1) / per_unit));
+      if (with_bases) chunk.bases = span_of(region.base_record(first), region.base_record(last));
+      chunks.push_back(chunk);
     }
   }
   return chunks;
@@ -45,7 +55,7 @@ std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32
 
 uint32_t ring_slot_bytes(const std::vector<StreamChunk>& chunks) {
   uint32_t most = 0;
-  for (const StreamChunk& c : chunks) most = std::max(most, c.bytes);
+  for (const StreamChunk& c : chunks) most = std::max(most, c.bytes());
   return most;
 }
 
@@ -69,11 +79,16 @@ void WeightStream::read_ahead() {
   while (read_ < end_ && read_ - use_ < n_slots_) {
     const StreamChunk& c = chunks_[static_cast<size_t>(read_ % static_cast<int64_t>(chunks_.size()))];
     ranges_.clear();
-    for (uint32_t at = 0; at < c.bytes; at += kMaxStreamRead)
-      ranges_.push_back({c.file_offset + at, std::min(kMaxStreamRead, c.bytes - at), slot(read_) + at});
+    add_reads(c.units, slot(read_));
+    add_reads(c.bases, slot(read_) + c.units.bytes);
     tickets_[static_cast<size_t>(read_ % n_slots_)] = reader_.submit(ranges_) + ranges_.size();
     ++read_;
   }
+}
+
+void WeightStream::add_reads(const StreamSpan& span, uint8_t* to) {
+  for (uint32_t at = 0; at < span.bytes; at += kMaxStreamRead)
+    ranges_.push_back({span.offset + at, std::min(kMaxStreamRead, span.bytes - at), to + at});
 }
 
 void WeightStream::release() {

@@ -10,19 +10,28 @@
 
 namespace dipper {
 
-// Consecutive columns of one region, one read. Starts at a multiple of 32 columns, so that no block is split. A split
-// region, whose units hold columns in any order, is one chunk: its units and, where they are wanted, its bases.
+// A part of the file that is read to a buffer; offset and bytes are aligned.
+struct StreamSpan {
+  uint64_t offset = 0;
+  uint32_t bytes = 0;
+  uint32_t skip = 0;  // from the span's start to what is wanted
+};
+
+// Consecutive columns of one region: their units and, of a split region where they are wanted, their bases behind
+// these. Starts at a multiple of 32 columns and of a unit, so that no block and no unit is split. A region whose units
+// hold columns in another order is one chunk.
 struct StreamChunk {
   int32_t region;
   int32_t first;  // column
   int32_t last;
-  uint64_t file_offset;  // aligned
-  uint32_t bytes;        // aligned
-  uint32_t skip;         // from the buffer's start to record `first`
+  StreamSpan units;
+  StreamSpan bases;
+
+  uint32_t bytes() const { return units.bytes + bases.bytes; }
 };
 
-// Cuts regions into chunks of at most max_bytes (at least 32 columns each), even in size. based: by region, whether its
-// bases are elsewhere already; empty: none.
+// Cuts regions into chunks of at most max_bytes where these hold the fewest columns that go, even in size. based: by
+// region, whether its bases are elsewhere already; empty: none.
 std::vector<StreamChunk> make_chunks(const Model& model, const std::vector<int32_t>& regions, uint32_t max_bytes,
                                      const std::vector<uint8_t>& based = {});
 // Reads that bring a chunk.
@@ -44,7 +53,8 @@ class WeightStream {
   const StreamChunk& current() const {
     return chunks_[static_cast<size_t>(use_ % static_cast<int64_t>(chunks_.size()))];
   }
-  const uint8_t* data() const { return slot(use_) + current().skip; }
+  const uint8_t* data() const { return slot(use_) + current().units.skip; }  // the first unit
+  const uint8_t* bases() const { return slot(use_) + current().units.bytes + current().bases.skip; }
   uint64_t ticket() const { return tickets_[static_cast<size_t>(use_ % n_slots_)]; }
   void release();
   // Ends the stream; the reader must have finished what was submitted.
@@ -53,6 +63,7 @@ class WeightStream {
  private:
   uint8_t* slot(int64_t i) const { return ring_ + static_cast<uint64_t>(i % n_slots_) * slot_bytes_; }
   void read_ahead();
+  void add_reads(const StreamSpan& span, uint8_t* to);
 
   FlashReader& reader_;
   std::vector<StreamChunk> chunks_;

@@ -83,6 +83,7 @@ class FakeEngine:
             minimum_bytes=90_000_000,
             stream_reads=0,
             stream_bytes=0,
+            token_bytes=0,
             options={},
         )
         self.n_past, self.reader_backend, self.direct, self.isa, self.n_threads = 0, "io_uring", True, "avx2", 2

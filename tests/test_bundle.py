@@ -25,7 +25,7 @@ from dipper.checkpoint import open_checkpoint
 from dipper.errors import BundleError, CheckpointError, ConfigError
 from dipper.glu import read_model
 from dipper.grid import dequantise, plane_bytes
-from dipper.layout import columns_per_unit
+from dipper.layout import columns_per_unit, unit_size
 
 SRC = str(Path(__file__).parents[1] / "src")
 
@@ -591,9 +591,11 @@ def test_a_split_bundle_has_the_same_weights(types, hidden, inner, base_bits, un
                 }
                 continue
             assert u == columns_per_unit(region["record_bytes"], n, unit_bytes)
-            assert region["unit_bytes"] == -(-u * region["record_bytes"] // ALIGNMENT) * ALIGNMENT
+            n_bytes = u * region["record_bytes"]
+            padding = -n_bytes % ALIGNMENT
+            assert region["unit_bytes"] == n_bytes + (padding if padding <= 2048 else 0)
             assert region["bytes"] == -(-n // u) * region["unit_bytes"]
-            assert region["base"]["offset"] == region["offset"] + region["bytes"]
+            assert region["base"]["offset"] == region["offset"] + -(-region["bytes"] // ALIGNMENT) * ALIGNMENT
         for name in ("gate", "up", "down"):
             weights = whole.dequantise(f"layers.0.{name}")
             np.testing.assert_array_equal(bundle.dequantise(f"layers.0.{name}"), weights)
@@ -616,6 +618,22 @@ def test_a_split_bundle_has_the_same_weights(types, hidden, inner, base_bits, un
 )
 def test_columns_per_unit(record_bytes, n_columns, unit_bytes, expected):
     assert columns_per_unit(record_bytes, n_columns, unit_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("record_bytes", "n_columns", "expected"),
+    [
+        (768, 16, 12288),  # whole pages
+        (2048, 1, 4096),  # padding of 2048 is the most
+        (2047, 1, 2047),
+        (96, 42, 4096),
+        (1000, 5, 5000),  # 3192 more would be padding
+        (5000, 2, 10000),
+        (5120, 2, 12288),
+    ],
+)
+def test_unit_size(record_bytes, n_columns, expected):
+    assert unit_size(record_bytes, n_columns) == expected
 
 
 @pytest.fixture(scope="module")
@@ -714,22 +732,34 @@ def test_bytes_of_a_split_bundle(split_bundle, tmp_path):
     assert whole.describe()["base_bits"] == {"gate": [0], "up": [0], "down": [0]}
 
 
-@pytest.mark.parametrize("where", ["unit", "unit padding", "base", "base padding"])
-def test_a_flipped_byte_of_a_split_region_is_named(tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "unit_bytes"),
+    [
+        ("unit", 4096),
+        ("unit", 700),
+        ("unit padding", 4096),
+        ("padding of all units", 700),
+        ("base", 4096),
+        ("base padding", 700),
+    ],
+)
+def test_a_flipped_byte_of_a_split_region_is_named(tmp_path, where, unit_bytes):
     pytest.importorskip("gguf")
     source = write_split_gguf(tmp_path / "x.gguf", ("Q4_0",) * 3, 192, 160, n_layers=2)
-    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", tokenizer=False, base_bits=2, unit_bytes=4096))
+    bundle = Bundle.open(pack(source, tmp_path / "x.dipper", tokenizer=False, base_bits=2, unit_bytes=unit_bytes))
     region = bundle.header["regions"][3]
     base = region["base"]
+    assert (region["unit_bytes"] % 4096 == 0) == (unit_bytes == 4096)
     at = {
         "unit": region["offset"] + 5,
         "unit padding": region["offset"] + region["unit_bytes"] - 1,
+        "padding of all units": base["offset"] - 1,
         "base": base["offset"] + base["bytes"] - 1,
         "base padding": base["offset"] + -(-base["bytes"] // 4096) * 4096 - 1,
     }[where]
     file = bundle.path / "flash.bin"
     content = bytearray(file.read_bytes())
-    if where.endswith("padding"):
+    if "padding" in where:
         assert content[at] == 0
     content[at] ^= 1
     file.write_bytes(content)
@@ -748,10 +778,13 @@ HOSTILE_SPLIT = [
     ("regions/0/columns_per_unit", 1.0, "columns_per_unit is 1.0"),
     ("regions/0/columns_per_unit", KeyError, "'columns_per_unit' is missing"),
     ("regions/0/columns_per_unit", 1, "layers.0.input: bytes is"),
-    ("regions/0/columns_per_unit", 60, "layers.0.input: unit_bytes is 4096, not 12288"),
-    ("regions/0/unit_bytes", 8192, "layers.0.input: unit_bytes is 8192, not 4096"),
-    ("regions/0/unit_bytes", 4096.0, "layers.0.input: unit_bytes is 4096.0, not 4096"),
-    ("regions/0/unit_bytes", 0, "layers.0.input: unit_bytes is 0, not 4096"),
+    ("regions/0/columns_per_unit", 60, "layers.0.input: unit_bytes is 4096, not 9600 or 12288"),
+    ("regions/0/unit_bytes", 8192, "layers.0.input: unit_bytes is 8192, not 4000 or 4096"),
+    ("regions/0/unit_bytes", 4096.0, "layers.0.input: unit_bytes is 4096.0, not 4000 or 4096"),
+    ("regions/0/unit_bytes", 0, "layers.0.input: unit_bytes is 0, not 4000 or 4096"),
+    ("regions/0/unit_bytes", 4000, "layers.0.input: bytes is 32768, not 32000"),
+    ("regions/0/unit_bytes", 3999, "layers.0.input: unit_bytes is 3999, not 4000 or 4096"),
+    ("regions/0/unit_bytes", "4096", "layers.0.input: unit_bytes is '4096', not 4000 or 4096"),
     ("regions/0/unit_bytes", KeyError, "'unit_bytes' is missing"),
     ("regions/0/record_bytes", 1, "stride"),
     ("regions/0/bytes", 192 * 160, "layers.0.input: bytes is 30720, not"),
@@ -802,6 +835,21 @@ def test_hostile_headers_of_split_bundles(split_bundle, path, value, message):
     assert "\n" not in str(error.value)
 
 
+def test_units_lie_padded_or_not(split_bundle):
+    """A reader takes either; what lies behind the units follows from what they are."""
+    header = copy.deepcopy(split_bundle.header)
+    for region, padded, unpadded in zip(header["regions"], (8 * 4096, 7 * 4096) * 2, (4000, 4032) * 2, strict=True):
+        assert (region["unit_bytes"], region["bytes"]) == (4096, padded)
+        region["unit_bytes"], region["bytes"] = unpadded, padded // 4096 * unpadded
+    (split_bundle.path / "bundle.json").write_bytes(header_bytes(header))
+    opened = Bundle.open(split_bundle.path)  # the base's offset is the same: the region is padded to it
+    assert opened.header["regions"][0]["bytes"] == 32000
+    header["regions"][0]["base"]["offset"] -= 768
+    (split_bundle.path / "bundle.json").write_bytes(header_bytes(header))
+    with pytest.raises(BundleError, match="layers.0.input base: offset is 32000, not 32768"):
+        Bundle.open(split_bundle.path)
+
+
 def test_regions_that_overlap_a_base(split_bundle):
     """A region and its base, both moved over the base of another."""
     header = copy.deepcopy(split_bundle.header)
@@ -831,10 +879,44 @@ def test_only_whole_regions_are_split(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("base_bits", "found"),
+    [((2, 3), [2, 2, 3]), ((3, 2), [3, 3, 2]), ((0, 3), [0, 0, 3]), ((1, 0), [1, 1, 0]), ((0, 0), [0, 0, 0])],
+)
+def test_base_bits_by_kind(split_source, tmp_path, base_bits, found):
+    whole = Bundle.open(pack(split_source, tmp_path / "whole.dipper", tokenizer=False))
+    energies = energies_of(whole) if any(base_bits) else None
+    split = Bundle.open(
+        pack(split_source, tmp_path / "split.dipper", tokenizer=False, base_bits=base_bits, energies=energies)
+    )
+    split.verify()
+    assert split.describe()["base_bits"] == {n: [b] for n, b in zip(("gate", "up", "down"), found, strict=True)}
+    for region in split.header["regions"]:
+        bits = base_bits[region["kind"] == "glu"]
+        assert (region["base"] is not None) == (region["order"] is not None) == (bits > 0)
+        assert (f"{region_name(region)}_residual" in split.header["tensors"]) == (bits > 0)
+    for name in ("gate", "up", "down"):
+        np.testing.assert_array_equal(split.dequantise(f"layers.1.{name}"), whole.dequantise(f"layers.1.{name}"))
+
+
+@pytest.mark.parametrize("bits", [0, 2])
+def test_one_number_of_base_bits_is_both(split_source, tmp_path, bits):
+    one, two = (
+        pack(split_source, tmp_path / f"{name}.dipper", tokenizer=False, base_bits=base_bits)
+        for name, base_bits in (("one", bits), ("two", (bits, bits)))
+    )
+    for file in sorted(one.iterdir()):
+        assert file.read_bytes() == (two / file.name).read_bytes()
+
+
 def test_options_of_the_split_that_cannot_be(split_source, tmp_path):
     for options, message in (
-        ({"base_bits": 5}, "base_bits is 5; it must lie in 0..4"),
-        ({"base_bits": -1}, "base_bits is -1; it must lie in 0..4"),
+        ({"base_bits": 5}, "base_bits is 5; it must lie in 0..4, or be two such numbers"),
+        ({"base_bits": -1}, "base_bits is -1; it must lie in 0..4, or be two such numbers"),
+        ({"base_bits": (2, 5)}, "base_bits is (2, 5); it must lie in 0..4, or be two such numbers"),
+        ({"base_bits": (-1, 2)}, "base_bits is (-1, 2); it must lie in 0..4, or be two such numbers"),
+        ({"base_bits": (2,)}, "base_bits is (2,); it must lie in 0..4, or be two such numbers"),
+        ({"base_bits": (1, 2, 3)}, "base_bits is (1, 2, 3); it must lie in 0..4, or be two such numbers"),
         ({"base_bits": 2, "unit_bytes": 0}, "unit_bytes is 0; it must lie in 1..1073741824"),
         (
             {"base_bits": 1},
@@ -843,6 +925,10 @@ def test_options_of_the_split_that_cannot_be(split_source, tmp_path):
         ),
         (
             {"energies": {}},
+            "energies order the columns of split regions, and base_bits is 0: give base bits, or no energies",
+        ),
+        (
+            {"energies": {}, "base_bits": (0, 0)},
             "energies order the columns of split regions, and base_bits is 0: give base bits, or no energies",
         ),
     ):

@@ -72,7 +72,7 @@ def lines(capsys):
         (["rnu"], "there is no verb 'rnu'; did you mean `dipper run`?"),
         (
             ["zzz"],
-            "there is no verb 'zzz'; the verbs are pull, pack, inspect, run, chat, eval, calibrate, compare, bench, "
+            "there is no verb 'zzz'; the verbs are pull, pack, energies, inspect, run, chat, eval, calibrate, compare, bench, "
             "doctor, simulate, plan",
         ),
         (
@@ -85,10 +85,10 @@ def lines(capsys):
         (["run", "b", "p", "--density", "x"], "Invalid value for '--density'"),
         (["run", "b", "p", "--seed", "-1"], "seed is -1; it must be 0 or more."),
         (["run", "b", "p", "--top-k", "4"], "top_k would have no effect at temperature 0"),
-        (["run", "b", "p", "--density", "0"], "density is 0.0, outside (0, 1]: give a share such as 0.7"),
+        (["run", "b", "p", "--method", "dip", "--density", "0"], "density is 0.0, outside (0, 1]: give a share such as 0.7"),
         (
             ["run", "b", "p", "--method", "dpi"],
-            "method 'dpi' is unknown: choose dense-resident, dense-stream, dip, dip-ca",
+            "method 'dpi' is unknown: choose auto, dense-resident, dense-stream, dip, dip-ca, planes",
         ),
         (
             ["run", "b", "p", "--method", "dense-stream", "--density", ".5"],
@@ -99,8 +99,38 @@ def lines(capsys):
             "--calibration has no effect with dense-resident: drop it, or use --method dip or dip-ca.",
         ),
         (
-            ["run", "b", "p", "--gamma", ".5"],
+            ["run", "b", "p", "--method", "dip", "--gamma", ".5"],
             "--gamma has no effect with dip: drop it, or use --method dip-ca.",
+        ),
+        (
+            ["run", "b", "p", "--density", ".5"],
+            "--density has no effect with auto: drop it, or use --method dip or dip-ca.",
+        ),
+        (["chat", "b", "--cold"], "--cold has no effect with auto: drop it, or use --method dip or dip-ca or planes."),
+        (["run", "b", "p", "--fetch", ".1"], "--fetch has no effect with auto: drop it, or use --method planes."),
+        (
+            ["run", "b", "p", "--method", "dip", "--whole", "1"],
+            "--whole has no effect with dip: drop it, or use --method planes.",
+        ),
+        (
+            ["bench", "b", "--modes", "planes", "--whole", "1,,2"],
+            "--whole 1,,2 has an empty part: separate values with single commas.",
+        ),
+        (
+            ["run", "b", "p", "--method", "planes", "--whole", "a"],
+            "--whole a is not a list of layers: write 27,2,26.",
+        ),
+        (
+            ["chat", "b", "--method", "planes", "--whole", "-1"],
+            "--whole -1 is not a list of layers: write 27,2,26.",
+        ),
+        (
+            ["eval", "b", "--text", "no.txt", "--method", "planes", "--whole", "2,1,2"],
+            "whole layers are (2, 1, 2): give each once, counted from 0",
+        ),
+        (
+            ["run", "b", "p", "--method", "planes", "--fetch-glu", "1.5"],
+            "fetch_glu is 1.5, outside [0, 1]: give a share such as 0.1",
         ),
         (["run", "b", "p", "--stop", ""], "A stop string is empty"),
         (["run", "b", "p", "--raw", "--system", "x"], "--system needs a chat template, and --raw leaves the chat"),
@@ -191,7 +221,7 @@ def test_help_has_examples_and_version_is_the_packages(capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    ["pull", "pack", "inspect", "run", "chat", "eval", "calibrate", "compare", "bench", "doctor", "simulate", "plan"],
+    ["pull", "pack", "energies", "inspect", "run", "chat", "eval", "calibrate", "compare", "bench", "doctor", "simulate", "plan"],
 )
 def test_every_verb_shows_an_example(capsys, verb):
     assert main([verb, "--help"]) == 0
@@ -214,7 +244,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_run_streams_text_then_one_table(opened, capsys):
-    assert main(["run", "b", "hi", "--density", "0.6"]) == 0
+    assert main(["run", "b", "hi", "--method", "dip", "--density", "0.6"]) == 0
     out, err = lines(capsys)
     assert out[:2] == ["ok", ""]
     names = [line.split("  ")[0] for line in out[2:]]
@@ -231,7 +261,7 @@ def test_run_streams_text_then_one_table(opened, capsys):
 
 
 def test_run_json_is_the_last_line_of_stdout(opened, capsys):
-    assert main(["run", "b", "hi", "--json", "--seed", "7"]) == 0
+    assert main(["run", "b", "hi", "--method", "dip", "--json", "--seed", "7"]) == 0
     out, _ = lines(capsys)
     record = json.loads(out[-1])
     assert out[0] == "ok" == record["text"]
@@ -277,9 +307,25 @@ def test_run_gives_options_to_the_engine(opened):
     assert (config.threads, config.reader, config.isa) == (1, "pread", "scalar")
 
 
-def test_run_defaults_are_the_engines(opened):
-    assert main(["run", "b", "hi"]) == 0
-    assert opened[0].config == engine_module.EngineConfig(context=opened[0].config.context)
+@pytest.mark.parametrize("verb", [["run", "b", "hi"], ["chat", "b"]])
+def test_defaults_are_the_engines_with_method_auto(opened, monkeypatch, verb):
+    monkeypatch.setattr("builtins.input", lambda: "/quit")
+    assert main(verb) == 0
+    assert opened[0].config == engine_module.EngineConfig(method="auto", context=opened[0].config.context)
+
+
+def test_auto_takes_budgets(opened):
+    assert main(["run", "b", "hi", "--dram", "600MB", "--mlp-dram", "2.7b", "--threads", "1"]) == 0
+    config = opened[0].config
+    assert (config.method, config.dram, config.mlp_dram, config.threads) == ("auto", "600MB", "2.7b", 1)
+
+
+def test_run_gives_options_of_planes_to_the_engine(opened):
+    args = "run b hi --method planes --fetch .2 --fetch-glu .05 --whole 27,2,26 --cache lru --mlp-dram 3b --cold"
+    assert main(args.split()) == 0
+    config = opened[0].config
+    assert (config.method, config.fetches, config.whole) == ("planes", (0.2, 0.05), (27, 2, 26))
+    assert (config.cache, config.mlp_dram, config.cold) == ("lru", "3b", True)
 
 
 def test_run_reads_a_prompt_from_stdin(opened, monkeypatch):
@@ -586,10 +632,29 @@ def test_pack_names_the_bundle_after_its_source(monkeypatch, capsys, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("text", "bits"), [("2,3", (2, 3)), ("0,3", (0, 3)), (" 2 , 3 ", (2, 3)), ("3", 3)])
+def test_pack_takes_base_bits_by_kind(monkeypatch, text, bits):
+    asked = {}
+    monkeypatch.setattr(bundle_module, "pack", lambda source, out, **options: asked.update(options) or out)
+    assert main(["pack", "tiny.gguf", "--base-bits", text]) == 0
+    assert asked["base_bits"] == bits
+
+
 def test_pack_says_what_is_wrong_with_the_split(capsys, tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"PK")
     for options, message in (
         (["--unit-bytes", "8KiB"], "--unit-bytes is about residuals, and --base-bits is 0: give base bits, or drop it"),
+        (["--base-bits", "2,"], "--base-bits 2, has an empty part: separate values with single commas."),
+        (["--base-bits", "x"], "--base-bits x: write a number such as 2, or two, of input and GLU columns: 2,3."),
+        (
+            ["--base-bits", "1,2,3"],
+            "--base-bits 1,2,3: write a number such as 2, or two, of input and GLU columns: 2,3.",
+        ),
+        (["--base-bits", "-1"], "--base-bits -1: write a number such as 2, or two, of input and GLU columns: 2,3."),
+        (
+            ["--base-bits", "0,0", "--unit-bytes", "8KiB"],
+            "--unit-bytes is about residuals, and --base-bits is 0: give base bits, or drop it",
+        ),
         (["--energies", "e"], "--energies is about residuals, and --base-bits is 0: give base bits, or drop it"),
         (
             ["--base-bits", "2", "--unit-bytes", "big"],
@@ -893,7 +958,7 @@ def simulate_devices():
         ),
         (
             ["phi-3-mini", "--method", "dpi", "-p", "1", "-n", "1"],
-            "method 'dpi' is unknown: choose dense-resident, dense-stream, dip, dip-ca",
+            "method 'dpi' is unknown: choose auto, dense-resident, dense-stream, dip, dip-ca, planes",
         ),
         (
             ["phi-3-mini", "--method", "dip", "--cache", "fifo", "-p", "1", "-n", "1"],

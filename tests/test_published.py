@@ -12,6 +12,7 @@ from dipper import published
 from dipper.budget import EngineConfig, plan_run
 from dipper.bundle import Bundle, pack
 from dipper.errors import BudgetError, ConfigError
+from dipper.layout import BaseBits
 from dipper.published import names, published_bundle
 from dipper.workload import Setting
 
@@ -113,8 +114,12 @@ def test_sizes_are_what_packing_lays_out(kind: str, bits: int, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_split_sizes_are_what_packing_lays_out(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    split: dict[str, Any] = {"base_bits": 2, "unit_bytes": 8192}
+@pytest.mark.parametrize("base_bits", [2, (2, 3)])
+@pytest.mark.parametrize("unit_bytes", [700, 8192])
+def test_split_sizes_are_what_packing_lays_out(
+    kind: str, base_bits: BaseBits, unit_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split: dict[str, Any] = {"base_bits": base_bits, "unit_bytes": unit_bytes}
     source = tiny.write_hf(tmp_path / kind, kind, dtype="f16")
     real = Bundle.open(pack(source, tmp_path / "real.dipper", bits="4", tokenizer=False, **split))
     monkeypatch.setattr(published, "_models", lambda: {kind: values_of(real, qkv_bias=kind == "qwen2")})

@@ -253,6 +253,7 @@ class Reader {
       std::iota(r.order.begin(), r.order.end(), 0);
     } else {
       r.order = get<std::vector<int32_t>>(d, "order");
+      r.natural = false;
     }
     r.unit_of.resize(n);
     r.offset_in_unit.resize(n);

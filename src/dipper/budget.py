@@ -393,7 +393,8 @@ class Planner:
         """Spends `room` bytes on bases, then on regions that are used whole, then on slots for residuals."""
         whole = {2 * layer + kind for layer in self.config.whole for kind in (0, 1)}
         if whole and max(whole) >= len(self.regions):
-            raise ConfigError(f"layer {max(whole) // 2} is to be whole, and the model has {len(self.regions) // 2}")
+            last = len(self.regions) // 2 - 1
+            raise ConfigError(f"layer {max(whole) // 2} is to be whole, and the model has none: give layers of 0..{last}")
         n_units = [-(-region["n_columns"] // region["columns_per_unit"]) for region in self.regions]
         sizes = [_aligned(_region_bytes(region)) for region in self.regions]
         bases = [
@@ -460,12 +461,12 @@ class Planner:
 
     def settings(self) -> list[dict[str, Any]]:
         """Options to choose from, most comfortable first: tokens a prefill block, buffers of the weight ring."""
-        split = any(region["base"] is not None for region in self.regions)  # of which a buffer holds a whole region
+        ordered = any(region["order"] is not None for region in self.regions)  # of which a buffer holds a whole region
         return [
             {
                 **self.base,
                 "block_tokens": min(block_tokens, self.config.context),
-                "stream_slots": 2 if split else stream_slots,
+                "stream_slots": 2 if ordered else stream_slots,
             }
             for block_tokens, stream_slots in _BLOCKS_AND_SLOTS
         ]
@@ -533,7 +534,7 @@ class Planner:
             return 0
         each = zip(self.regions, options["pinned"], options["refined"], options["fetch"], strict=True)
         return sum(
-            0 if pinned else m * region["unit_bytes"] if refined else _aligned(_region_bytes(region))
+            0 if pinned else _fetched_bytes(region, m) if refined else _aligned(_region_bytes(region))
             for region, pinned, refined, m in each
         )
 
@@ -569,9 +570,16 @@ def _aligned(n_bytes: int) -> int:
 
 
 def _region_bytes(region: dict[str, Any]) -> int:
-    """Units and bases as they lie on flash."""
+    """Units and bases as they lie on flash, the gap between them included."""
     base = region["base"]
-    return int(region["bytes"]) + (0 if base is None else int(base["bytes"]))
+    return int(region["bytes"] if base is None else base["offset"] - region["offset"] + base["bytes"])
+
+
+def _fetched_bytes(region: dict[str, Any], n_units: int) -> int:
+    """What reading this many units of a split region takes at most: whole 4096s around each."""
+    unit_bytes = region["unit_bytes"]
+    worst_start = 4096 - math.gcd(unit_bytes, 4096)
+    return min(n_units * _aligned(worst_start + unit_bytes), _aligned(region["bytes"]))
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[int]:

@@ -381,8 +381,9 @@ def _validate_region_spans(name: str, region: dict[str, Any], record_bytes: dict
     most = 1 if base is None else n_columns
     _require(_is_count(u) and 1 <= u <= most, f"{name}: columns_per_unit is {u!r}, it must lie in 1..{most}")
     unit_bytes = region["unit_bytes"]
-    sizes = (size,) if base is None else (u * size, _padded(u * size))
-    _require(_is_count(unit_bytes) and unit_bytes in sizes, f"{name}: unit_bytes is {unit_bytes!r}, not {sizes[-1]}")
+    sizes = [size] if base is None else sorted({u * size, _padded(u * size)})
+    wanted = " or ".join(map(str, sizes))
+    _require(_is_count(unit_bytes) and unit_bytes in sizes, f"{name}: unit_bytes is {unit_bytes!r}, not {wanted}")
     _require(unit_bytes <= MAX_INT, f"{name}: unit_bytes is {unit_bytes}, more than {MAX_INT}")
     _require_number(name, region, "bytes", -(-n_columns // u) * unit_bytes)
     _require(isinstance(region["sha256"], str), f"{name}: sha256 is {region['sha256']!r}")

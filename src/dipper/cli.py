@@ -235,7 +235,7 @@ def _base_bits(text: str) -> int | tuple[int, int]:
 def _split_options(base_bits: int | tuple[int, int], unit_bytes: str | None, energies: Path | None) -> dict[str, Any]:
     """The options of `pack` that are about base and residual."""
     given = [name for name, value in (("--unit-bytes", unit_bytes), ("--energies", energies)) if value is not None]
-    if not base_bits and given:
+    if base_bits in (0, (0, 0)) and given:
         raise ConfigError(f"{given[0]} is about residuals, and --base-bits is 0: give base bits, or drop it")
     options: dict[str, Any] = {"base_bits": base_bits}
     if unit_bytes is not None:

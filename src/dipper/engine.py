@@ -129,14 +129,14 @@ class Engine:
         """
         config = config or EngineConfig()
         bundle = Bundle.open(path)
+        limit = bundle.header["model"]["max_context"]
+        if config.context > limit:
+            raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
         notes = []
         if config.method == "auto":
             choice = choose(bundle, config)
             config = choice.config
             notes.append(f"auto is {config.method}: {choice.why}")
-        limit = bundle.header["model"]["max_context"]
-        if config.context > limit:
-            raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
         calibration = None if config.calibration is None else Calibration.load(config.calibration)
         if calibration is not None:
             calibration.check_model(bundle)

@@ -40,7 +40,7 @@ from dipper.grid import (
     residual_squares,
     tile_sizes,
 )
-from dipper.layout import BaseBits, is_mlp, layout, round_up
+from dipper.layout import BaseBits, base_bits_by_kind, is_mlp, layout, round_up
 
 __all__ = ["Progress", "write_bundle"]
 
@@ -65,7 +65,7 @@ def write_bundle(
     """Pack ``source`` into the bundle directory ``out``; see `bundle.pack`."""
     if bits not in BITS:
         raise ConfigError(f"bits is {bits!r}; it must be one of {', '.join(BITS)}")
-    if energies is not None and not base_bits:
+    if energies is not None and not any(base_bits_by_kind(base_bits)):
         raise ConfigError(
             "energies order the columns of split regions, and base_bits is 0: give base bits, or no energies"
         )
