@@ -3,9 +3,9 @@
     python benchmarks/bench_planes.py MODEL... --text wiki.valid.raw [--held] [--ppl wiki.test.raw --ppl-tokens 8192]
 
 Per model and budget (`--mlp-dram`, bits per MLP weight with everything counted): dense-stream on the plain bundle, and
-planes on split bundles, a setting BASE[,BASE]:FETCH[:FETCH_GLU[:LAYERS]] each (`--setting`). Each setting generates
-greedily after every prompt, settings take turns by prompt. Bundles are packed into --workdir once. The text of --text
-gives the prompts and, from other parts of it, the energies that --ordered goes by.
+planes on split bundles, a setting [BUDGET@]BASE[,BASE]:FETCH[:FETCH_GLU[:LAYERS]] each (`--setting`). Each setting
+generates greedily after every prompt, settings take turns by prompt. Bundles are packed into --workdir once. The text
+of --text gives the prompts and, from other parts of it, the energies that --ordered goes by.
 
 r is tok/s over dense-stream's, r_max dense-stream's milliseconds a token over those of all-resident (dense-resident,
 plain bundle): what can be won at most. `disk` is the share of a read-only pass at the mean request size that the decode
@@ -164,6 +164,9 @@ def run_model(spec: str, args: Any) -> list[dict[str, Any]]:
         stream = Setting("dense-stream", plain, {"method": "dense-stream", "mlp_dram": budget})
         settings = [resident, stream]
         for text in args.setting:
+            only, _, text = text.rpartition("@")
+            if only not in ("", budget):
+                continue
             base, fetch, *rest = text.split(":")
             options: dict[str, Any] = {"method": "planes", "mlp_dram": budget, "fetch": float(fetch)}
             if rest:
@@ -194,7 +197,7 @@ def main() -> None:
     cli.add_argument("--text", type=Path, help="text for energies and prompts; never the test text")
     cli.add_argument("--mlp-dram", action="append", help="budget; may be repeated [2.43b 2.7b 3.6b]")
     cli.add_argument(
-        "--setting", action="append", metavar="BASE:FETCH[:FETCH_GLU[:LAYERS]]", help="may be repeated [3:0.1]"
+        "--setting", action="append", metavar="[BUDGET@]BASE:FETCH[:FETCH_GLU[:LAYERS]]", help="may be repeated [3:0.1]"
     )
     cli.add_argument("--unit-bytes", type=int, default=4096)
     cli.add_argument("--ordered", action="store_true", help="split bundles ordered by column energies on --text")

@@ -233,10 +233,12 @@ class Shelf:
 # --- statistics and output
 
 
-def interleave(turns: dict[str, Callable[[], Any]], rounds: int, pause_s: float = 0.1) -> dict[str, list[Any]]:
+def interleave(
+    turns: dict[str, Callable[[], Any]], rounds: int, pause_s: float = 0.1, *, warm_up: bool = True
+) -> dict[str, list[Any]]:
     """Every turn once a round, rounds times: drift of the machine falls on all alike. One round more warms up."""
     results: dict[str, list[Any]] = {name: [] for name in turns}
-    for round_ in range(rounds + 1):
+    for round_ in range(0 if warm_up else 1, rounds + 1):
         for name, turn in turns.items():
             time.sleep(pause_s)  # threads of the last turn spin for a while before they sleep
             value = turn()

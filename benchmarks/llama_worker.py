@@ -4,9 +4,10 @@ Runs under the Python that has `llama-cpp-python` (see bench_llamacpp.py), so it
 low-level API is used, with an argmax by numpy as sampling: the least that Python can put on top of llama.cpp.
 
     llama_worker.py quantise SOURCE.gguf TARGET.gguf HEAD_TYPE     (HEAD_TYPE: ggml's number of the head's type, kept)
-    llama_worker.py serve MODEL.gguf N_CTX N_THREADS
+    llama_worker.py serve MODEL.gguf N_CTX N_THREADS [no-repack] [no-mmap]
         {"op": "tokenise", "text": ..., "bos": true} -> {"tokens": [...]}
         {"op": "decode", "prompt": [...], "n": 64}   -> {"prefill_s": ..., "decode_s": ..., "tokens": [...]}
+        {"op": "more", "token": ..., "n": 64}        -> {"decode_s": ..., "tokens": [...]}, going on with `token`
         {"op": "score", "tokens": [...]}             -> {"nll": [...]}
 """
 
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import llama_cpp as llama
 import numpy as np
+
+SETTINGS = {"no-repack", "no-mmap"}
 
 
 @llama.llama_log_callback
@@ -44,9 +47,16 @@ def quantise(source: str, target: str, head_type: int) -> None:
 class Model:
     """A loaded model and its context."""
 
-    def __init__(self, path: str, n_ctx: int, n_threads: int) -> None:
+    def __init__(self, path: str, n_ctx: int, n_threads: int, *settings: str) -> None:
         model_params = llama.llama_model_default_params()
         model_params.n_gpu_layers = 0
+        if "no-repack" in settings:  # else weights that the kernels want in another order are copied
+            model_params.use_extra_bufts = False
+        if "no-mmap" in settings:
+            if hasattr(model_params, "load_mode"):
+                model_params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+            else:  # older versions
+                model_params.use_mmap = False
         self.model = llama.llama_model_load_from_file(path.encode(), model_params)
         if not self.model:
             sys.exit(f"llama.cpp could not load {path}")
@@ -83,13 +93,17 @@ class Model:
         self.reset()
         start = time.perf_counter()
         self.eval(prompt)
-        tokens = [int(self.logits().argmax())]
-        prefilled = time.perf_counter()
+        token = int(self.logits().argmax())
+        prefill_s = time.perf_counter() - start
+        return {"prefill_s": prefill_s, **self.more(token, n)}
+
+    def more(self, token: int, n: int) -> dict:
+        start = time.perf_counter()
+        tokens = [token]
         for _ in range(n):
             self.eval(tokens[-1:])
             tokens.append(int(self.logits().argmax()))
-        done = time.perf_counter()
-        return {"prefill_s": prefilled - start, "decode_s": done - prefilled, "tokens": tokens}
+        return {"decode_s": time.perf_counter() - start, "tokens": tokens}
 
     def score(self, tokens: list[int]) -> dict:
         """Negative log-likelihood of tokens[1:], from one batch that asks for the logits of every position."""
@@ -114,8 +128,8 @@ class Model:
         return {"nll": nll}
 
 
-def serve(path: str, n_ctx: int, n_threads: int) -> None:
-    model = Model(path, n_ctx, n_threads)
+def serve(path: str, n_ctx: int, n_threads: int, *settings: str) -> None:
+    model = Model(path, n_ctx, n_threads, *settings)
     print(json.dumps({"ready": path, "version": llama.__version__}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
@@ -129,8 +143,8 @@ def main() -> None:
     match sys.argv[1:]:
         case ["quantise", source, target, head_type]:
             quantise(source, target, int(head_type))
-        case ["serve", path, n_ctx, n_threads]:
-            serve(path, int(n_ctx), int(n_threads))
+        case ["serve", path, n_ctx, n_threads, *settings] if {*settings} <= SETTINGS:
+            serve(path, int(n_ctx), int(n_threads), *settings)
         case _:
             sys.exit(__doc__)
 
