@@ -154,10 +154,15 @@ def answer(ops: dict[str, Any]) -> None:
 def to_transformers(source: str, target: str) -> None:
     """A GGUF as transformers loads it without reading it all."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     file = Path(source).resolve()
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    # Newer versions leave the blocks of a GGUF packed, which they can neither save nor offload.
+    packed = hasattr(transformers, "GgufConfig")
+    more = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packed else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16, **more
+    )
     model.save_pretrained(target + ".partial")
     Path(target + ".partial").rename(target)
 
@@ -231,6 +236,10 @@ class MemoryGroup:
 class Ended(Exception):  # noqa: N818
     """The process ended before it answered."""
 
+    def __init__(self, what: str, is_late: bool) -> None:
+        super().__init__(what)
+        self.is_late = is_late
+
 
 class Confined(Worker):
     """A worker in a memory group, killed where one answer takes longer than `timeout_s`."""
@@ -262,7 +271,8 @@ class Confined(Worker):
         if line:
             return json.loads(line)
         status = self.process.wait()
-        raise Ended(f"no answer in {self.timeout_s:g} s" if late.is_set() else f"ended with status {status}")
+        what = f"no answer in {self.timeout_s:g} s" if late.is_set() else f"ended with status {status}"
+        raise Ended(what, late.is_set())
 
     def ask(self, **command: Any) -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):  # `_answer` tells
@@ -317,13 +327,18 @@ def make_cold(files: tuple[Path, ...]) -> None:
             fail(f"{100 * share:.0f} % of {file} stay in the page cache: another process uses it")
 
 
-def turn(entrant: Entrant, limit_bytes: int, prompt: list[int], args: Any) -> Run:
+def turn(entrant: Entrant, limit_bytes: int, prompt: list[int], late: set[Entrant], args: Any) -> Run | None:
+    """None: it was too slow in an earlier round."""
+    if entrant in late:
+        return None
     make_cold(entrant.files)
     with MemoryGroup(limit_bytes) as group:
         try:
             return decode_in(group, entrant, prompt, args)
         except Ended as error:
             killed = group.kills > 0
+            if error.is_late:
+                late.add(entrant)
             return Run(killed=killed, note=None if killed else str(error))
 
 
@@ -424,12 +439,13 @@ def accelerate_folder(source: Path, args: Any) -> tuple[Path | None, str]:
 # --- a model
 
 
-def measure(source: Path, plain: Path, split: Path | None, args: Any) -> list[dict[str, Any]]:
+def measure(
+    source: Path, plain: Path, split: Path | None, folder: Path | None, why_not: str, args: Any
+) -> list[dict[str, Any]]:
     from dipper.budget import parse_bytes
 
     prompt = prompt_tokens(plain, args.prompt)
     context = len(prompt) + args.tokens + 1
-    folder, why_not = accelerate_folder(source, args)
     pythons = {"dipper": sys.executable, "llama.cpp": args.llama_python, "accelerate": args.accelerate_python}
     has = {"dipper": True, "llama.cpp": bool(args.llama_python), "accelerate": folder is not None}
     idle = {engine: idle_bytes(pythons[engine], engine) for engine in IMPORTS if has[engine]}
@@ -441,9 +457,10 @@ def measure(source: Path, plain: Path, split: Path | None, args: Any) -> list[di
             *llama_entrants(source, context, args),
             *accelerate_entrants(folder, why_not, limit_bytes, idle.get("accelerate", 0), args),
         ]
-        turns = {e: partial(turn, e, limit_bytes, prompt, args) for e in entrants if e.absent is None}
+        late: set[Entrant] = set()
+        turns = {e: partial(turn, e, limit_bytes, prompt, late, args) for e in entrants if e.absent is None}
         runs = interleave(turns, args.rounds, pause_s=args.pause, warm_up=False)
-        theirs = next((r.tokens for e in runs if e.engine == "llama.cpp" for r in runs[e] if r.tokens), None)
+        theirs = next((r.tokens for e in runs if e.engine == "llama.cpp" for r in runs[e] if r and r.tokens), None)
         of_limit = [row_of(source, limit_bytes, e, runs.get(e, []), idle.get(e.engine), theirs) for e in entrants]
         print_table([{k: v for k, v in row.items() if k not in ("runs", "model")} for row in of_limit])
         rows += of_limit
@@ -451,8 +468,14 @@ def measure(source: Path, plain: Path, split: Path | None, args: Any) -> list[di
 
 
 def row_of(
-    source: Path, limit_bytes: int, entrant: Entrant, runs: list[Run], idle: int | None, theirs: list[int] | None
+    source: Path,
+    limit_bytes: int,
+    entrant: Entrant,
+    rounds: list[Run | None],
+    idle: int | None,
+    theirs: list[int] | None,
 ) -> dict[str, Any]:
+    runs = [run for run in rounds if run is not None]
     done = [run for run in runs if run.tokens]
 
     def median(values: list[float | None]) -> float | None:
@@ -497,14 +520,6 @@ def split_of(args: Any) -> Path | None:
 
 
 def main() -> None:
-    modes = {
-        "--serve": serve_dipper,
-        "--serve-accelerate": serve_accelerate,
-        "--to-transformers": to_transformers,
-    }
-    if sys.argv[1:2] and sys.argv[1] in modes:
-        modes[sys.argv[1]](*sys.argv[2:])
-        return
     cli = parser(__doc__)
     cli.add_argument("model", metavar="MODEL", help="GGUF file, name, or synthetic:SHAPE")
     cli.add_argument(
@@ -527,7 +542,12 @@ def main() -> None:
     cli.add_argument("--prompt", type=int, default=32, help="tokens of the prompt [32]")
     cli.add_argument("--rounds", type=int, default=3)
     cli.add_argument("--pause", type=float, default=1.0, help="seconds before a turn [1]")
-    cli.add_argument("--timeout", type=float, default=600, help="seconds for loading, prompt and decode each [600]")
+    cli.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds for loading, prompt and decode each [600]; who takes longer sits out the other rounds",
+    )
     cli.add_argument("--threads", type=int, default=2)
     cli.add_argument(
         "--workdir", type=Path, default=Path("bundles"), help="for bundles, synthetic and converted files [bundles]"
@@ -545,7 +565,7 @@ def main() -> None:
         fail(f"{source} is not a file; llama.cpp needs the GGUF itself")
     plain, split = bundle_for(args.model, "source", args.workdir), split_of(args)
     bundles = [plain, *([split] if split else [])]
-    accelerate_folder(source, args)  # not under the hold
+    folder, why_not = accelerate_folder(source, args)
     if args.held:
         if len({path.stat().st_dev for path in (source, args.workdir, *bundles)}) > 1:
             fail(
@@ -553,7 +573,7 @@ def main() -> None:
             )
         sys.stdout.flush()
         hold_disk(source)
-    rows = measure(source, plain, split, args)
+    rows = measure(source, plain, split, folder, why_not, args)
     finish(
         "offload", rows, bundles, n_tokens=args.tokens, n_prompt=args.prompt, rounds=args.rounds, threads=args.threads,
         file_bytes=source.stat().st_size,
@@ -561,4 +581,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    match sys.argv[1:]:
+        case ["--serve", *rest]:
+            run_command(partial(serve_dipper, *rest))
+        case ["--serve-accelerate", *rest]:  # these two in a Python that need not have dipper
+            serve_accelerate(*rest)
+        case ["--to-transformers", *rest]:
+            to_transformers(*rest)
+        case _:
+            run_command(main)

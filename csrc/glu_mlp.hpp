@@ -52,6 +52,10 @@ struct MlpOptions {
   std::vector<int32_t> fetch;     // kStream: units that a token fetches, by refined region
   int32_t stream_slots = 8;
   uint32_t stream_chunk_bytes = 1u << 20;
+
+  bool refines(int32_t region) const {
+    return residency == Residency::kStream && refined[static_cast<size_t>(region)] != 0;
+  }
 };
 
 // Bytes that the MLP allocates, by what for.

@@ -72,6 +72,11 @@ struct Region {
   int32_t half_column() const { return split_column(n_columns); }
 };
 
+// "layer 3, glu columns", by index into Model::regions.
+inline std::string region_name(int32_t region) {
+  return "layer " + std::to_string(region / 2) + ", " + (region % 2 == 0 ? "input" : "glu") + " columns";
+}
+
 // Rows of an untied input embedding on flash.
 struct EmbeddingRows {
   int32_t n_rows = 0;

@@ -846,7 +846,7 @@ def test_units_lie_padded_or_not(split_bundle):
     assert opened.header["regions"][0]["bytes"] == 32000
     header["regions"][0]["base"]["offset"] -= 768
     (split_bundle.path / "bundle.json").write_bytes(header_bytes(header))
-    with pytest.raises(BundleError, match="layers.0.input base: offset is 32000, not 32768"):
+    with pytest.raises(BundleError, match=r"layers\.0\.input base: offset is 32000, not 32768"):
         Bundle.open(split_bundle.path)
 
 

@@ -72,8 +72,8 @@ def lines(capsys):
         (["rnu"], "there is no verb 'rnu'; did you mean `dipper run`?"),
         (
             ["zzz"],
-            "there is no verb 'zzz'; the verbs are pull, pack, energies, inspect, run, chat, eval, calibrate, compare, bench, "
-            "doctor, simulate, plan",
+            "there is no verb 'zzz'; the verbs are pull, pack, energies, inspect, run, chat, eval, calibrate, compare, "
+            "bench, doctor, simulate, plan",
         ),
         (
             ["run", "b", "p", "--densty", "1"],
@@ -85,7 +85,10 @@ def lines(capsys):
         (["run", "b", "p", "--density", "x"], "Invalid value for '--density'"),
         (["run", "b", "p", "--seed", "-1"], "seed is -1; it must be 0 or more."),
         (["run", "b", "p", "--top-k", "4"], "top_k would have no effect at temperature 0"),
-        (["run", "b", "p", "--method", "dip", "--density", "0"], "density is 0.0, outside (0, 1]: give a share such as 0.7"),
+        (
+            ["run", "b", "p", "--method", "dip", "--density", "0"],
+            "density is 0.0, outside (0, 1]: give a share such as 0.7",
+        ),
         (
             ["run", "b", "p", "--method", "dpi"],
             "method 'dpi' is unknown: choose auto, dense-resident, dense-stream, dip, dip-ca, planes",
@@ -221,7 +224,21 @@ def test_help_has_examples_and_version_is_the_packages(capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    ["pull", "pack", "energies", "inspect", "run", "chat", "eval", "calibrate", "compare", "bench", "doctor", "simulate", "plan"],
+    [
+        "pull",
+        "pack",
+        "energies",
+        "inspect",
+        "run",
+        "chat",
+        "eval",
+        "calibrate",
+        "compare",
+        "bench",
+        "doctor",
+        "simulate",
+        "plan",
+    ],
 )
 def test_every_verb_shows_an_example(capsys, verb):
     assert main([verb, "--help"]) == 0
@@ -959,6 +976,13 @@ def simulate_devices():
         (
             ["phi-3-mini", "--method", "dpi", "-p", "1", "-n", "1"],
             "method 'dpi' is unknown: choose auto, dense-resident, dense-stream, dip, dip-ca, planes",
+        ),
+        *(
+            (
+                ["phi-3-mini", "--method", method, "-p", "1", "-n", "1"],
+                f"{method} is not simulated: choose --method dense-resident, dense-stream, dip or dip-ca",
+            )
+            for method in ("auto", "planes")
         ),
         (
             ["phi-3-mini", "--method", "dip", "--cache", "fifo", "-p", "1", "-n", "1"],

@@ -836,12 +836,13 @@ def test_logits_can_be_looked_at_without_a_copy(bundles):
 
 # --- split columns: bases and residuals, method planes
 
-SPLITS = {  # how it is made, the arguments of pack
+SPLITS = {  # how it is made, the arguments of pack; units of "pages" are padded, the others are not
     "llama": ({}, {"bits": "4", "base_bits": 2, "unit_bytes": 500}),  # units that end in the middle of a block; untied
     "gemma3": ({}, {"bits": "4", "base_bits": 1, "unit_bytes": 300}),  # residuals of 3 bits; norms behind the MLP
     "mixed": ({"types": ("Q4_1", "Q5_0", "Q6_K"), "hidden_size": 160}, {"base_bits": 2, "unit_bytes": 300}),
     "groups": ({"types": ("Q6_K", "Q4_K", "Q5_K"), "hidden_size": 256}, {"base_bits": 3, "unit_bytes": 700}),
     "half": ({"types": ("Q4_0", "Q4_0", "Q8_0"), "hidden_size": 160}, {"base_bits": 3, "unit_bytes": 300}),
+    "pages": ({"types": ("Q4_1", "Q4_1", "Q5_1"), "hidden_size": 256}, {"base_bits": (2, 3), "unit_bytes": 4096}),
 }
 GO_ON = [int(token) for token in np.random.default_rng(4).integers(3, 150, 40)]
 
@@ -891,7 +892,7 @@ def planes_shares(path, **options):
     bundle = Bundle.open(path)
     is_split = [region["base"] is not None for region in bundle.header["regions"]]
     units = [-(-r["n_columns"] // r["columns_per_unit"]) for r in bundle.header["regions"]]
-    for part in (*np.arange(0, 0.2, 0.01), 0.3, 0.4, 0.5, 0.8, 4.0):
+    for part in (*np.arange(0, 0.2, 0.02), *np.arange(0.2, 2, 0.05), 2.5, 4.0):
         share = scarce(path, part, **options)
         plan = plan_run(bundle, EngineConfig(mlp_dram=share, **options), 0)
         assert plan.mlp_bytes <= plan.mlp_budget_bytes
@@ -1000,7 +1001,7 @@ def test_planes_on_a_real_model(smollm2, smollm2_split):
 
 
 def expected_reads(engine):
-    """(units, bytes) that a token reads: caches of planes are always full."""
+    """(units, their bytes and those of what is streamed) that a token reads: caches of planes are always full."""
     options = engine.plan.options
     n_units = n_bytes = 0
     for i, region in enumerate(engine.bundle.header["regions"]):
@@ -1010,13 +1011,14 @@ def expected_reads(engine):
             n_units += n
             n_bytes += n * region["unit_bytes"]
         elif not options["pinned"][i]:
-            base = 0 if region["base"] is None else region["base"]["bytes"]
-            n_bytes += -(-(region["bytes"] + base) // 4096) * 4096
+            base = region["base"]
+            whole = region["bytes"] if base is None else base["offset"] - region["offset"] + base["bytes"]
+            n_bytes += -(-whole // 4096) * 4096
     return n_units, n_bytes
 
 
 @pytest.mark.parametrize("fetch", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("kind", ["mixed", "groups", "half"])
+@pytest.mark.parametrize("kind", ["mixed", "groups", "half", "pages"])
 @pytest.mark.parametrize("cold", [False, True])
 def test_every_token_of_planes_reads_as_much(splits, kind, fetch, cold):
     _, split = splits(kind)
@@ -1031,19 +1033,150 @@ def test_every_token_of_planes_reads_as_much(splits, kind, fetch, cold):
                 engine.step(token)
                 counters = engine.counters()
                 assert counters.misses == n_units
-                assert counters.flash_bytes == n_bytes
+                assert n_bytes <= counters.flash_bytes <= engine.plan.token_bytes
+                if kind == "pages" or n_units == 0:
+                    assert counters.flash_bytes == n_bytes  # else a unit lies amid pages, of which some are shared
                 assert (counters.reads > 0) == (n_bytes > 0)
                 assert counters.hits == counters.selected - counters.misses
-            assert (n_units > 0) == (fetch > 0 and what != "all")
+            if what != "streams":
+                assert (n_units > 0) == (fetch > 0 and what == "some")
             if kind != "half":
                 assert (n_bytes > n_units) == (n_units > 0 or what == "streams")
+
+
+def planned(path, budget, **options):
+    return plan_run(Bundle.open(path), EngineConfig(method="planes", dram=budget, context=64, **options), 0)
+
+
+@pytest.mark.parametrize("whole", [(), (1,), (2, 0)])
+@pytest.mark.parametrize("fetch", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("kind", SPLITS)
+def test_plans_of_planes_keep_to_the_budget_and_use_it(splits, kind, fetch, whole):
+    """From the smallest budget upward: at most it, and less by no more than the next thing would take."""
+    _, path = splits(kind)
+    options = {"fetch": fetch, "whole": whole}
+    regions = Bundle.open(path).header["regions"]
+    is_whole = [region["layer"] in whole for region in regions]
+    slots = sum(region["unit_bytes"] + 64 for region in regions)
+    largest = max((r["base"]["bytes"] if r["base"] else 0) + r["bytes"] + 8192 for r in regions)
+    least = planned(path, 10**12, **options).minimum_bytes
+    with pytest.raises(BudgetError):
+        planned(path, least - 1, **options)
+    found = set()
+    for budget in range(least, least + 2 * sum(r["bytes"] for r in regions), 1999):
+        plan = planned(path, budget, **options)
+        refined, pinned, capacity = (plan.options[name] for name in ("refined", "pinned", "capacity"))
+        assert plan.minimum_bytes == least
+        assert plan.total_bytes <= budget
+        assert plan.cached_fraction <= 1
+        units = [-(-r["n_columns"] // r["columns_per_unit"]) for r in regions]
+        full = [n * held for n, held in zip(units, refined, strict=True)]
+        assert all(0 <= c <= n for c, n in zip(capacity, full, strict=True))
+        assert not any(r and (p or w) for r, p, w in zip(refined, pinned, is_whole, strict=True))
+        if not any(refined):
+            stream = EngineConfig(method="dense-stream", dram=budget, context=64)
+            assert plan.options == plan_run(Bundle.open(path), stream, 0).options
+            if not all(pinned):
+                assert budget - plan.total_bytes < largest
+            found.add("stream")
+        elif capacity != full:
+            assert budget - plan.total_bytes < slots
+            found.add("slots")
+        else:
+            found.add("all")
+    assert found == {"stream", "slots", "all"}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama"])
+def test_plans_of_dense_streams_keep_to_the_budget(splits, kind):
+    """Regions whose units end amid a page, with a gap before their bases."""
+    bundle = Bundle.open(splits(kind)[1])
+    regions = bundle.header["regions"]
+    assert any(r["base"]["offset"] > r["offset"] + r["bytes"] for r in regions)
+    least = plan_run(bundle, EngineConfig(method="dense-stream", dram=10**12, context=64), 0).minimum_bytes
+    for budget in range(least, least + 2 * sum(r["bytes"] for r in regions), 499):
+        plan = plan_run(bundle, EngineConfig(method="dense-stream", dram=budget, context=64), 0)
+        assert plan.total_bytes <= budget
+
+
+def whole_shares(path, whole, **options):
+    """MLP budgets by how many of the regions of whole layers they pin."""
+    shares = {}
+    options = {"method": "planes", "whole": whole, "context": 128, **options}
+    bundle = Bundle.open(path)
+    wanted = [2 * layer + kind for layer in whole for kind in (0, 1)]
+    for part in np.arange(0, 3, 0.05):
+        share = scarce(path, part, **options)
+        plan = plan_run(bundle, EngineConfig(mlp_dram=share, **options), 0)
+        if any(plan.options["refined"]):
+            shares.setdefault(sum(plan.options["pinned"][r] for r in wanted), share)
+    return shares
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixed", "gemma3"])
+@pytest.mark.parametrize("whole", [(1,), (2, 0)])
+def test_whole_layers_are_pinned_while_the_budget_lasts(splits, kind, whole):
+    whole_path, split = splits(kind)
+    dense = decode(whole_path, method="dense-resident")
+    shares = whole_shares(split, whole, fetch=1.0)
+    n = 2 * len(whole)
+    assert {0, n} <= set(shares)  # none and all of them are pinned, and what lies between
+    for n_pinned, share in shares.items():
+        options = {"method": "planes", "whole": whole, "mlp_dram": share, "context": 128}
+        for cold in (False, True):
+            assert same_bits(decode(split, fetch=1.0, cold=cold, **options), dense), (n_pinned, cold)
+        config = EngineConfig(fetch=0.1, **options)
+        with Engine.open(split, config) as block, Engine.open(split, config) as steps:
+            rows = block.logits(GO_ON)
+            for i, token in enumerate(GO_ON):
+                assert same_bits(steps.step(token), rows[i]), (n_pinned, i)
+            assert counted(block) == counted(steps)
+    everything = plan_run(
+        Bundle.open(split), EngineConfig(method="planes", whole=whole, mlp_dram=ALL, context=64), 0
+    ).options
+    in_whole = [region["layer"] in whole for region in Bundle.open(split).header["regions"]]
+    assert everything["pinned"] == [int(w) for w in in_whole]
+    assert everything["refined"] == [int(not w) for w in in_whole]
+
+
+@pytest.mark.parametrize("whole", [(2, 0), (0, 2)])
+def test_the_first_whole_layer_is_pinned_first(splits, whole):
+    bundle = Bundle.open(splits("gemma3")[1])
+    options = {"method": "planes", "whole": whole, "fetch": 0.1, "context": 128}
+    share = whole_shares(bundle.path, whole, fetch=0.1)[2]
+    plan = plan_run(bundle, EngineConfig(mlp_dram=share, **options), 0)
+    pinned = [r["layer"] for r, p in zip(bundle.header["regions"], plan.options["pinned"], strict=True) if p]
+    assert pinned == [whole[0]] * 2
+
+
+def test_all_layers_whole_is_dense_streaming(splits, bundles):
+    whole_path, split = splits("llama")
+    for share in (ALL, scarce(split, 0.5, method="planes", context=64)):
+        config = EngineConfig(method="planes", whole=(0, 1, 2), mlp_dram=share, context=64)
+        stream = EngineConfig(method="dense-stream", mlp_dram=share, context=64)
+        plans = [plan_run(Bundle.open(split), c, 0) for c in (config, stream)]
+        assert plans[0].options == plans[1].options
+        assert plans[0].token_bytes == plans[1].token_bytes
+        dense = decode(whole_path, method="dense-resident")
+        assert same_bits(decode(split, method="planes", whole=(0, 1, 2), mlp_dram=share), dense)
+    assert same_bits(
+        decode(bundles(), method="planes", whole=(1,)), decode(bundles(), method="dense-stream")
+    )  # not split: nothing to refine
+
+
+def test_a_whole_layer_that_the_model_does_not_have(splits, bundles):
+    for path in (splits("llama")[1], bundles()):
+        for layer in (3, 1000):
+            with pytest.raises(ConfigError) as e:
+                Engine.open(path, EngineConfig(method="planes", whole=(1, layer), mlp_dram=ALL, context=64))
+            assert str(e.value) == f"layer {layer} is to be whole, and the model has none: give layers of 0..2"
 
 
 def test_what_is_refined_is_what_the_definition_says(splits, monkeypatch):
     """A static cache and no reads: the first units of every region are refined, and nothing else is."""
     _, split = splits("mixed")
     options = {"method": "planes", "fetch": 0.0, "context": 128}
-    config = EngineConfig(cache="static", cold=True, mlp_dram=scarce(split, 0.5, **options), **options)
+    config = EngineConfig(cache="static", cold=True, mlp_dram=scarce(split, 1.2, **options), **options)
     with Engine.open(split, config) as engine:
         rows = engine.logits(PROMPT)
         regions = engine.bundle.header["regions"]
@@ -1250,6 +1383,10 @@ def test_nan_amid_planes_names_layer_and_region_and_leaves_nothing_stale(splits,
         ({"method": "planes", "fetch": -0.1}, "fetch is -0.1, outside [0, 1]: give a share such as 0.1"),
         ({"method": "planes", "fetch": 1.1}, "fetch is 1.1, outside [0, 1]: give a share such as 0.1"),
         ({"method": "planes", "fetch_glu": float("nan")}, "fetch_glu is nan, outside [0, 1]: give a share such as 0.1"),
+        ({"whole": (1,)}, "whole layers go with --method planes, not dip"),
+        ({"method": "dense-stream", "whole": (1,)}, "whole layers go with --method planes, not dense-stream"),
+        ({"method": "planes", "whole": (1, 2, 1)}, "whole layers are (1, 2, 1): give each once, counted from 0"),
+        ({"method": "planes", "whole": (-1,)}, "whole layers are (-1,): give each once, counted from 0"),
         ({"method": "planes", "gamma": 0.5}, "gamma 0.5 goes with --method dip-ca, not planes"),
         (
             {"method": "planes", "calibration": "c.npz"},

@@ -20,7 +20,10 @@ def cli(*args):
     return f"from dipper.cli import main; code = main({list(args)!r})"
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["bench", "-h"], ["rnu"], ["run", "--no-such"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["run", "--help"], ["bench", "-h"], ["energies", "-h"], ["rnu"], ["run", "--no-such"]],
+)
 def test_help_and_usage_errors_import_no_library(args):
     loaded = modules_after(cli(*args))
     assert "typer" in loaded
@@ -34,6 +37,7 @@ def test_help_and_usage_errors_import_no_library(args):
         ["run", "no.dipper", "hello", "--temperature", "1"],
         ["chat", "no.dipper"],
         ["eval", "no.dipper", "--text", "no.txt"],
+        ["energies", "no.dipper", "--text", "no.txt", "-o", "e.npz"],
         ["inspect", "no.dipper"],
     ],
 )

@@ -90,6 +90,12 @@ def test_knobs_that_do_not_act_are_none():
     }  # fmt: skip
 
 
+def test_planes_have_a_cache_and_no_density():
+    assert method_fields(EngineConfig(method="planes", fetch=0.1, cache="lru")) == {
+        "method": "planes", "density": None, "d_in": None, "d_glu": None, "gamma": None, "cache": "lru",
+    }  # fmt: skip
+
+
 def test_density_is_that_of_the_split():
     fields = method_fields(EngineConfig(method="dip-ca", d_in=0.75, d_glu=0.6))
     assert fields["density"] == pytest.approx(0.7)

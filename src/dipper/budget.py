@@ -394,13 +394,17 @@ class Planner:
         whole = {2 * layer + kind for layer in self.config.whole for kind in (0, 1)}
         if whole and max(whole) >= len(self.regions):
             last = len(self.regions) // 2 - 1
-            raise ConfigError(f"layer {max(whole) // 2} is to be whole, and the model has none: give layers of 0..{last}")
+            raise ConfigError(
+                f"layer {max(whole) // 2} is to be whole, and the model has none: give layers of 0..{last}"
+            )
         n_units = [-(-region["n_columns"] // region["columns_per_unit"]) for region in self.regions]
         sizes = [_aligned(_region_bytes(region)) for region in self.regions]
         bases = [
             0 if region["base"] is None or r in whole else _aligned(region["base"]["bytes"])
             for r, region in enumerate(self.regions)
         ]
+        if not any(bases):  # no region is split, or all are whole: as dense-stream
+            return {**options, "pinned": _spread(sizes, room)}
         fetch = [int(share * n + 0.5) for share, n in zip(self.config.fetches * len(n_units), n_units, strict=False)]
         least = sum(self.parts(options).values())
 
@@ -418,7 +422,7 @@ class Planner:
             middle = (low + high) // 2
             low, high = (middle, high) if left(refining(middle)) >= 0 else (low, middle)
         made = refining(low)
-        if not any(made["refined"]):  # none fit, or no region is split: as dense-stream
+        if not any(made["refined"]):  # none fit: as dense-stream
             return {**options, "pinned": _spread(sizes, room)}
         wanted = [2 * layer + kind for layer in self.config.whole for kind in (0, 1)]
         others = [r for r, refined in enumerate(made["refined"]) if not refined and r not in whole]

@@ -271,6 +271,7 @@ def energies(
     from dipper.files import check_target
 
     check_target(out)
+    _check_context(bundle, f"--window {window}", window, "a smaller one")
     config = None
     if mlp_dram is not None:
         config = EngineConfig(method="dense-stream", mlp_dram=mlp_dram, context=window)
@@ -787,7 +788,7 @@ def calibrate(
     \b
     Examples:
       dipper calibrate smollm2 --text c4.jsonl --density 0.6 -o smollm2.npz
-      dipper run smollm2.dipper "Hello" --density 0.6 --calibration smollm2.npz
+      dipper run smollm2.dipper "Hello" --method dip --density 0.6 --calibration smollm2.npz
     """
     from dipper.evaluate import read_text
     from dipper.records import json_line

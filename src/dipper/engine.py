@@ -161,6 +161,12 @@ class Engine:
         engine.notes += notes
         if config.kv != "f16":
             engine.notes.append(f"keys and values are kept as {config.kv}")
+        if config.method == "planes":
+            fetch, fetch_glu = config.fetches
+            whole = f", layers {', '.join(map(str, config.whole))} whole" if config.whole else ""
+            engine.notes.append(
+                f"planes: a token fetches {fetch:g} of the input and {fetch_glu:g} of the GLU units{whole}"
+            )
         if config.split is not None:
             engine.notes.append("slots are shared out over the regions by given weights, not uniformly")
         if config.prunes and config.cache == "static" and config.cold:

@@ -518,7 +518,7 @@ def method_fields(config: EngineConfig, densities: tuple[float, float] | None = 
         "d_in": d_in,
         "d_glu": d_glu,
         "gamma": config.effective_gamma if config.prunes else None,
-        "cache": config.cache if config.prunes else None,
+        "cache": config.cache if config.selects else None,
     }
 
 

@@ -97,12 +97,17 @@ class Setting:
             alignment: of the device's reads.
 
         Raises:
-            ConfigError: an unknown policy; belady below gamma = 1, where nobody can know the future.
+            ConfigError: an unknown policy; a method that is not simulated; belady below gamma = 1, where nobody can
+                know the future.
             BudgetError: the DRAM does not hold the resident part; the smallest that does is named.
         """
         cache = config.cache if cache is None else cache
         if cache not in CACHES:
             raise ConfigError(f"cache '{cache}' is unknown: choose {', '.join(CACHES)}")
+        if config.method in ("auto", "planes"):
+            raise ConfigError(
+                f"{config.method} is not simulated: choose --method dense-resident, dense-stream, dip or dip-ca"
+            )
         if cache == "belady" and config.effective_gamma < 1:
             raise ConfigError(
                 f"belady with gamma {config.effective_gamma}: masks then depend on the cache, so there is no future "
