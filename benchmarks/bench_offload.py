@@ -88,8 +88,14 @@ class Entrant:
 
 
 def serve_dipper(bundle: str, config: str) -> None:
-    """Answers as llama_worker.py does."""
-    engine = open_engine(Path(bundle), **json.loads(config))
+    """Answers as llama_worker.py does; its first line has an `error` where the engine does not open."""
+    from dipper.errors import DipperError
+
+    try:
+        engine = open_engine(Path(bundle), **json.loads(config))
+    except DipperError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return
     print(json.dumps({"ready": bundle, "plan": engine.plan.parts, "notes": engine.notes}), flush=True)
 
     def decode(prompt: list[int], n: int) -> dict[str, Any]:
@@ -236,7 +242,7 @@ class MemoryGroup:
 class Ended(Exception):  # noqa: N818
     """The process ended before it answered."""
 
-    def __init__(self, what: str, is_late: bool) -> None:
+    def __init__(self, what: str, is_late: bool = False) -> None:
         super().__init__(what)
         self.is_late = is_late
 
@@ -345,6 +351,8 @@ def turn(entrant: Entrant, limit_bytes: int, prompt: list[int], late: set[Entran
 def decode_in(group: MemoryGroup, entrant: Entrant, prompt: list[int], args: Any) -> Run:
     start = time.perf_counter()
     with Confined(group.path, entrant.command, args.timeout) as worker:
+        if "error" in worker.hello:
+            raise Ended(worker.hello["error"])
         first = worker.ask(op="decode", prompt=prompt, n=0)
         start_s = time.perf_counter() - start
         device, read = device_bytes(entrant.files[0]), worker.read_bytes()
@@ -583,7 +591,7 @@ def main() -> None:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--serve", *rest]:
-            run_command(partial(serve_dipper, *rest))
+            serve_dipper(*rest)
         case ["--serve-accelerate", *rest]:  # these two in a Python that need not have dipper
             serve_accelerate(*rest)
         case ["--to-transformers", *rest]:

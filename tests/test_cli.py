@@ -137,7 +137,7 @@ def lines(capsys):
         ),
         (["run", "b", "p", "--stop", ""], "A stop string is empty"),
         (["run", "b", "p", "--raw", "--system", "x"], "--system needs a chat template, and --raw leaves the chat"),
-        (["bench", "b", "--modes", "dip,dense"], "there is no mode 'dense'; the modes are dense-resident,"),
+        (["bench", "b", "--modes", "dip,dense"], "there is no mode 'dense'; the modes are auto, dense-resident,"),
         (["bench", "b", "--modes", "dpi-ca"], "there is no mode 'dpi-ca'; did you mean dip-ca?"),
         (["bench", "b", "-n", "1", "--ledger"], "-n 1 decodes nothing after the first new token: --ledger needs at"),
         (["bench", "b", "--reps", "0"], "0 repetitions were asked for; at least 1 is needed."),

@@ -1141,12 +1141,13 @@ def test_whole_layers_are_pinned_while_the_budget_lasts(splits, kind, whole):
 
 @pytest.mark.parametrize("whole", [(2, 0), (0, 2)])
 def test_the_first_whole_layer_is_pinned_first(splits, whole):
+    """Where one region fits it is of that layer. More free buffers of the stream, so which are next is no rule."""
     bundle = Bundle.open(splits("gemma3")[1])
     options = {"method": "planes", "whole": whole, "fetch": 0.1, "context": 128}
-    share = whole_shares(bundle.path, whole, fetch=0.1)[2]
+    share = whole_shares(bundle.path, whole, fetch=0.1)[1]
     plan = plan_run(bundle, EngineConfig(mlp_dram=share, **options), 0)
     pinned = [r["layer"] for r, p in zip(bundle.header["regions"], plan.options["pinned"], strict=True) if p]
-    assert pinned == [whole[0]] * 2
+    assert pinned == [whole[0]]
 
 
 def test_all_layers_whole_is_dense_streaming(splits, bundles):

@@ -566,7 +566,7 @@ def evaluate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Native: as for `dipper run`; PyTorch: any of `dipper.methods` (default dip).", metavar="NAME"
+            help="Native: as for `dipper run`; PyTorch: any of `dipper.methods` (default of both: dip).", metavar="NAME"
         ),
     ] = None,
     density: Density = None,

@@ -77,7 +77,11 @@ def base_bits_by_kind(base_bits: BaseBits) -> tuple[int, int]:
 
 
 def unit_size(record_bytes: int, n_columns: int) -> int:
-    """Bytes of a unit: padded to whole 4096s where that costs less than reading past both ends of an unpadded one."""
+    """Bytes of a unit: padded to whole 4096s where that is at most half of one.
+
+    A unit alone reads less when it is padded; runs of neighbours, which a token often wants together, read less when
+    their units are not, and so do slots and streams.
+    """
     n_bytes = n_columns * record_bytes
     padded = round_up(n_bytes, ALIGNMENT)
     return padded if padded - n_bytes <= ALIGNMENT // 2 else n_bytes
