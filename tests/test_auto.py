@@ -252,10 +252,9 @@ def test_base_bits_of_a_bundle(bundles, tmp_path):
 # ------------------------------------------------------------------------------------------------ where it is used
 
 
-def test_plan_run_plans_the_choice(split, measured):
-    measured({})
-    config = with_budget(split, 4.2)
-    assert plan_run(split, config, 0) == choose(split, config, 0).plan
+def test_auto_is_settled_before_it_is_planned(split):
+    with pytest.raises(ConfigError, match=r"auto is no plan yet.*choose settles it"):
+        plan_run(split, with_budget(split, 4.2), 0)
 
 
 @pytest.mark.parametrize(("method", "bits"), [("dense-resident", None), ("dense-stream", 3.5), ("planes", 4.2)])

@@ -618,12 +618,10 @@ def plan_run(
 
     Raises:
         BudgetError: the budget is below the smallest that works.
-        ConfigError: a capacity above its region.
+        ConfigError: a capacity above its region; method auto, which `dipper.auto.choose` settles.
     """
     if config.method == "auto":
-        from .auto import choose
-
-        return choose(bundle, config, host_bytes).plan
+        raise ConfigError("auto is no plan yet: dipper.auto.choose settles it and gives the plan with it")
     densities = densities_of(config, bundle.model.n_layers, None)
     host = rss_bytes() if host_bytes is None else host_bytes
     planner = Planner(bundle, config, host, densities, calibration_vectors(None))
