@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from dipper.bundle import pack
-from dipper.engine import METHODS, EngineConfig
+from dipper.engine import EngineConfig
 from dipper.errors import DipperError
 from dipper.evaluate import evaluate_bundle
 from dipper.records import EvalRecord, RunRecord, json_line
@@ -22,6 +22,7 @@ from dipper.tables import compare_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "tests" / "data" / "wikitext2_test_head.txt"
+MODES = ("dense-resident", "dense-stream", "dip", "dip-ca")  # auto and planes need a budget and a bundle of their own
 PROMPT = "Why does the sea look blue, although a glass of water does not?"
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=4096, help="tokens that are scored (default 4096)")
     options = parser.parse_args()
     bundle = bundle_of(options.model)
-    runs = [run(bundle, method, options.n_tokens, options.mlp_dram) for method in METHODS]
+    runs = [run(bundle, method, options.n_tokens, options.mlp_dram) for method in MODES]
     print(f"\nscoring {options.eval_tokens} tokens of WikiText-2, dense and pruned ...", flush=True)
     scores = [perplexity(bundle, m, options.eval_tokens, options.mlp_dram) for m in ("dense-stream", "dip")]
     print(f"\n{compare_table(runs, {s.method: s.perplexity for s in scores})}\n")
