@@ -8,8 +8,8 @@ generates greedily after every prompt, settings take turns by prompt. Bundles ar
 of --text gives the prompts and, from other parts of it, the energies that --ordered goes by.
 
 r is tok/s over dense-stream's, r_max dense-stream's milliseconds a token over those of all-resident (dense-resident,
-plain bundle): what can be won at most. `disk` is the share of a read-only pass at the mean request size that the decode
-drew from the disk; `change` is perplexity against the dense model, same windows, the native engine in blocks of tokens.
+plain bundle): what can be won at most. `change` is perplexity against the dense model, same windows, the native engine
+in blocks of tokens.
 With `--held` the disk gives 0.5 GB/s and 40,000 reads a second (benchmarks/held_disk.sh).
 """
 
