@@ -239,7 +239,7 @@ class MemoryGroup:
         print(f"{self.path} is still in use; remove it with rmdir", file=sys.stderr)
 
 
-class Ended(Exception):  # noqa: N818
+class EndedError(Exception):
     """The process ended before it answered."""
 
     def __init__(self, what: str, is_late: bool = False) -> None:
@@ -278,7 +278,7 @@ class Confined(Worker):
             return json.loads(line)
         status = self.process.wait()
         what = f"no answer in {self.timeout_s:g} s" if late.is_set() else f"ended with status {status}"
-        raise Ended(what, late.is_set())
+        raise EndedError(what, late.is_set())
 
     def ask(self, **command: Any) -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):  # `_answer` tells
@@ -341,7 +341,7 @@ def turn(entrant: Entrant, limit_bytes: int, prompt: list[int], late: set[Entran
     with MemoryGroup(limit_bytes) as group:
         try:
             return decode_in(group, entrant, prompt, args)
-        except Ended as error:
+        except EndedError as error:
             killed = group.kills > 0
             if error.is_late:
                 late.add(entrant)
@@ -352,7 +352,7 @@ def decode_in(group: MemoryGroup, entrant: Entrant, prompt: list[int], args: Any
     start = time.perf_counter()
     with Confined(group.path, entrant.command, args.timeout) as worker:
         if "error" in worker.hello:
-            raise Ended(worker.hello["error"])
+            raise EndedError(worker.hello["error"])
         first = worker.ask(op="decode", prompt=prompt, n=0)
         start_s = time.perf_counter() - start
         device, read = device_bytes(entrant.files[0]), worker.read_bytes()

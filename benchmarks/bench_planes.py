@@ -15,7 +15,6 @@ With `--held` the disk gives 0.5 GB/s and 40,000 reads a second (benchmarks/held
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from dipper.evaluate import EngineScorer, PerplexityResult, relative_change, score_text
+from dipper.records import Traffic
 from harness import (
     bundle_for,
     finish,
@@ -35,25 +36,42 @@ from harness import (
     run_command,
     source_for,
     text_tokens,
-    text_windows,
 )
 
 
 @dataclass
 class Setting:
-    """What is run: a method on a bundle; and what was measured."""
+    """What is run, a method on a bundle, and what was measured of it."""
 
-    name: str
     bundle: Path
-    options: dict[str, Any]
+    options: dict[str, Any]  # of EngineConfig
+    base: str | None = None  # base bits, of planes
     seconds: float = 0.0
-    tokens: int = 0
-    flash_bytes: int = 0
-    reads: int = 0
-    hits: int = 0
-    misses: int = 0
-    plan: Any = None
-    nll: list[float] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
+    bits: float | None = None  # held, per MLP weight
+    score: PerplexityResult | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The setting's columns of the table."""
+        whole = ",".join(map(str, self.options.get("whole", ())))
+        fetch, fetch_glu = self.options.get("fetch"), self.options.get("fetch_glu")
+        return {
+            "method": self.options["method"], "base": self.base, "fetch": fetch, "fetch_glu": fetch_glu, "whole": whole,
+        }  # fmt: skip
+
+
+def planes(spec: str, text: str, budget: str, args: Any) -> Setting | None:
+    """A setting of --setting; None where it is for another budget."""
+    only, _, text = text.rpartition("@")
+    if only not in ("", budget):
+        return None
+    base, fetch, *rest = text.split(":")
+    options: dict[str, Any] = {"method": "planes", "mlp_dram": budget, "fetch": float(fetch), "fetch_glu": float(fetch)}
+    if rest:
+        options["fetch_glu"] = float(rest[0])
+    if len(rest) == 2:
+        options["whole"] = tuple(int(layer) for layer in rest[1].split(","))
+    return Setting(split_bundle(spec, base, args), options, base)
 
 
 def split_bundle(spec: str, base: str, args: Any) -> Path:
@@ -101,93 +119,56 @@ def measure(settings: list[Setting], prompts: list[list[int]], args: Any) -> Non
                 setting.bundle, context=args.prompt + args.tokens + 1, threads=args.threads, **setting.options
             )
             with engine:
-                run = greedy(engine, prompt, args.tokens)
-                counters = engine.counters()
-                setting.plan = engine.plan
-            setting.seconds += run.token_s * args.tokens
-            setting.tokens += args.tokens
-            setting.flash_bytes += counters.flash_bytes
-            setting.reads += counters.reads
-            setting.hits += counters.hits
-            setting.misses += counters.misses
+                setting.seconds += greedy(engine, prompt, args.tokens).decode_s
+                setting.traffic.add(engine.counters())
+                setting.bits = engine.plan.mlp_bits_per_weight
         print(f"prompt {i + 1} of {len(prompts)}", file=sys.stderr)
 
 
-def score(setting: Setting, args: Any) -> float:
-    n_windows = args.ppl_tokens // args.window
-    windows = text_windows(setting.bundle, args.ppl, args.window, n_windows).tokens
+def score(setting: Setting, args: Any) -> PerplexityResult:
+    """Perplexity as `dipper eval` measures it."""
+    ids, bos = text_tokens(setting.bundle, args.ppl)
     with open_engine(setting.bundle, context=args.window, threads=args.threads, **setting.options) as engine:
-        for window in windows:
-            engine.reset()
-            setting.nll.append(float(engine.score(window).mean()))
-    return math.exp(sum(setting.nll) / len(setting.nll))
-
-
-def change(setting: Setting, dense: Setting) -> tuple[float, float]:
-    """Relative change of perplexity and its error by bootstrap over windows, paired."""
-    differences = np.array(setting.nll) - np.array(dense.nll)
-    random = np.random.default_rng(0)
-    means = differences[random.integers(0, len(differences), (1000, len(differences)))].mean(axis=1)
-    return math.expm1(differences.mean()), float(np.expm1(means).std())
+        return score_text(EngineScorer(engine), ids, window=args.window, bos_id=bos, limit=args.ppl_tokens)
 
 
 def row_of(model: str, budget: str, setting: Setting, stream: Setting, resident: Setting) -> dict[str, Any]:
-    token_ms = 1e3 * setting.seconds / setting.tokens
-    stream_ms = 1e3 * stream.seconds / stream.tokens
-    row = {
-        "model": model,
-        "budget": budget,
-        "setting": setting.name,
-        "bits": setting.plan.mlp_bits_per_weight,
-        "token_ms": token_ms,
-        "r": stream_ms / token_ms,
-        "r_max": stream_ms / (1e3 * resident.seconds / resident.tokens),
-        "flash_mb": setting.flash_bytes / setting.tokens / 1e6,
-        "reads": setting.reads / setting.tokens,
-        "read_kb": setting.flash_bytes / max(1, setting.reads) / 1e3,
-        "read_gbps": setting.flash_bytes / setting.seconds / 1e9,
-        "hit_rate": setting.hits / (setting.hits + setting.misses) if setting.hits + setting.misses else None,
-    }
-    if setting.nll:
-        row["change_pct"], row["change_error_pct"] = (100 * v for v in change(setting, resident))
+    row: dict[str, Any] = {"model": model, "budget": budget, **setting.fields()}
+    traffic = setting.traffic
+    if traffic.n_tokens:
+        row |= {
+            "bits": setting.bits,
+            "token_ms": 1e3 * setting.seconds / traffic.n_tokens,
+            "r": stream.seconds / setting.seconds,
+            "r_max": stream.seconds / resident.seconds,
+            **traffic.fields(),
+            "read_gbps": traffic.flash_bytes / setting.seconds / 1e9,
+        }
+    if setting.score is not None and resident.score is not None:
+        row |= relative_change(setting.score, resident.score)
     return row
 
 
 def run_model(spec: str, args: Any) -> list[dict[str, Any]]:
     plain = bundle_for(spec, "source", args.workdir)
     prompts = prompts_of(spec, plain, args)
-    resident = Setting("dense-resident", plain, {"method": "dense-resident"})
     rows = []
-    if args.ppl and not spec.startswith("synthetic:"):
-        score(resident, args)
+    dense: PerplexityResult | None = None
     for budget in args.mlp_dram:
-        stream = Setting("dense-stream", plain, {"method": "dense-stream", "mlp_dram": budget})
-        settings = [resident, stream]
-        for text in args.setting:
-            only, _, text = text.rpartition("@")
-            if only not in ("", budget):
-                continue
-            base, fetch, *rest = text.split(":")
-            options: dict[str, Any] = {"method": "planes", "mlp_dram": budget, "fetch": float(fetch)}
-            if rest:
-                options["fetch_glu"] = float(rest[0])
-            if len(rest) == 2:
-                options["whole"] = tuple(int(layer) for layer in rest[1].split(","))
-            settings.append(Setting(f"planes {text}", split_bundle(spec, base, args), options))
+        resident = Setting(plain, {"method": "dense-resident"})
+        stream = Setting(plain, {"method": "dense-stream", "mlp_dram": budget})
+        refined = [s for s in (planes(spec, text, budget, args) for text in args.setting) if s is not None]
+        settings = [resident, stream, *refined]
         if args.tokens:
             measure(settings, prompts, args)
-        if resident.nll:
-            stream.nll = resident.nll
-            for setting in settings[2:]:
-                score(setting, args)
-        if args.tokens:
-            rows += [row_of(plain.name, budget, setting, stream, resident) for setting in settings]
-        else:
-            for setting in settings[2:]:
-                percent, error = (100 * v for v in change(setting, resident))
-                rows.append({"model": plain.name, "budget": budget, "setting": setting.name, "change_pct": percent,
-                             "change_error_pct": error})  # fmt: skip
-        print_table(rows[-len(settings) :])
+        if args.ppl and not spec.startswith("synthetic:"):
+            dense = dense or score(resident, args)
+            resident.score = stream.score = dense
+            for setting in refined:
+                setting.score = score(setting, args)
+        made = [row_of(plain.name, budget, setting, stream, resident) for setting in settings]
+        print_table(made)
+        rows += made
     return rows
 
 

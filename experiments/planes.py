@@ -25,16 +25,15 @@ HEAD = (
 
 def point(row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """What `auto` reads of one result."""
-    base, fetch, *rest = row["setting"].removeprefix("planes ").split(":")
-    bits = [int(b) for b in base.split(",")]
+    bits = [int(b) for b in row["base"].split(",")]
     return {
         "base_bits": [bits[0], bits[-1]],
-        "fetch": float(fetch),
-        "fetch_glu": float(rest[0]) if rest else float(fetch),
-        "whole": [int(layer) for layer in rest[1].split(",")] if len(rest) == 2 else [],
+        "fetch": row["fetch"],
+        "fetch_glu": row["fetch_glu"],
+        "whole": [int(layer) for layer in row["whole"].split(",")] if row["whole"] else [],
         "bits": float(row["budget"].removesuffix("b")),
-        "increase": round(row["change_pct"] / 100, 5),
-        "stderr": round(row["change_error_pct"] / 100, 5),
+        "increase": round(row["relative"], 5),
+        "stderr": round(row["relative_stderr"], 5),
         "tokens": result["ppl_tokens"],
     }
 
@@ -53,8 +52,8 @@ def main() -> None:
                 {"name": bundle.model.name, "source_sha256": bundle.header["source"]["sha256"], "points": {}},
             )
             for row in result["results"]:
-                of_model = row["model"] == Path(source["bundle"]).name and row["setting"].startswith("planes")
-                if of_model and row.get("change_pct") is not None:
+                of_model = row["model"] == Path(source["bundle"]).name and row["method"] == "planes"
+                if of_model and row.get("relative") is not None:
                     made = point(row, result)
                     table["points"][(*made["base_bits"], made["bits"])] = made
     tables = [{**table, "points": list(table["points"].values())} for table in models.values()]

@@ -73,4 +73,4 @@ def write_energies(path: str | os.PathLike[str], energies: Mapping[str, npt.NDAr
         ConfigError: the folder does not exist.
     """
     with whole_file(path) as out:
-        np.savez(out, **energies)  # type: ignore[arg-type]
+        np.savez(out, allow_pickle=False, **energies)
