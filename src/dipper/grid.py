@@ -28,6 +28,7 @@ __all__ = [
     "CodedRows",
     "Grid",
     "bf16_to_f32",
+    "block_scales",
     "can_split",
     "dequantise",
     "join_planes",
@@ -192,6 +193,12 @@ def dequantise(grid: Grid, rows: CodedRows) -> F32:
 def _per_input(per_block: F32, group: int, n_inputs: int) -> F32:
     repeated: F32 = np.repeat(per_block, group, axis=1)
     return repeated[:, :n_inputs]
+
+
+def block_scales(grid: Grid, rows: CodedRows) -> tuple[F32, F32]:
+    """s and m, fp32 ``[n, n_blocks]``, of w = s · (code - zero point) + m."""
+    scale, offset = _scale_and_offset(grid, rows.scales)
+    return scale, np.zeros_like(scale) if offset is None else offset
 
 
 def _scale_and_offset(grid: Grid, scales: dict[str, Array]) -> tuple[F32, F32 | None]:

@@ -185,6 +185,7 @@ class Method(ABC):
 
     Attributes:
         meter: weights touched so far.
+        straight_through: in training the gradient passes a mask as if nothing were dropped.
     """
 
     name: ClassVar[str]
@@ -192,10 +193,12 @@ class Method(ABC):
     least: ClassVar[float] = 0.0  # densities at or below cannot be reached
     selection: ClassVar[str] = "topk"  # the paper's way
     n_densities: ClassVar[int] = 0  # how many of its own it takes
+    follows_weights: ClassVar[bool] = True  # computes with `glu` as it is now: weights may be trained under the rule
 
     def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
         self.config, self.glu, self.layer = config, glu, layer
         self.meter = Meter()
+        self.straight_through = False
         self._means = (ColumnMean(), ColumnMean())  # of inputs and of GLU activations
         self._mean: tuple[Tensor, Tensor] | None = None
 
@@ -245,6 +248,14 @@ class Method(ABC):
         if self.config.compensate:
             self._mean = (self._means[0].value(self.glu.gate), self._means[1].value(self.glu.gate))
 
+    def take_weights(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """Other weights of the same shapes from now on, such as those of a training step."""
+        self.glu.gate, self.glu.up, self.glu.down = gate, up, down
+
+    def set_density(self, density: float) -> None:
+        """Another density from now on, equal in all its parts; thresholds and means stay what they were fitted to."""
+        raise ConfigError(f"{self.name} is made for one density: give no range of densities and no annealing")
+
     def dense(self, x: Tensor) -> Tensor:
         """What the layer gives without the rule."""
         return self.glu.dense(x)
@@ -267,9 +278,8 @@ class Method(ABC):
 
     def _kept(self, values: Tensor, mask: Tensor, which: int) -> Tensor:
         """values where selected, else their calibrated mean (0 without compensation); which: 0 inputs, 1 GLU."""
-        if self._mean is None:
-            return values * mask
-        return torch.where(mask, values, self._mean[which])
+        kept = values * mask if self._mean is None else torch.where(mask, values, self._mean[which])
+        return values + (kept - values).detach() if self.straight_through else kept
 
     def _count(self, x: Tensor, *shares: Tensor | float) -> None:
         """Meters the mean share of gate, up and down (one number for all, or three)."""
@@ -299,6 +309,9 @@ class Dense(Method):
             raise ConfigError(f"dense uses every weight; density {config.density:g} belongs to another method")
         super().check(config)
 
+    def set_density(self, density: float) -> None:
+        """Nothing to set: density is 1."""
+
     def forward(self, x: Tensor) -> Tensor:
         """The MLP as it is."""
         self._count(x, 1.0)
@@ -316,8 +329,15 @@ class _GluColumns(Method):
 
     def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
         super().__init__(config, glu, layer)
-        units = (3 * config.density - self.whole) / (3 - self.whole)
-        self.units = self._selector(glu.intermediate_size, min(units, 1.0))
+        self.units = self._selector(glu.intermediate_size, self._units_at(config.density))
+
+    def _units_at(self, density: float) -> float:
+        return min((3 * density - self.whole) / (3 - self.whole), 1.0)
+
+    def set_density(self, density: float) -> None:
+        """Density of the whole MLP; the units' own follows."""
+        self.check(replace(self.config, density=density))
+        self.units.density = self._units_at(density)
 
     @abstractmethod
     def _scores(self, x: Tensor, h: Tensor) -> Tensor:
@@ -397,6 +417,7 @@ class DejaVu(Method):
     name = "dejavu"
     summary = "the units that a trained low-rank predictor names; all three matrices skip"
     weight_bits: ClassVar[int] = 16
+    follows_weights = False
     _tokens: ClassVar[int] = 16384
     _steps: ClassVar[int] = 400
     _batch: ClassVar[int] = 256
@@ -472,6 +493,8 @@ class _FixedMask(Method):
 
     A mask of one bit a weight must be held or read beside the kept weights: `extra_dram_bits`.
     """
+
+    follows_weights = False
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:
@@ -655,6 +678,17 @@ class Teal(Method):
         """What |input| is multiplied by in the score, [columns]; None: nothing."""
         return None
 
+    def take_weights(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """Scores follow the norms of these weights."""
+        super().take_weights(gate, up, down)
+        with torch.no_grad():
+            self._factors = tuple(self._factor(w) for w in (gate, up, down))
+
+    def set_density(self, density: float) -> None:
+        """The same for all three matrices."""
+        for selector in self._selectors:
+            selector.density = density
+
     def _scores(self, values: Tensor, which: int) -> Tensor:
         factor = self._factors[which]
         magnitudes = values.float().abs()
@@ -704,6 +738,7 @@ class RSparse(Teal):
     name = "rsparse"
     summary = "dropped inputs of each matrix go through a low-rank part of it"
     n_densities = 0
+    follows_weights = False
     weight_bits: ClassVar[int] = 16
 
     def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
@@ -766,14 +801,28 @@ class Dip(Method):
         super().__init__(config, glu, layer)
         d_in, d_glu = config.densities or (config.density,) * 2
         self._selectors = (self._selector(glu.hidden_size, d_in), self._selector(glu.intermediate_size, d_glu))
-        self._factors: tuple[Tensor, Tensor] | None = None
-        if config.norms:
-            both = torch.cat((glu.gate, glu.up))  # one record holds both matrices' columns
-            self._factors = (both.float().norm(dim=0), glu.down.float().norm(dim=0))
+        self._factors = self._norms() if config.norms else None
+        self._is_fitted = False
         share = config.capacity or 0.0
         self.slots = tuple(math.floor(share * s.n + 0.5) for s in self._selectors)  # of each sequence's two caches
         self._caches: list[tuple[ColumnCache, ColumnCache]] = []
         self.used: Tensor | None = None  # [batch, tokens] bool: tokens that are not padding; None: all
+
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        """Of the input columns, gate's and up's together as one record holds them [D], and of the GLU columns [I]."""
+        both = torch.cat((self.glu.gate, self.glu.up))
+        return both.float().norm(dim=0), self.glu.down.float().norm(dim=0)
+
+    def take_weights(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """Norms are taken of these weights, where they do not come from a calibration file."""
+        super().take_weights(gate, up, down)
+        if self.config.norms and not self._is_fitted:
+            with torch.no_grad():
+                self._factors = self._norms()
+
+    def set_density(self, density: float) -> None:
+        """The same for inputs and GLU columns."""
+        self.set_densities(density, density)
 
     def set_densities(self, d_in: float, d_glu: float) -> None:
         """Other densities from now on; thresholds must be fitted again, top-k needs nothing."""
@@ -796,6 +845,7 @@ class Dip(Method):
             return inputs, glu
 
         self._factors, self._mean = on_device(factors, torch.float32), on_device(means, like.dtype)
+        self._is_fitted = True
 
     def factors(self) -> tuple[F32, F32]:
         """What |x| is multiplied by in the scores: norms of the input columns [D] and of the GLU columns [I]."""
@@ -914,6 +964,168 @@ class DipCacheAware(Dip):
         return 0.5 if self.config.gamma is None else self.config.gamma
 
 
+class _DipFitted(Dip):
+    """DIP with something fitted to what it drops, each matrix to its dense output on the calibration tokens."""
+
+    n_densities = 0
+    weight_bits: ClassVar[int] = 16
+
+    @classmethod
+    def needs_data(cls, config: MethodConfig) -> bool:
+        """Always."""
+        return True
+
+    def _pairs(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(values, kept values) of inputs and of GLU activations, rows of fp32, on the dense model's activations."""
+        h = self.glu.hidden(x)
+        both = []
+        for which, values in enumerate((x, h)):
+            rows = values.reshape(-1, values.shape[-1]).float()
+            both.append((rows, rows * self._selectors[which].top_k(self.scores(rows, which))))
+        return tuple(both)
+
+
+class DipLowRank(_DipFitted):
+    """DIP whose dropped part goes through a low-rank matrix fitted to it, as R-Sparse's but seeing the activations.
+
+    W x is approximated by W (m x) + U V ((1 - m) x), V = U^T W, with U the leading directions of what is dropped: the
+    best of that rank in the squared output error on the calibration tokens. Gate and up share V. U and V are read for
+    every token and held in DRAM at 16 bits; fewer columns are selected, so that the sum touches `density`.
+    """
+
+    name = "dip-lowrank"
+    summary = "dip whose dropped part goes through a low-rank matrix fitted to it"
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        d, i = glu.hidden_size, glu.intermediate_size
+        self.n_directions = max(1, round(config.rank * d))
+        share = self.n_directions * (2 * d + 3 * i) / (3 * d * i)
+        self.low_rank_share = share if config.density < 1 else 0.0
+        left = config.density - self.low_rank_share
+        if left <= 0:
+            raise ConfigError(
+                f"dip-lowrank's matrices of rank {self.n_directions} touch {share:.2f} of the weights alone, and "
+                f"density is {config.density:g}: ask for more, or for a smaller rank"
+            )
+        super().__init__(replace(config, density=left), glu, layer)
+        self._sums: list[Tensor | float] = [0.0, 0.0]
+        self._low_rank: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def extra_dram_bits(self) -> float:
+        """Of U and V."""
+        return self.low_rank_share * self._mlp_weights * self.weight_bits
+
+    def set_density(self, density: float) -> None:
+        """Of columns and low-rank part together."""
+        super().set_density(density - self.low_rank_share)
+
+    def collect(self, x: Tensor) -> None:
+        super().collect(x)
+        for which, (values, kept) in enumerate(self._pairs(x)):
+            dropped = values - kept
+            self._sums[which] = self._sums[which] + dropped.T @ dropped
+
+    def fit(self) -> None:
+        super().fit()
+        if self.low_rank_share:
+            weights = (torch.cat((self.glu.gate, self.glu.up)), self.glu.down)
+            self._low_rank = [self._factorise(w.float(), c) for w, c in zip(weights, self._sums, strict=True)]  # type: ignore[arg-type]
+        self._sums = [0.0, 0.0]
+
+    def _factorise(self, weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """U [out, r] with orthonormal columns and V = U^T W [r, in] of W [out, in] and the dropped inputs' [in, in]."""
+        rank = self.n_directions
+        if weight.shape[0] <= weight.shape[1]:
+            u = torch.linalg.eigh(weight @ covariance @ weight.T).eigenvectors[:, -rank:]
+        else:  # the same through the smaller side
+            values, vectors = torch.linalg.eigh(covariance)
+            root = weight @ (vectors * values.clamp_min(0).sqrt())
+            u = torch.linalg.qr(root @ torch.linalg.eigh(root.T @ root).eigenvectors[:, -rank:]).Q
+        dtype = self.glu.gate.dtype
+        return u.to(dtype), (u.T @ weight).to(dtype)
+
+    def _through(self, values: Tensor, kept: Tensor, which: int) -> Tensor | float:
+        if not self.low_rank_share:
+            return 0.0
+        if not self._low_rank:
+            raise ConfigError("dip-lowrank was not fitted: give calibration text")
+        u, v = self._low_rank[which]
+        return functional.linear(functional.linear(values - kept, v), u)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.masks(self.scores(x, 0), 0)
+        kept = self._kept(x, mask, 0)
+        both = self._through(x, kept, 0)
+        more = (0.0, 0.0) if isinstance(both, float) else both.chunk(2, dim=-1)
+        gate = functional.linear(kept, self.glu.gate, self.glu.gate_bias) + more[0]
+        h = self.glu.act(gate) * (functional.linear(kept, self.glu.up, self.glu.up_bias) + more[1])
+        glu = self.masks(self.scores(h, 1), 1)
+        share = _share(mask)
+        self._count(x, *(part + self.low_rank_share for part in (share, share, _share(glu))))
+        kept_h = self._kept(h, glu, 1)
+        return self.glu.output(kept_h) + self._through(h, kept_h, 1)
+
+
+class DipRescale(_DipFitted):
+    """DIP whose matrices' outputs are multiplied, channel by channel, by the factor that fits the dense ones best.
+
+    a_i = sum(y_i y^_i) / sum(y^_i^2) over the calibration tokens, y^ what the kept columns give. Factors of rows could be
+    put into the weights' scales; here they are counted as 16-bit numbers beside them.
+    """
+
+    name = "dip-rescale"
+    summary = "dip whose kept part is rescaled by output channel"
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        self._sums: list[tuple[Tensor | float, Tensor | float]] = [(0.0, 0.0)] * 3
+        self._scales: list[Tensor] | None = None
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """One compensation at a time."""
+        super().check(config)
+        if config.compensate:
+            raise ConfigError("dip-rescale scales what is kept and knows no means: leave compensate out, or use dip")
+
+    @property
+    def extra_dram_bits(self) -> float:
+        """Of the factors."""
+        return float((2 * self.glu.intermediate_size + self.glu.hidden_size) * self.weight_bits)
+
+    def collect(self, x: Tensor) -> None:
+        super().collect(x)
+        inputs, hidden = self._pairs(x)
+        for n, (weight, (values, kept)) in enumerate(
+            zip((self.glu.gate, self.glu.up, self.glu.down), (inputs, inputs, hidden), strict=True)
+        ):
+            y, y_kept = functional.linear(values, weight.float()), functional.linear(kept, weight.float())
+            product, square = self._sums[n]
+            self._sums[n] = (product + (y * y_kept).sum(0), square + y_kept.square().sum(0))
+
+    def fit(self) -> None:
+        super().fit()
+        dtype = self.glu.gate.dtype
+        self._scales = [
+            torch.where(square > 0, product / square, torch.ones_like(square)).to(dtype)  # type: ignore[arg-type,operator]
+            for product, square in self._sums
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._scales is None:
+            raise ConfigError("dip-rescale was not fitted: give calibration text")
+        gate_scale, up_scale, down_scale = self._scales
+        mask = self.masks(self.scores(x, 0), 0)
+        kept = self._kept(x, mask, 0)
+        gate = functional.linear(kept, self.glu.gate * gate_scale[:, None], self.glu.gate_bias)
+        h = self.glu.act(gate) * functional.linear(kept, self.glu.up * up_scale[:, None], self.glu.up_bias)
+        glu = self.masks(self.scores(h, 1), 1)
+        share = _share(mask)
+        self._count(x, share, share, _share(glu))
+        return functional.linear(self._kept(h, glu, 1), self.glu.down * down_scale[:, None], self.glu.down_bias)
+
+
 class PrunedLinear:
     """One linear layer outside the MLP whose small inputs are dropped: TEAL's and WINA's "all linear layers".
 
@@ -971,5 +1183,7 @@ METHODS: dict[str, type[Method]] = {
         RSparse,
         Dip,
         DipCacheAware,
+        DipLowRank,
+        DipRescale,
     )
 }

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,12 @@ from dipper.calibration import Calibration
 from dipper.errors import ConfigError
 from dipper.methods import METHODS, Dip, Glu, Method, MethodConfig, PrunedLinear
 
-__all__ = ["Sparsified", "find_glus", "sparsify_"]
+__all__ = ["Adapter", "Sparsified", "find_glus", "sparsify_"]
 
 # (gate, up, down) as projections are called, and gate and up as one.
 _NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _FUSED = ("gate_up_proj", "down_proj")
+_LINEARS: tuple[tuple[str, ...], ...] = (*_NAMES, _FUSED)
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 
@@ -43,10 +44,27 @@ class _Site:
     glus: list[Glu]
     is_experts: bool
 
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        """The linear layers of a GLU by their names in the module: gate, up, down, or gate and up in one, down."""
+        return {name: getattr(self.module, name) for name in next(n for n in _LINEARS if _has_linears(self.module, n))}
+
+
+class Adapter(Protocol):
+    """What changes the weights of the MLPs' linear layers; `dipper.adapter` has LoRA's."""
+
+    def weight(self, linear: nn.Module) -> Tensor:
+        """The weights [out, in] that `linear` should have now, with their gradient."""
+
 
 def _linear(module: nn.Module, name: str) -> nn.Linear | None:
     part = getattr(module, name, None)
+    part = getattr(part, "base_layer", part)  # under an adapter of peft's
     return part if isinstance(part, nn.Linear) else None
+
+
+def _has_linears(module: nn.Module, names: Sequence[str]) -> bool:
+    return all(_linear(module, name) is not None for name in names)
 
 
 def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -126,8 +144,9 @@ class Sparsified:
         sites: list[_Site],
         rules: list[list[Method]],
         linears: list[tuple[nn.Module, PrunedLinear]],
+        adapter: Adapter | None = None,
     ) -> None:
-        self.model, self.config = model, config
+        self.model, self.config, self._adapter = model, config, adapter
         self.rules = [rule for site_rules in rules for rule in site_rules]
         self.linears = [linear for _, linear in linears]
         self._linear_modules = [module for module, _ in linears]
@@ -148,8 +167,20 @@ class Sparsified:
         for module, linear in zip(self._linear_modules, self.linears, strict=True):
             self._patch(module, call_of(linear))
         for site, rules in zip(self._sites, self._site_rules, strict=True):
-            calls = [call_of(rule) for rule in rules]
+            calls = [self._adapted(site, rule, call_of(rule)) for rule in rules]
             self._patch(site.module, partial(_run_experts, calls) if site.is_experts else calls[0])
+
+    def _adapted(self, site: _Site, rule: Method, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`call` after the rule has taken the weights that the adapter gives now: masks and products see W + BA."""
+        if self._adapter is None:
+            return call
+        adapter = self._adapter
+
+        def adapted(x: Tensor) -> Tensor:
+            rule.take_weights(*_adapted_weights(site, adapter))
+            return call(x)
+
+        return adapted
 
     def _restore(self) -> None:
         for module in self._patched:
@@ -158,14 +189,50 @@ class Sparsified:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The dense model, for as long as the context lasts; nothing is counted, no cache moves."""
+        """The dense model without adapter, for as long as the context lasts; nothing is counted, no cache moves."""
         self._restore()
+        if self._adapter is not None:
+            for site in self._sites:
+                self._patch(site.module, site.glus[0].dense)
         self._is_paused = True
         try:
             yield
         finally:
             self._is_paused = False
             self._use(lambda part: part)
+
+    @contextmanager
+    def beside_dense(self, compare: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """The dense model runs, and each layer's rule beside it on the same inputs: layers see no others' losses.
+
+        Args:
+            compare: called with the rule's output, which has a gradient, and the dense one, layer after layer.
+        """
+
+        def beside(site: _Site, rule: Method) -> Callable[[Tensor], Tensor]:
+            call = self._adapted(site, rule, rule)
+
+            def both(x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    dense = site.glus[0].dense(x)
+                with torch.enable_grad():
+                    compare(call(x.detach()), dense)
+                return dense
+
+            return both
+
+        self._restore()
+        for site, rules in zip(self._sites, self._site_rules, strict=True):
+            self._patch(site.module, beside(site, rules[0]))
+        try:
+            yield
+        finally:
+            self._use(lambda part: part)
+
+    def set_density(self, density: float) -> None:
+        """Another density from now on, the same in every layer."""
+        for rule in self.rules:
+            rule.set_density(density)
 
     def undo(self) -> None:
         """Leaves the model as it was; calling it twice is no error."""
@@ -237,14 +304,28 @@ class Sparsified:
         return sum(rule.extra_dram_bits for rule in self.rules)
 
 
+def _adapted_weights(site: _Site, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    """gate, up and down as the adapter has them now."""
+    *first, down = (adapter.weight(linear) for linear in site.linears.values())
+    gate, up = first if len(first) == 2 else first[0].chunk(2)
+    return gate, up, down
+
+
 def _rules_of(
-    config: MethodConfig, sites: Iterable[_Site], densities: Sequence[tuple[float, ...]] | None
+    config: MethodConfig,
+    sites: Iterable[_Site],
+    densities: Sequence[tuple[float, ...]] | None,
+    adapter: Adapter | None,
 ) -> Iterator[list[Method]]:
     layer = 0
     for site in sites:
         rules = []
         for glu in site.glus:
             own = config if densities is None else replace(config, densities=densities[layer])
+            if adapter is not None:
+                with torch.no_grad():
+                    gate, up, down = _adapted_weights(site, adapter)
+                glu = replace(glu, gate=gate, up=up, down=down)
             rules.append(METHODS[config.name](own, glu, layer))
             layer += 1
         yield rules
@@ -306,6 +387,7 @@ def sparsify_(
     calibration: Iterable[Tensor] | None = None,
     densities: Sequence[tuple[float, ...]] | None = None,
     fitted: Calibration | None = None,
+    adapter: Adapter | None = None,
 ) -> Sparsified:
     """Makes the GLU MLPs of a model use fewer weights, in place.
 
@@ -317,6 +399,7 @@ def sparsify_(
         densities: the rule's own densities by layer, in place of equal ones (`MethodConfig.densities`).
         fitted: what `calibrate` found for `config.density`: densities by layer, norms and means, as the engine takes
             them; `dip` and `dip-ca` alone, and their `norms` and `compensate` are then the file's.
+        adapter: changes the weights of the MLPs; rules see the changed ones, `paused` the model's own.
 
     Returns:
         The handle: meters, `reset`, `undo`; a context manager.
@@ -329,7 +412,10 @@ def sparsify_(
     if densities is not None and len(densities) != n_layers:
         raise ConfigError(f"densities for {len(densities)} layers were given, and the model has {n_layers} GLU layers")
     linears = [] if config.linears == "mlp" else list(_attention_linears(model, config))
-    sparse = Sparsified(model, config, sites, list(_rules_of(config, sites, densities)), linears)
+    if adapter is not None and any(site.is_experts for site in sites):
+        raise ConfigError("the experts of this model are stacked in one parameter, which no adapter is for")
+    rules = list(_rules_of(config, sites, densities, adapter))
+    sparse = Sparsified(model, config, sites, rules, linears, adapter)
     try:
         if fitted is not None:
             _take_fit(sparse.rules, fitted, config)
