@@ -6,10 +6,10 @@
     adapter.save("smollm2.lora", loaded)        # peft's format, and `dipper.json`: which model it is for
     merge(loaded, adapter, source, "smollm2-merged")    # a Hugging Face folder for `dipper pack`
 
-peft owns the matrices, their places and their files. The products are not peft's: it would add B(Ax) of what a layer is
-given, and a rule that ranks columns by the weights, drops columns of W + s BA, or rounds them to a grid must see the sum.
-So `weight` makes the sum, [out, in], once a layer and forward pass: 2 r in out operations, r = 32 against the tokens
-of a batch.
+peft owns the matrices, their places and their files. The products are not peft's: it would add B(Ax) of what a layer
+is given, and a rule that ranks columns by the weights, drops columns of W + s BA, or rounds them to a grid must see the
+sum. So `weight` makes the sum, [out, in], once a layer and forward pass: 2 r in out operations, r = 32 against the
+tokens of a batch.
 
 Needs the `train` extra.
 """
@@ -63,7 +63,7 @@ class Adapter:
         self._grids: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def attach(cls, model: nn.Module, *, rank: int = 32, alpha: float | None = None, seed: int = 0) -> Adapter:
+    def attach(cls, model: nn.Module, *, rank: int = 32, alpha: int | None = None, seed: int = 0) -> Adapter:
         """New matrices: A random by `seed`, B zero, so that nothing has changed yet.
 
         Args:
@@ -134,7 +134,7 @@ class Adapter:
             for linear in site.linears.values():
                 base = linear.base_layer.weight
                 grid, rows = quantise(base.detach().float().cpu().numpy(), 4)
-                self._grids[linear] = tuple(torch.from_numpy(a).to(base.device) for a in block_scales(grid, rows))  # type: ignore[assignment]
+                self._grids[linear] = tuple(torch.from_numpy(a).to(base.device) for a in block_scales(grid, rows))
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, in the order of the layers."""
@@ -143,7 +143,8 @@ class Adapter:
     @property
     def n_bytes(self) -> int:
         """Bytes of the adapter when it is kept apart, at 16 bits."""
-        return sum(p.numel() for p in self.parameters()) * _ADAPTER_BITS // 8
+        n_weights: int = sum(p.numel() for p in self.parameters())
+        return n_weights * _ADAPTER_BITS // 8
 
     def state(self) -> list[Tensor]:
         """Copies of what is trained, on the CPU."""
@@ -254,8 +255,8 @@ def _config_of(loaded: LoadedModel, source: Path) -> dict[str, Any]:
     theta = _theta(plain[0][0].cpu().numpy()) if len(plain) == 1 and plain[0][1] == 1.0 and not odd else None
     if theta is None:
         raise ConfigError(
-            f"{loaded.name} has scaled rotary tables or attention, which a config.json made here cannot say: merge into "
-            "the Hugging Face folder of the model"
+            f"{loaded.name} has scaled rotary tables or attention, which a config.json made here cannot say: merge "
+            "into the Hugging Face folder of the model"
         )
     return {**config, "rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 

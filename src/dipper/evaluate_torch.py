@@ -52,12 +52,14 @@ __all__ = [
     "Opened",
     "TorchScorer",
     "answer_tasks",
+    "broken_module",
     "calibration_windows",
     "evaluate_torch",
     "mlp_bytes",
     "open_sparse",
     "perplexity_torch",
     "run_options",
+    "split_head",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,7 +194,7 @@ class TorchScorer:
             raise ConfigError(f"The context is {context}; it must be at least 2, and the model has {made_for}.")
         self.opened, self._against_dense = opened, against_dense
         self._batch, self._context = batch, context or made_for
-        self._body, self._head = _split(opened.model)
+        self._body, self._head = split_head(opened.model)
         self._device = next(opened.model.parameters()).device
         with opened.sparsity.paused(), torch.inference_mode():
             self._check_head()
@@ -335,22 +337,14 @@ class TorchScorer:
 
     def _blame(self, ids: torch.Tensor) -> None:
         """Runs the batch again and raises an error that names the first module with an output that is not finite."""
-        found: list[str] = []
 
-        def look(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and any(not bool(torch.isfinite(t).all()) for t in _tensors(output)):
-                found.append(name)
-
-        modules = [(name, module) for name, module in self.opened.model.named_modules() if name]
-        hooks = [module.register_forward_hook(partial(look, name)) for name, module in modules]
-        try:
+        def run() -> None:
             self.opened.sparsity.reset()
             for states in self._hidden(ids):
                 self._head(states[-1:])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        where = f"{found[0]} is the first module whose output is not finite" if found else "no module's output is"
+
+        found = broken_module(self.opened.model, run)
+        where = f"{found} is the first module whose output is not finite" if found else "no module's output is"
         dtype = _dtype_name(next(self.opened.model.parameters()).dtype)
         raise DipperError(
             f"The logits are NaN or infinite: {where}. The weights are broken, or {dtype} overflows there: check the "
@@ -395,7 +389,24 @@ def _text_config(model: Any) -> Any:
     return model.config.get_text_config()
 
 
-def _split(model: Any) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+def broken_module(model: Any, run: Callable[[], object]) -> str | None:
+    """The first module of a model with an output that is not finite while `run` runs it."""
+    found: list[str] = []
+
+    def look(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not found and any(not bool(torch.isfinite(t).all()) for t in _tensors(output)):
+            found.append(name)
+
+    hooks = [module.register_forward_hook(partial(look, name)) for name, module in model.named_modules() if name]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def split_head(model: Any) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     """A causal model as the module that gives last hidden states, and what makes logits of them."""
     body, head = model.base_model, model.get_output_embeddings()
     cap = getattr(_text_config(model), "final_logit_softcapping", None)
