@@ -1,4 +1,4 @@
-"""Adapters and their training, on tiny models: masks see merged weights, runs resume to the bit, merging changes nothing."""
+"""Adapters and their training, on tiny models: masks see merged weights, runs resume to the bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dipper.methods import METHODS, MethodConfig  # noqa: E402
 from dipper.sparsify import find_glus, sparsify_  # noqa: E402
 from dipper.torch_model import LoadedModel, load_model  # noqa: E402
 
-from test_torch_model import tiny_folder, tiny_gguf  # isort: skip
+from test_torch_model import tiny_folder, tiny_gguf  # noqa: E402  # isort: skip
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::FutureWarning")]
 

@@ -3,8 +3,8 @@
     result = distill(loaded, windows, held_out, DistillConfig(method=MethodConfig("dip", density=0.5)), out=folder)
 
 The student is the model under a rule with W + s BA for gate, up and down; the teacher is the same model without either
-(one copy of the weights: `Sparsified.paused`). The loss is KL(teacher || student) of the next-token distributions, so no
-text is learnt, only what pruning took away. `target="text"` trains on the text itself instead, to see how much of a
+(one copy of the weights: `Sparsified.paused`). The loss is KL(teacher || student) of the next-token distributions, so
+no text is learnt, only what pruning took away. `target="text"` trains on the text itself instead, to see how much of a
 gain is adaptation to a domain; `target="layers"` compares every MLP with its own dense output, layer by layer, and
 holds the graph of one layer at a time.
 
@@ -87,7 +87,7 @@ class DistillConfig:
 
     method: MethodConfig
     rank: int = 32
-    alpha: float | None = None
+    alpha: int | None = None
     target: str = "logits"
     temperature: float = 1.0
     hidden_weight: float = 0.0
@@ -476,15 +476,13 @@ class _Run:
         self.sparse.reset()
         with torch.no_grad():
             found = broken_module(self.loaded.model, lambda: self._hidden(ids.to(self.device)))
-        where = (
-            f"{found} is the first module whose output is not finite" if found else "every module's output is finite"
-        )
+        where = f"{found} is the first module whose output is not finite" if found else "all outputs are finite"
         kept = "there is no checkpoint"
         if self.out is not None and (self.out / _CHECKPOINT).exists():
             kept = f"{self.out / _CHECKPOINT} holds the last good one"
         raise DipperError(
-            f"The loss of step {step + 1} is {loss:g} or its gradient is not finite: {where}; {kept}. Lower the learning "
-            f"rate ({self.config.lr:g}) or use dtype fp32."
+            f"The loss of step {step + 1} is {loss:g} or its gradient is not finite: {where}; {kept}. Lower the "
+            f"learning rate ({self.config.lr:g}) or use dtype fp32."
         )
 
     # -- files

@@ -1030,7 +1030,7 @@ class DipLowRank(_DipFitted):
         super().fit()
         if self.low_rank_share:
             weights = (torch.cat((self.glu.gate, self.glu.up)), self.glu.down)
-            self._low_rank = [self._factorise(w.float(), c) for w, c in zip(weights, self._sums, strict=True)]  # type: ignore[arg-type]
+            self._low_rank = [self._factorise(w.float(), c) for w, c in zip(weights, self._sums, strict=True)]
         self._sums = [0.0, 0.0]
 
     def _factorise(self, weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -1070,8 +1070,8 @@ class DipLowRank(_DipFitted):
 class DipRescale(_DipFitted):
     """DIP whose matrices' outputs are multiplied, channel by channel, by the factor that fits the dense ones best.
 
-    a_i = sum(y_i y^_i) / sum(y^_i^2) over the calibration tokens, y^ what the kept columns give. Factors of rows could be
-    put into the weights' scales; here they are counted as 16-bit numbers beside them.
+    a_i = sum(y_i y^_i) / sum(y^_i^2) over the calibration tokens, y^ what the kept columns give. Factors of rows could
+    be put into the weights' scales; here they are counted as 16-bit numbers beside them.
     """
 
     name = "dip-rescale"
@@ -1108,7 +1108,7 @@ class DipRescale(_DipFitted):
         super().fit()
         dtype = self.glu.gate.dtype
         self._scales = [
-            torch.where(square > 0, product / square, torch.ones_like(square)).to(dtype)  # type: ignore[arg-type,operator]
+            torch.where(square > 0, product / square, torch.ones_like(square)).to(dtype)
             for product, square in self._sums
         ]
 
