@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dipper.errors import ConfigError
@@ -159,9 +160,11 @@ class Adapter:
     # -- files
 
     def save(self, path: str | os.PathLike[str], loaded: LoadedModel, training: Mapping[str, Any]) -> None:
-        """Writes peft's files and `dipper.json`, whole or not at all; an adapter that was there is replaced."""
+        """Writes peft's files, in fp16, and `dipper.json`; an adapter that was there is replaced when all is whole."""
         with _whole_folder(path) as folder:
             self._peft.save_pretrained(str(folder), save_embedding_layers=False)
+            weights = folder / "adapter_model.safetensors"
+            save_file({n: t.half() for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
             (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
             info = {"schema": SCHEMA, "model": model_fields(loaded), "bytes": self.n_bytes, "training": dict(training)}
             write_json(folder / "dipper.json", info)
@@ -219,8 +222,6 @@ def merge(
     Raises:
         ConfigError: the folder exists, or the model's rotary table cannot be said in a config.json.
     """
-    from safetensors.torch import save_file
-
     if Path(out).exists():
         raise ConfigError(f"{out} exists: give another folder, or remove it")
     model = loaded.model

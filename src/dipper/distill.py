@@ -304,7 +304,7 @@ class _Run:
                     self._save()
                 if progress is not None and self._is_main:
                     progress(done, config.steps, result.steps[-1]["loss"])
-        self.adapter.take_state(self.best_state)
+        self.adapter.take_state([matrix.half().float() for matrix in self.best_state])  # as files and `n_bytes` have it
         if self.out is not None:
             self._finish()
         return result

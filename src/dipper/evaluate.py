@@ -54,6 +54,7 @@ __all__ = [
     "paired_change",
     "perplexity",
     "read_text",
+    "recovered",
     "relative_change",
     "score_text",
     "text_windows",
@@ -498,6 +499,36 @@ def relative_change(result: PerplexityResult, reference: PerplexityResult, seed:
     if result.tokens_sha256 != reference.tokens_sha256 or result.window_tokens != reference.window_tokens:
         raise ConfigError("The two perplexities were taken on different tokens; they cannot be compared.")
     return paired_change(result.window_nll, reference.window_nll, result.window_tokens, seed)
+
+
+def recovered(
+    dense_nll: Sequence[float],
+    sparse_nll: Sequence[float],
+    compensated_nll: Sequence[float],
+    counts: Sequence[int],
+    seed: int = 0,
+) -> dict[str, float | None]:
+    """Share of what a method lost in perplexity that a compensation brought back.
+
+    Args:
+        dense_nll, sparse_nll, compensated_nll: sums over each window, nats, on the same tokens.
+        counts: scored tokens of each window.
+        seed: of the bootstrap.
+
+    Returns:
+        `recovered`, (sparse - compensated) / (sparse - dense) in perplexities, and `recovered_stderr` over windows
+        drawn together; None where nothing was lost, or for one window.
+    """
+    columns = (dense_nll, sparse_nll, compensated_nll)
+    dense, sparse, compensated = (_exp(math.fsum(column) / sum(counts)) for column in columns)
+    if sparse <= dense:
+        return {"recovered": None, "recovered_stderr": None}
+    draws = [_resampled_means(column, counts, seed) for column in columns]
+    stderr = None
+    if all(draw is not None for draw in draws):
+        low, high, between = (np.exp(np.minimum(draw, _LARGEST_NLL)) for draw in draws)  # type: ignore[arg-type]
+        stderr = _stderr((high - between) / (high - low))
+    return {"recovered": (sparse - compensated) / (sparse - dense), "recovered_stderr": stderr}
 
 
 # ------------------------------------------------------------------------------------------------ results

@@ -928,15 +928,18 @@ class Dip(Method):
         host = scores.detach().float().cpu().numpy()
         rows = [host[b] if used is None else host[b][used[b].cpu().numpy()] for b in range(len(host))]
         caches = [pair[which] for pair in self._caches]
-        mask = torch.zeros(scores.shape, dtype=torch.bool)
+        mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
         per_column = (2 if which == 0 else 1) / (3 * n)  # a column's share of the MLP's weights
         for b, (selected, hits) in enumerate(scan_many(rows, k, self._gamma, caches)):
-            at = torch.arange(scores.shape[1]) if used is None else used[b].cpu().nonzero()[:, 0]
-            mask[b, at[:, None], torch.from_numpy(selected.astype("int64"))] = True
+            chosen = torch.from_numpy(selected).to(scores.device).long()  # [tokens, k]
+            if used is None:
+                mask[b].scatter_(-1, chosen, True)
+            else:
+                mask[b, used[b].nonzero(), chosen] = True
             self.meter.selected += selected.size
             self.meter.hits += int(hits.sum())
             self.meter.missed_share += (selected.size - int(hits.sum())) * per_column
-        return mask.to(scores.device)
+        return mask
 
     def _cache(self, which: int) -> ColumnCache:
         return ColumnCache(self._selectors[which].n, self.slots[which], self.config.cache, self.config.decay)

@@ -34,7 +34,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     above = scores > border
     ties = scores == border
     wanted = k - above.sum(-1, keepdim=True)
-    return above | (ties & (ties.cumsum(-1) <= wanted))
+    return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= wanted))
 
 
 class Selector:
