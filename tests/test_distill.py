@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -17,6 +20,7 @@ with warnings.catch_warnings():
     pytest.importorskip("accelerate")
 
 from dipper.adapter import Adapter, merge  # noqa: E402
+from dipper.cli import main  # noqa: E402
 from dipper.distill import DistillConfig, distill, draw_curves  # noqa: E402
 from dipper.errors import ConfigError, DipperError  # noqa: E402
 from dipper.methods import METHODS, MethodConfig  # noqa: E402
@@ -247,6 +251,62 @@ def test_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     draw_curves({"dip": run(steps=4).as_dict()}, tmp_path / "curve.svg")
     assert (tmp_path / "curve.svg").stat().st_size > 1000
+
+
+# ------------------------------------------------------------------------------------------------ the verbs
+
+
+def text_file(folder):
+    path = folder / "text.txt"
+    path.write_text(" ".join(np.random.default_rng(0).choice(["hell", "o", "the ", "sea", "lo"], 2000)))
+    return path
+
+
+def distil(source, folder, *more):
+    given = ["--text", str(text_file(folder)), "-o", str(folder / "out"), "--density", "0.5", "--window", "16"]
+    train = ["--rank", "4", "--steps", "4", "--batch", "4", "--eval-every", "2"]
+    return ["distill", str(source), *given, *train, *more]
+
+
+def test_from_text_to_a_bundle(tmp_path, capsys):
+    source = tiny_gguf(tmp_path / "m.gguf", "llama", {"mlp": "F16"})
+    out = tmp_path / "out"
+    assert main(distil(source, tmp_path, "--json")) == 0, capsys.readouterr().err
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["best"]["loss"] <= told["first"]["loss"]
+    assert {p.name for p in out.iterdir()} >= {"adapter", "checkpoint.pt", "curve.json"}
+    score = ["--text", str(tmp_path / "text.txt"), "--window", "16", "--tokens", "64", "--density", "0.5", "--json"]
+    assert main(["eval", str(source), *score, "--adapter", str(out / "adapter")]) == 0, capsys.readouterr().err
+    apart = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert apart["options"]["adapter_bytes"] > 0
+    assert apart["mlp_bytes_per_token"] == pytest.approx(
+        apart["touched"] * apart["mlp_bytes"] + apart["options"]["adapter_bytes"]
+    )
+    merged = tmp_path / "merged"
+    assert main(["merge", str(source), str(out / "adapter"), "-o", str(merged), "--dtype", "float32"]) == 0
+    assert main(["pack", str(merged), "--bits", "16", "-o", str(tmp_path / "b.dipper")]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "b.dipper"), "--method", "dip", *score]) == 0, capsys.readouterr().err
+    packed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert packed["perplexity"] == pytest.approx(apart["perplexity"], rel=0.02)
+    assert main(distil(source, tmp_path)) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    source = tiny_gguf(tmp_path / "m.gguf", "llama")
+    curves = []
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(n), "--num_machines", "1"]
+        kinds = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        command = [sys.executable, *launch, *kinds, "-m", "dipper", *distil(source, folder)]
+        subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        curves.append(json.loads((folder / "out" / "curve.json").read_text()))
+    one, two = ([s["loss"] for s in curve["steps"]] for curve in curves)
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -35,16 +35,17 @@ from dipper.errors import ConfigError
 from dipper.files import write_json
 from dipper.grid import F32, block_scales, quantise
 from dipper.rope import rope_table
+from dipper.sources import pull
 from dipper.sparsify import find_glus
 from dipper.tokenizer import Tokenizer, write_tokenizer
-from dipper.torch_model import LoadedModel
+from dipper.torch_model import LoadedModel, load_model
 
 try:
     import peft
 except ImportError as error:
     raise ConfigError(f"peft is needed here ({error}): run `pip install 'dipper[train]'`") from error
 
-__all__ = ["Adapter", "merge", "model_fields"]
+__all__ = ["Adapter", "merge", "merge_source", "model_fields"]
 
 SCHEMA = "dipper-adapter/1"
 _NAME = "default"  # peft's, of the only adapter
@@ -113,7 +114,10 @@ class Adapter:
                 f"{folder} is an adapter for {_described(made_for)}, and this model is {_described(own)}: use the "
                 "model that it was trained on"
             )
-        return cls(peft.PeftModel.from_pretrained(loaded.model, str(folder)), info)
+        adapter = cls(peft.PeftModel.from_pretrained(loaded.model, str(folder)), info)
+        if info.get("training", {}).get("config", {}).get("snap_int4"):
+            adapter.snap_to_int4()
+        return adapter
 
     # -- weights
 
@@ -241,6 +245,21 @@ def merge(
         write_json(folder / "config.json", {**_config_of(loaded, source), "dtype": dtype, "torch_dtype": dtype})
         _write_tokenizer_files(loaded.tokenizer, source, folder)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def merge_source(
+    source: str, adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, dtype: str = "float16"
+) -> None:
+    """`merge` of files: a source as `load_model` takes it, and the folder of an adapter.
+
+    Raises:
+        ConfigError: see `Adapter.load` and `merge`; or the dtype is unknown.
+    """
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise ConfigError(f"dtype is '{dtype}'; a merged model is float16, bfloat16 or float32")
+    path = Path(source) if Path(source).exists() else pull(source)
+    loaded = load_model(path)
+    merge(loaded, Adapter.load(adapter, loaded), path, out, dtype=dtype)
 
 
 def _config_of(loaded: LoadedModel, source: Path) -> dict[str, Any]:

@@ -591,6 +591,9 @@ def evaluate(
     calibration_text: Annotated[
         Path | None, typer.Option(help="PyTorch: a text for methods that must see some.", metavar="FILE")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="PyTorch: an adapter of `dipper distill`, kept apart.", metavar="DIR")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="PyTorch: cpu, cuda or cuda:1 (default cpu).", metavar="NAME")
     ] = None,
@@ -635,7 +638,9 @@ def evaluate(
     torch_method = {
         "select": select, "norms": norms or None, "compensate": compensate or None, "capacity": capacity,
     }  # fmt: skip
-    torch_run = {"calibration_text": calibration_text, "device": device, "dtype": dtype, "batch": batch}
+    torch_run = {
+        "calibration_text": calibration_text, "adapter": adapter, "device": device, "dtype": dtype, "batch": batch,
+    }  # fmt: skip
     torch_only = {**torch_method, **torch_run, "kl": kl or None, "tasks": tasks}
     scoring = {"window": window, "limit": tokens, "rows_joined": wikitext, "seed": seed or 0, "out": out}
     if _on_engine(source, method, engine, torch_only):
@@ -722,7 +727,7 @@ def _open_sparse(source: str, method: dict[str, Any], run: dict[str, Any], conte
 
     return open_sparse(
         source, method, device=run["device"] or "cpu", dtype=run["dtype"], context=context,
-        calibration=run["calibration"], calibration_text=run["calibration_text"],
+        calibration=run["calibration"], calibration_text=run["calibration_text"], adapter=run["adapter"],
     )  # fmt: skip
 
 
@@ -816,6 +821,139 @@ def calibrate(
     for name, found in made.provenance["fit"].items():
         losses = found.get("losses", found)
         _say(f"{name}: " + ", ".join(f"{what} {loss:.4f}" for what, loss in losses.items()))
+
+
+@app.command()
+def distill(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Bundle, GGUF file, Hugging Face folder, or name.")],
+    text: Annotated[
+        list[Path], typer.Option(help="Text to train on (UTF-8, or .jsonl rows); may be repeated.", metavar="FILE")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder of checkpoints, the curve and the adapter.", metavar="DIR")
+    ],
+    held_out: Annotated[
+        Path | None, typer.Option(help="Text to judge by (default: a twentieth of the windows).", metavar="FILE")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Rule that is compensated, of `dipper.methods`.", metavar="NAME")] = "dip",
+    density: Density = None,
+    d_in: DIn = None,
+    d_glu: DGlu = None,
+    gamma: Gamma = None,
+    cache: Cache = None,
+    calibration: Calibration = None,
+    norms: Annotated[bool, typer.Option("--norms", help="dip ranks |x| times the column's norm.")] = False,
+    capacity: Annotated[
+        float | None, typer.Option(help="Simulate caches of this share of the columns (dip-ca).", metavar="C")
+    ] = None,
+    densities: Annotated[
+        str | None, typer.Option(help="Draw the density anew each step: lowest,highest.", metavar="D,D")
+    ] = None,
+    anneal: Annotated[float, typer.Option(help="Share of the steps in which the density falls from 1.")] = 0.0,
+    target: Annotated[
+        str, typer.Option(help="logits, layers (one layer's memory), or text (no teacher).", metavar="NAME")
+    ] = "logits",
+    rank: Annotated[int, typer.Option(help="Of LoRA.", metavar="R")] = 32,
+    int4: Annotated[bool, typer.Option("--int4", help="Train for a bundle of 4 bits: weights are rounded.")] = False,
+    straight_through: Annotated[
+        bool, typer.Option("--straight-through", help="The gradient passes masks as if nothing were dropped.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Of both distributions.", metavar="T")] = 1.0,
+    hidden_weight: Annotated[float, typer.Option(help="Of the last hidden state's error.", metavar="W")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", metavar="N")] = 400,
+    batch: Annotated[int, typer.Option(help="Windows of a step, over all processes.", metavar="N")] = 16,
+    micro_batch: Annotated[int | None, typer.Option(help="Windows at once (default: all).", metavar="N")] = None,
+    window: Annotated[int, typer.Option(help="Positions of a window.", metavar="N")] = 512,
+    lr: Annotated[float, typer.Option(help="Peak of the learning rate.", metavar="R")] = 1e-3,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory.")] = False,
+    eval_every: Annotated[int, typer.Option(help="Steps between judgements on held-out text.", metavar="N")] = 50,
+    patience: Annotated[int, typer.Option(help="Judgements without improvement that end it.", metavar="N")] = 4,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", metavar="N")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the adapter, the windows and the densities.", metavar="N")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    device: Annotated[str, typer.Option(help="Of PyTorch: cpu, cuda, ...", metavar="NAME")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.", metavar="NAME")] = "fp32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train LoRA on the MLPs to give under a method's masks what the dense model gives. Needs the `train` extra.
+
+    With several GPUs: accelerate launch --num-processes 2 -m dipper distill ... --device cuda
+
+    \b
+    Examples:
+      dipper distill smollm2 --text c4.jsonl --density 0.5 -o smollm2-dip --device cuda --dtype bf16
+      dipper eval smollm2 --text wiki.test.raw --density 0.5 --adapter smollm2-dip/adapter --kl
+      dipper merge smollm2 smollm2-dip/adapter -o smollm2-merged
+    """
+    import dipper.torch_model  # noqa: F401 - first, since it says what to install where PyTorch is missing
+    from dipper.distill import DistillConfig, distill_source
+    from dipper.methods import MethodConfig
+    from dipper.records import json_line
+
+    common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
+    options = _torch_method(method, {**common, "norms": norms or None, "capacity": capacity})
+    span = _numbers("--densities", densities)
+    if densities is not None and len(span) != 2:
+        raise ConfigError(f"--densities is {densities}; give the lowest and the highest, as 0.5,0.7")
+    config = DistillConfig(
+        method=MethodConfig(**options), rank=rank, target=target, temperature=temperature, hidden_weight=hidden_weight,
+        straight_through=straight_through, densities=(span[0], span[1]) if span else None, anneal=anneal,
+        snap_int4=int4, steps=steps, batch=batch, micro_batch=micro_batch, lr=lr, dtype=dtype, recompute=recompute,
+        seed=seed, eval_every=eval_every, patience=patience, save_every=save_every,
+    )  # fmt: skip
+    with _training_bar(steps) as report:
+        result = distill_source(
+            source, text, out, config, held_out=held_out, window=window, device=device, calibration=calibration,
+            resume=resume, progress=report,
+        )  # fmt: skip
+    first, best = result.held_out[0], result.best
+    if as_json:
+        print(json_line({"schema": "dipper-distill/1", "out": str(out), "first": first, "best": best}))
+        return
+    _say(
+        f"held-out loss {first['loss']:.4f} -> {best['loss']:.4f} at step {best['step']:.0f} of {len(result.steps)}, "
+        f"{result.seconds:.0f} s: {out / 'adapter'}"
+    )
+
+
+@contextmanager
+def _training_bar(steps: int) -> Iterator[Any]:
+    """Steps and loss as a bar on stderr; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("loss {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("-", total=steps)
+        yield lambda done, total, loss: bar.update(task, completed=done, total=total, description=f"{loss:.4f}")
+
+
+@app.command()
+def merge(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="What the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of `dipper distill`'s adapter.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The Hugging Face folder, for `dipper pack`.", metavar="DIR")
+    ],
+    dtype: Annotated[str, typer.Option(help="Of the file: float16, bfloat16 or float32.", metavar="NAME")] = "float16",
+    debug: Debug = False,
+) -> None:
+    """Put an adapter into the weights: as fast as before, and nothing held beside the model. Needs the `train` extra.
+
+    \b
+    Examples:
+      dipper merge smollm2 smollm2-dip/adapter -o smollm2-merged
+      dipper pack smollm2-merged --bits 4 -o smollm2-merged.dipper
+    """
+    import dipper.torch_model  # noqa: F401 - first, since it says what to install where PyTorch is missing
+    from dipper.adapter import merge_source
+
+    merge_source(source, adapter, out, dtype=dtype)
+    _say(f"wrote {out}")
 
 
 @app.command()

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ from torch.utils.checkpoint import checkpoint
 from dipper.adapter import Adapter, model_fields
 from dipper.calibration import Calibration
 from dipper.errors import ConfigError, DipperError
+from dipper.evaluate import cut_windows, read_text
 from dipper.evaluate_torch import broken_module, split_head
 from dipper.figures import panels
 from dipper.files import whole_file, write_json
 from dipper.methods import METHODS, MethodConfig
 from dipper.sparsify import Sparsified, sparsify_
-from dipper.torch_model import LoadedModel
+from dipper.torch_model import LoadedModel, load_model
 
 try:
     from accelerate import PartialState
@@ -49,7 +51,7 @@ try:
 except ImportError as error:
     raise ConfigError(f"accelerate is needed here ({error}): run `pip install 'dipper[train]'`") from error
 
-__all__ = ["DistillConfig", "Distilled", "distill", "draw_curves"]
+__all__ = ["DistillConfig", "Distilled", "distill", "distill_source", "draw_curves"]
 
 TARGETS = ("logits", "layers", "text")
 _LOGITS_AT_ONCE = 1 << 26  # numbers of a chunk of logits: 256 MiB in fp32
@@ -245,6 +247,61 @@ def distill(
         if new:
             adapter.detach()
         raise
+
+
+def distill_source(
+    source: str,
+    texts: Sequence[Path],
+    out: Path,
+    config: DistillConfig,
+    *,
+    held_out: Path | None = None,
+    window: int = 512,
+    device: str = "cpu",
+    calibration: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Distilled:
+    """`distill` of files; under `accelerate launch` each process takes a GPU of its own.
+
+    Args:
+        source: as `load_model` takes it.
+        texts: to train on; windows do not cross files.
+        out: see `distill`.
+        config: see `distill`.
+        held_out: to judge by; None: a twentieth of the windows, 1 to 64 of them, which are then not trained on.
+        window: positions of a window.
+        device: of PyTorch.
+        calibration: file of `dipper calibrate`.
+        resume, progress: see `distill`.
+    """
+    processes = PartialState(cpu=device == "cpu")
+    if processes.num_processes > 1:
+        device = str(processes.device)
+    loaded = load_model(Path(source) if Path(source).exists() else source, device=device, context=window)
+
+    def cut(path: Path) -> list[list[int]]:
+        ids = loaded.encode(read_text(path).text)
+        return [w for w in cut_windows(ids, window, bos_id=loaded.bos_id) if len(w) == window]
+
+    windows = [ids for path in texts for ids in cut(path)]
+    order = np.random.default_rng(config.seed).permutation(len(windows))
+    n_judged = min(64, max(1, len(windows) // 20)) if held_out is None else 0
+    judged = [windows[i] for i in order[:n_judged]] if held_out is None else cut(held_out)
+    trained = [windows[i] for i in order[n_judged:]]
+    if not trained or not judged:
+        raise ConfigError(
+            f"the texts have {len(windows)} windows of {window} positions to train on and {len(judged)} to judge by: "
+            "give more text, or a smaller window"
+        )
+    fitted = None if calibration is None else Calibration.load(calibration)
+    result = distill(
+        loaded, torch.tensor(trained), torch.tensor(judged), config, out=out, resume=resume, fitted=fitted,
+        progress=progress,
+    )  # fmt: skip
+    if processes.is_main_process and find_spec("matplotlib"):
+        draw_curves({config.method.name: result.as_dict()}, out / _FIGURE)
+    return result
 
 
 @contextmanager

@@ -549,6 +549,7 @@ def eval_record(scorer: Scorer, source: TextSource, result: PerplexityResult) ->
     same_top1, same_top1_stderr = result.against_dense("same_top1")
     touched, fields = result.touched, scorer.fields()
     dense_bytes = fields["mlp_bytes"]
+    beside = fields.get("options", {}).get("adapter_bytes", 0)  # read whole for every token
     return EvalRecord(
         perplexity=result.perplexity,
         stderr=result.stderr,
@@ -568,7 +569,7 @@ def eval_record(scorer: Scorer, source: TextSource, result: PerplexityResult) ->
         window_tokens=result.window_tokens,
         hit_rate=result.traffic.hit_rate,
         touched=touched,
-        mlp_bytes_per_token=None if touched is None or dense_bytes is None else touched * dense_bytes,
+        mlp_bytes_per_token=None if touched is None or dense_bytes is None else touched * dense_bytes + beside,
         kl=kl,
         kl_stderr=kl_stderr,
         same_top1=same_top1,

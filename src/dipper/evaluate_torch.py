@@ -79,6 +79,7 @@ class Opened:
     source: str = ""
     mlp_bytes: int | None = None  # of the dense MLP weights that a token uses, in the grid of the source
     calibration: dict[str, str] = field(default_factory=dict)  # sha256 of the files it was calibrated by
+    adapter_bytes: int | None = None  # of an adapter kept apart, which every token reads
 
     @property
     def model(self) -> Any:
@@ -96,6 +97,7 @@ def open_sparse(
     context: int | None = None,
     calibration: str | os.PathLike[str] | None = None,
     calibration_text: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Iterator[Opened]:
     """Loads a model and applies a method to it.
 
@@ -107,6 +109,7 @@ def open_sparse(
         context: positions that will be used, where the rotary embedding depends on them.
         calibration: file of `dipper calibrate`: DIP's densities by layer, norms and means.
         calibration_text: UTF-8, for methods that must see some first: 8 windows of 1024 positions are shown.
+        adapter: folder of `dipper distill`'s adapter, kept apart; its bytes are counted. Needs the `train` extra.
 
     Yields:
         The model, sparse until the context ends.
@@ -122,14 +125,26 @@ def open_sparse(
     given = Path(source) if Path(source).exists() else os.fspath(source)
     loaded = load_model(given, device=device, dtype=DTYPES[dtype or "fp32"], context=context)
     windows = None if text is None else calibration_windows(loaded, text.text)
-    with sparsify_(loaded.model, config, calibration=windows, fitted=fitted) as sparsity:
+    beside = None if adapter is None else _load_adapter(adapter, loaded)
+    with sparsify_(loaded.model, config, calibration=windows, fitted=fitted, adapter=beside) as sparsity:
         yield Opened(
             loaded,
             sparsity,
             source=os.fspath(source),
             mlp_bytes=mlp_bytes(given, loaded.model),
-            calibration=_told(calibration, calibration_text),
+            calibration=_told(calibration, calibration_text, None if adapter is None else _weights_of(adapter)),
+            adapter_bytes=None if beside is None else beside.n_bytes,
         )
+
+
+def _weights_of(adapter: str | os.PathLike[str]) -> Path:
+    return Path(adapter) / "adapter_model.safetensors"
+
+
+def _load_adapter(path: str | os.PathLike[str], loaded: LoadedModel) -> Any:
+    from dipper.adapter import Adapter  # with it peft, an extra of its own
+
+    return Adapter.load(path, loaded)
 
 
 def _told(*paths: str | os.PathLike[str] | None) -> dict[str, str]:
@@ -354,12 +369,15 @@ class TorchScorer:
     def fields(self) -> dict[str, Any]:
         """The keys of an `EvalRecord` that say what scored."""
         config, loaded = self.opened.sparsity.config, self.opened.loaded
+        named = _method_fields(config)
+        if self.opened.adapter_bytes is not None:
+            named["options"]["adapter_bytes"] = self.opened.adapter_bytes
         return {
             "engine": "torch",
             "model": loaded.name,
             "device": _device_name(self._device),
             "dtype": _dtype_name(next(self.opened.model.parameters()).dtype),
-            **_method_fields(config),
+            **named,
             "mlp_bytes": self.opened.mlp_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
             "n_threads": torch.get_num_threads(),
