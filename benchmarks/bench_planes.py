@@ -66,7 +66,10 @@ def planes(spec: str, text: str, budget: str, args: Any) -> Setting | None:
     if only not in ("", budget):
         return None
     base, fetch, *rest = text.split(":")
-    options: dict[str, Any] = {"method": "planes", "mlp_dram": budget, "fetch": float(fetch), "fetch_glu": float(fetch)}
+    options: dict[str, Any] = {
+        "method": "planes", "mlp_dram": budget, "fetch": float(fetch), "fetch_glu": float(fetch),
+        "read_cost": args.read_cost,
+    }  # fmt: skip
     if rest:
         options["fetch_glu"] = float(rest[0])
     if len(rest) == 2:
@@ -181,6 +184,7 @@ def main() -> None:
         "--setting", action="append", metavar="[BUDGET@]BASE:FETCH[:FETCH_GLU[:LAYERS]]", help="may be repeated [3:0.1]"
     )
     cli.add_argument("--unit-bytes", type=int, default=4096)
+    cli.add_argument("--read-cost", type=int, help="bytes that a read costs beside its own, for the choice of runs")
     cli.add_argument("--ordered", action="store_true", help="split bundles ordered by column energies on --text")
     cli.add_argument("--tokens", type=int, default=64, help="decoded tokens per prompt; 0: perplexity alone [64]")
     cli.add_argument("--prompt", type=int, default=64, help="tokens of a prompt [64]")

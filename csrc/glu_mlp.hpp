@@ -50,6 +50,7 @@ struct MlpOptions {
   std::vector<uint8_t> pinned;    // kStream: regions held in DRAM
   std::vector<uint8_t> refined;   // kStream: split regions of which the bases are held, residuals as tokens want them
   std::vector<int32_t> fetch;     // kStream: units that a token fetches, by refined region
+  std::vector<float> run_cost;    // kStream: what starting a read costs there, in units' bytes
   int32_t stream_slots = 8;
   uint32_t stream_chunk_bytes = 1u << 20;
 

@@ -15,7 +15,7 @@ void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
     const Timed timed(ledger.select);
     try {
       refine(values, region.residual_norm, region.order, region.columns_per_unit, cache.cached(),
-             options_.fetch[static_cast<size_t>(r)], refinement_);
+             options_.fetch[static_cast<size_t>(r)], options_.run_cost[static_cast<size_t>(r)], refinement_);
     } catch (const ConfigError& e) {
       throw ConfigError(region_name(r) + ": " + e.what());
     }
@@ -31,7 +31,7 @@ void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
     counters_.misses += step.misses.size();
     for (const Admission& a : admissions_) counters_.evictions += a.evicted >= 0;
     counters_.useful_bytes += step.misses.size() * region.unit_bytes;
-    plan_misses(region, step.misses);
+    plan_misses(region, refinement_.read);
   }
   batch_.awaits = !plan_.ranges.empty();
   if (plan_.ranges.empty()) return;
@@ -43,11 +43,12 @@ void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
   const Timed timed(ledger.select);
   size_t admission = 0;
   admitted_record_.resize(admissions_.size());
-  for (size_t i = 0; i < refinement_.fetched.size(); ++i) {
-    const auto u = static_cast<size_t>(refinement_.fetched[i]);
+  for (size_t i = 0; i < refinement_.read.size(); ++i) {
+    const auto u = static_cast<size_t>(refinement_.read[i]);
+    if (unit_data_[u] != nullptr) continue;  // cached, between two that are not
     unit_data_[u] = miss_staging_ + plan_.staging_offset[i];
     unit_ticket_[u] = first_ticket + plan_.n_ranges_needed[i];
-    if (admission < admissions_.size() && admissions_[admission].column == refinement_.fetched[i])
+    if (admission < admissions_.size() && admissions_[admission].column == refinement_.read[i])
       admitted_record_[admission++] = unit_data_[u];
   }
 }
@@ -191,7 +192,8 @@ void GluMlp::refine_block(int32_t r, const float* x, int32_t n_tokens, const Blo
   for (int32_t t = 0; t < n_tokens; ++t) {
     try {
       refine(x + static_cast<size_t>(t) * n, region.residual_norm, region.order, region.columns_per_unit,
-             cache.cached(), options_.fetch[static_cast<size_t>(r)], refinement_);
+             cache.cached(), options_.fetch[static_cast<size_t>(r)], options_.run_cost[static_cast<size_t>(r)],
+             refinement_);
     } catch (const ConfigError& e) {
       throw ConfigError(region_name(r) + ": token " + std::to_string(t) + ": " + e.what());
     }

@@ -83,6 +83,9 @@ class EngineConfig:
         fetch: planes only: share of a region's units of residuals that a token reads from flash, in [0, 1]: the best
             that are not cached, while all that are cached are used as well. Every token therefore reads as much.
             `fetch_glu` overrides it for the GLU columns. None: 0.1.
+        read_cost: planes only: what a read costs beside its bytes, in bytes, 12,500 on a disk of 0.5 GB/s and 40,000
+            reads a second: units are then chosen in runs, the error that they remove against what their reads cost,
+            for no more than `fetch` costs in reads of one unit each. None: the best units, wherever they lie.
         whole: planes only: layers of which both regions are used whole, the most sensitive first: in DRAM while the
             budget lasts, streamed beyond it.
         gamma: factor on the scores of uncached columns, in (0, 1]; None: 1 for dip, 0.5 for dip-ca.
@@ -112,6 +115,7 @@ class EngineConfig:
     fetch: float | None = None
     fetch_glu: float | None = None
     whole: tuple[int, ...] = ()
+    read_cost: int | None = None
     gamma: float | None = None
     cache: str = "lfu"
     cache_decay: float = 0.99
@@ -144,6 +148,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} goes with --method planes, not {self.method}")
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}, outside [0, 1]: give a share such as 0.1")
+        if self.read_cost is not None and self.method != "planes":
+            raise ConfigError(f"a read cost goes with --method planes, not {self.method}")
+        if self.read_cost is not None and not 0 <= self.read_cost <= 1 << 30:
+            raise ConfigError(f"the read cost is {self.read_cost}: give bytes, 0 or more, such as 12500")
         if self.whole and self.method != "planes":
             raise ConfigError(f"whole layers go with --method planes, not {self.method}")
         if any(layer < 0 for layer in self.whole) or len(set(self.whole)) != len(self.whole):
@@ -314,6 +322,7 @@ class Planner:
             "pinned": [0] * len(self.regions),
             "refined": [0] * len(self.regions),
             "fetch": [0] * len(self.regions),
+            "run_cost": [0.0] * len(self.regions),
             "stream_chunk_bytes": _CHUNK_BYTES,
             "context": config.context,
             "kv": config.kv,
@@ -413,7 +422,12 @@ class Planner:
 
         def refining(room_for_bases: int) -> dict[str, Any]:
             held = [int(h and base > 0) for h, base in zip(_spread(bases, room_for_bases), bases, strict=True)]
-            return {**options, "refined": held, "fetch": [m * h for m, h in zip(fetch, held, strict=True)]}
+            return {
+                **options,
+                "refined": held,
+                "fetch": [m * h for m, h in zip(fetch, held, strict=True)],
+                "run_cost": [h * _run_cost(r, self.config.read_cost) for r, h in zip(self.regions, held, strict=True)],
+            }
 
         low, high = 0, sum(bases)
         if left(refining(high)) >= 0:
@@ -536,10 +550,12 @@ class Planner:
         """Of units that refined regions fetch, and of regions streamed whole."""
         if self.base["residency"] != "stream":
             return 0
-        each = zip(self.regions, options["pinned"], options["refined"], options["fetch"], strict=True)
+        each = zip(
+            self.regions, options["pinned"], options["refined"], options["fetch"], options["run_cost"], strict=True
+        )
         return sum(
-            0 if pinned else _fetched_bytes(region, m) if refined else _aligned(_region_bytes(region))
-            for region, pinned, refined, m in each
+            0 if pinned else _fetched_bytes(region, m, run_cost) if refined else _aligned(_region_bytes(region))
+            for region, pinned, refined, m, run_cost in each
         )
 
     def streamed(self, options: dict[str, Any]) -> dict[str, int]:
@@ -579,11 +595,22 @@ def _region_bytes(region: dict[str, Any]) -> int:
     return int(region["bytes"] if base is None else base["offset"] - region["offset"] + base["bytes"])
 
 
-def _fetched_bytes(region: dict[str, Any], n_units: int) -> int:
-    """What reading this many units of a split region takes at most: whole 4096s around each."""
+def _run_cost(region: dict[str, Any], read_cost: int | None) -> float:
+    """What starting a read costs in a region, in its units' bytes: `read_cost`, and what whole 4096s add at its ends."""
+    if read_cost is None:
+        return 0.0
     unit_bytes = region["unit_bytes"]
+    return (read_cost + 4096 - math.gcd(unit_bytes, 4096)) / unit_bytes
+
+
+def _fetched_bytes(region: dict[str, Any], n_fetch: int, run_cost: float) -> int:
+    """What a token's reads of a split region take at most: of single units, whole 4096s around each, or of one run."""
+    unit_bytes = region["unit_bytes"]
+    n_units = region["bytes"] // unit_bytes
     worst_start = 4096 - math.gcd(unit_bytes, 4096)
-    return min(n_units * _aligned(worst_start + unit_bytes), _aligned(region["bytes"]))
+    single = n_fetch * _aligned(worst_start + unit_bytes)
+    together = _core.max_units_read(n_fetch, run_cost, n_units) * unit_bytes
+    return min(max(single, _aligned(worst_start + together)), _aligned(region["bytes"]))
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[int]:
