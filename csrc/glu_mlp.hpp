@@ -202,6 +202,10 @@ class GluMlp {
   void take_units(const Region& region, int32_t first, int32_t last, const uint8_t* units, const uint8_t* bases,
                   uint64_t ticket);
   void take_chunk(const Region& region, const WeightStream& stream, const uint8_t* bases);
+  struct SplitBlock;
+  SplitBlock split_block_at(const Region& region, int32_t block, int32_t group) const;
+  void multiply_block_of(const WeightView& w, const MatrixInputs& in, int32_t block, const SplitBlock& at,
+                         const SplitBlock& next, Share halves, float* sums) const;
   void multiply_split(const Region& region, const Sums& sums, Ledger& ledger);
   void step_split(int32_t region, const float* values, const Sums& sums, Ledger& ledger);
   void begin_token();
