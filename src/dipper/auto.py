@@ -1,8 +1,9 @@
-"""The method `auto`: what reads least from flash per token within a budget and a bounded loss of quality.
+"""The method `auto`: what should be fastest on this machine's disk within a budget and a bounded loss of quality.
 
 Everything resident where it fits. Else, of a split bundle, `planes` with settings that were measured to lose no more
-than `LOSS` in this much DRAM (`planes.toml`, written by experiments/planes.py), unless dense streaming reads nearly as
-little; else `dense-stream`, which loses nothing. What was not measured for a model is not assumed of it.
+than `LOSS` in this much DRAM (`planes.toml`, written by experiments/planes.py), unless dense streaming should be nearly
+as fast; else `dense-stream`, which loses nothing. What was not measured for a model is not assumed of it. How long a
+token takes is forecast from what the disk gives: a probe of the bundle's own file, or a device profile.
 
     choice = choose(Bundle.open("model.dipper"), EngineConfig(method="auto", dram="600MB"))
     print(choice.config.method, choice.why)
@@ -19,12 +20,14 @@ import tomli
 
 from .budget import EngineConfig, Plan, plan_run
 from .bundle import REGION_MATRICES, Bundle
+from .device import Device
 from .errors import BudgetError
+from .probe import device_for
 
 __all__ = ["LOSS", "Choice", "choose"]
 
 LOSS = 0.023  # of perplexity, relative: the 0.1 that arXiv 2412.01380 allows Phi-3-medium
-_WORTH = 0.95  # of dense streaming's bytes: a smaller gain is not worth a loss of quality
+_WORTH = 0.95  # of dense streaming's time: a smaller gain is not worth a loss of quality
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,12 @@ def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) 
 
     Raises:
         BudgetError: not even dense streaming works within the budget.
+        ConfigError: the device profile cannot be used.
+        FlashError: the disk could not be read.
     """
 
     def planned(method: str, why: str, **options: Any) -> Choice:
-        settled = replace(config, method=method, **options)
+        settled = replace(config, method=method, device_profile=None, **options)
         return Choice(settled, plan_run(bundle, settled, host_bytes), why)
 
     if config.mlp_dram is None:
@@ -100,10 +105,26 @@ def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) 
         fetch_glu=point["fetch_glu"],
         whole=tuple(point["whole"]),
     )
-    ratio = planes.plan.token_bytes / max(1, stream.plan.token_bytes)
-    if ratio > _WORTH:
-        return replace(stream, why=f"planes would read {100 * ratio:.0f} % of its bytes, and lose quality")
-    return replace(planes, why=f"{planes.why}, {100 * ratio:.0f} % of the bytes of dense streaming")
+    if not stream.plan.token_bytes:
+        return replace(stream, why="all of the MLP fits")
+    from .forecast import forecast  # here: the simulator, whose times it takes, is built on the engine
+
+    device = device_for(bundle.path, config.device_profile)
+    planes_s, stream_s = (forecast(bundle, choice.plan, device).token_s for choice in (planes, stream))
+    expected = (
+        f"{1e3 * planes_s:.0f} ms a token expected, {1e3 * stream_s:.0f} of dense streaming, on a disk of "
+        f"{told(device)}"
+    )
+    if planes_s > _WORTH * stream_s:
+        return replace(stream, why=f"planes is not worth its loss of quality: {expected}")
+    return replace(planes, why=f"{planes.why}; {expected}")
+
+
+def told(device: Device) -> str:
+    """A disk in words, and where its figures are from."""
+    flash = device.flash
+    limits = f"{flash.gbps:.2f} GB/s and {flash.cost_per_read_us:.1f} µs a read"
+    return f"{limits} ({device.title if device.name == 'probe' else device.name})"
 
 
 def available_bytes() -> int:

@@ -235,29 +235,41 @@ def energies(
 
 
 @app.command()
+@with_options(engine=ENGINE)
 def inspect(
     bundle: Bundle,
+    *,
+    engine: Given,
+    ctx: Ctx = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read every byte for the checksums.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a bundle's model, sizes and columns, and check every byte of it.
+    """Show a bundle's model, sizes and columns, and check every byte of it; with options of a run also its DRAM plan.
 
     \b
     Examples:
       dipper inspect smollm2.dipper
+      dipper inspect smollm2.dipper --method dip --dram 200MB --no-verify
     """
     from dipper.bundle import Bundle as BundleFile
+    from dipper.engine import settle
     from dipper.tables import inspect_table
 
     opened = BundleFile.open(bundle)
+    planned = ctx is not None or any(value is not None for value in engine.values())
+    run = settle(opened, _config(**engine, context=ctx)) if planned else None
     if not no_verify:
         opened.verify()
     description = opened.describe()
     if as_json:
-        print(json.dumps({**description, "verified": not no_verify}))
-    else:
-        print(inspect_table(description, not no_verify))
+        told = {} if run is None else {"plan": {"method": run.config.method, "why": run.why, **run.plan.as_dict()}}
+        print(json.dumps({**description, "verified": not no_verify, **told}))
+        return
+    print(inspect_table(description, not no_verify))
+    if run is not None:
+        why = f" ({run.why})" if run.why else ""
+        print("\n".join(["", f"method: {run.config.method}{why}", *run.plan.lines()]))
 
 
 # ------------------------------------------------------------------------------------------------ run
@@ -1040,6 +1052,8 @@ _ACTS_WITH = {
     "d_glu": ("dip", "dip-ca"),
     "fetch": ("planes",),
     "fetch_glu": ("planes",),
+    "io_budget": ("planes",),
+    "device_profile": ("auto", "planes"),
     "whole": ("planes",),
     "cache": ("dip", "dip-ca", "planes"),
     "calibration": ("dip", "dip-ca"),

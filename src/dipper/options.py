@@ -42,6 +42,18 @@ Fetch = Annotated[
 FetchGlu = Annotated[
     float | None, typer.Option("--fetch-glu", help="planes: the same of GLU columns (default --fetch).", metavar="F")
 ]
+IoBudget = Annotated[
+    str | None,
+    typer.Option("--io-budget", help="planes: instead of --fetch: 20ms or 80MB read by a token.", metavar="AMOUNT"),
+]
+DeviceProfile = Annotated[
+    str | None,
+    typer.Option(
+        "--device-profile",
+        help="auto, --io-budget: reckon with this device, a name or file, in place of a probe of the disk.",
+        metavar="NAME",
+    ),
+]
 Whole = Annotated[
     str | None,
     typer.Option(help="planes: layers used whole, the most sensitive first: 27,2,26.", metavar="LAYER,..."),
@@ -103,6 +115,7 @@ ENGINE: Group = {
     "d_glu": DGlu,
     "fetch": Fetch,
     "fetch_glu": FetchGlu,
+    "io_budget": IoBudget,
     "whole": Whole,
     "gamma": Gamma,
     "cache": Cache,
@@ -113,6 +126,7 @@ ENGINE: Group = {
     "reader": Reader,
     "isa": Isa,
     "kv": Kv,
+    "device_profile": DeviceProfile,
 }
 ENGINE_BUT_METHOD: Group = {name: option for name, option in ENGINE.items() if name != "method"}
 # Of one run: its prefill and its trace.
