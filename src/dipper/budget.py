@@ -90,7 +90,8 @@ class EngineConfig:
             What regions streamed whole leave of it is shared out over the refined ones, the same share of units each;
             GLU columns take part where their units are pages (4096 bytes) or larger.
         whole: planes only: layers of which both regions are used whole, the most sensitive first: in DRAM while the
-            budget lasts, streamed beyond it.
+            budget lasts, streamed beyond it. Or as many as named, or a share of all, of a measured order:
+            "ORDER.json:6" of a file of `dipper sensitivity`, "auto:25%" of the one that comes with dipper.
         gamma: factor on the scores of uncached columns, in (0, 1]; None: 1 for dip, 0.5 for dip-ca.
         cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
         dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the
@@ -120,7 +121,7 @@ class EngineConfig:
     fetch: float | None = None
     fetch_glu: float | None = None
     io_budget: str | None = None
-    whole: tuple[int, ...] = ()
+    whole: tuple[int, ...] | str = ()
     gamma: float | None = None
     cache: str = "lfu"
     cache_decay: float = 0.99
@@ -157,7 +158,10 @@ class EngineConfig:
         self._check_io_budget()
         if self.whole and self.method != "planes":
             raise ConfigError(f"whole layers go with --method planes, not {self.method}")
-        if any(layer < 0 for layer in self.whole) or len(set(self.whole)) != len(self.whole):
+        if isinstance(self.whole, str):
+            if not re.fullmatch(r".+:[0-9]+%?", self.whole):
+                raise ConfigError(f"whole layers are '{self.whole}': write 27,2,26, auto:6 or ORDER.json:25%")
+        elif any(layer < 0 for layer in self.whole) or len(set(self.whole)) != len(self.whole):
             raise ConfigError(f"whole layers are {self.whole}: give each once, counted from 0")
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise ConfigError(
@@ -207,6 +211,13 @@ class EngineConfig:
     def selects(self) -> bool:
         """Whether tokens choose which columns they use, or refine."""
         return self.prunes or self.method == "planes"
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """Layers used whole. ConfigError: they are given by an order that has not been looked up."""
+        if isinstance(self.whole, str):
+            raise ConfigError(f"whole layers '{self.whole}' are no plan yet: dipper.engine.settle looks them up")
+        return self.whole
 
     @property
     def fetches(self) -> tuple[float, float]:
@@ -415,7 +426,7 @@ class Planner:
 
     def refine_by(self, fetch: Sequence[int], options: dict[str, Any], room: int) -> dict[str, Any]:
         """As `refine`, where each refined region fetches so many units."""
-        whole = {2 * layer + kind for layer in self.config.whole for kind in (0, 1)}
+        whole = {2 * layer + kind for layer in self.config.whole_layers for kind in (0, 1)}
         if whole and max(whole) >= len(self.regions):
             last = len(self.regions) // 2 - 1
             raise ConfigError(
@@ -447,7 +458,7 @@ class Planner:
         made = refining(low)
         if not any(made["refined"]):  # none fit: as dense-stream
             return {**options, "pinned": _spread(sizes, room)}
-        wanted = [2 * layer + kind for layer in self.config.whole for kind in (0, 1)]
+        wanted = [2 * layer + kind for layer in self.config.whole_layers for kind in (0, 1)]
         others = [r for r, refined in enumerate(made["refined"]) if not refined and r not in whole]
         for r in (*wanted, *others):
             pinned = [int(p or i == r) for i, p in enumerate(made["pinned"])]

@@ -44,6 +44,7 @@ from dipper.options import (
     NoProbe,
     Stop,
     System,
+    Threads,
     listed,
     numbers,
     with_options,
@@ -231,6 +232,36 @@ def energies(
     if mlp_dram is not None:
         config = EngineConfig(method="dense-stream", mlp_dram=mlp_dram, context=window)
     write_energies(out, measure_energies(bundle, text, window=window, limit=tokens, config=config))
+    print(out)
+
+
+@app.command()
+def sensitivity(
+    bundle: Bundle,
+    text: Annotated[Path, typer.Option("--text", help="A text like those the model will see.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write (.json).", metavar="FILE")],
+    tokens: Annotated[int, typer.Option(help="Use at most N positions.", metavar="N")] = 2048,
+    window: Annotated[int, typer.Option(help="Positions of a window.", metavar="N")] = 256,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Measure what each region of a split bundle loses at its base alone: the order for --whole FILE:N.
+
+    All of the model is in DRAM, and the text is scored once for every region.
+
+    \b
+    Examples:
+      dipper sensitivity model-planes.dipper --text wiki.valid.raw -o order.json
+      dipper run model-planes.dipper "Hello" --method planes --mlp-dram 3.6b --whole order.json:3
+    """
+    from dipper.files import check_target, write_json
+    from dipper.sensitivity import measure_sensitivity
+
+    check_target(out)
+    _check_context(bundle, f"--window {window}", window, "a smaller one")
+    progress = lambda done, total, found: _say(f"{done}/{total} {found}")  # noqa: E731
+    found = measure_sensitivity(bundle, text, window=window, limit=tokens, threads=threads, progress=progress)
+    write_json(out, found)
     print(out)
 
 

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .auto import choose
+from .auto import choose, named_layers
 from .budget import (
     METHODS,
     EngineConfig,
@@ -98,6 +98,7 @@ def settle(bundle: Bundle, config: EngineConfig) -> Settled:
     if config.context > limit:
         raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
     why = ""
+    config = named_layers(bundle, config)
     if config.method == "auto":
         choice = choose(bundle, config)
         config, why = choice.config, choice.why
@@ -161,9 +162,19 @@ class Engine:
             ConfigError: context over the model's, unknown instruction set, a calibration that is damaged, for another
                 model, or without the density asked for.
         """
-        config = config or EngineConfig()
         bundle = Bundle.open(path)
-        settled = settle(bundle, config)
+        return cls.load(bundle, settle(bundle, config or EngineConfig()), on_plan, simulated=simulated)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle,
+        settled: Settled,
+        on_plan: Callable[[Plan], None] | None = None,
+        *,
+        simulated: bool = False,
+    ) -> Engine:
+        """As `open`, of what was settled before."""
         config, plan, calibration = settled.config, settled.plan, settled.calibration
         if on_plan is not None:
             on_plan(plan)

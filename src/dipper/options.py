@@ -56,7 +56,11 @@ DeviceProfile = Annotated[
 ]
 Whole = Annotated[
     str | None,
-    typer.Option(help="planes: layers used whole, the most sensitive first: 27,2,26.", metavar="LAYER,..."),
+    typer.Option(
+        help="planes: layers used whole, the most sensitive first: 27,2,26; or N (or N%) of an order that `dipper "
+        "sensitivity` found: ORDER.json:6, or auto:6 where dipper has one.",
+        metavar="LAYER,...",
+    ),
 ]
 Gamma = Annotated[
     float | None, typer.Option(help="dip-ca: weight of columns not cached, in (0, 1] (default 0.5).", metavar="G")
@@ -270,10 +274,10 @@ def listed(option: str, text: str | None) -> tuple[str, ...]:
     return parts
 
 
-def layers(text: str | None) -> tuple[int, ...] | None:
-    """The layers of --whole. ConfigError: no list of numbers."""
-    if text is None:
-        return None
+def layers(text: str | None) -> tuple[int, ...] | str | None:
+    """The layers of --whole, or the order and number that name them. ConfigError: neither."""
+    if text is None or ":" in text:
+        return text
     parts = listed("--whole", text)
     if not all(part.isdecimal() for part in parts):
         raise ConfigError(f"--whole {text} is not a list of layers: write 27,2,26.")
