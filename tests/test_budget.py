@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from dipper import budget as budget_module
+from dipper import evaluate as evaluate_module
 from dipper.budget import EngineConfig, plan_run
 from dipper.bundle import Bundle, pack
 from dipper.cli import main
@@ -89,6 +90,18 @@ def test_a_plan_by_budget_is_run(split):
         counters = engine.counters()
         assert counters.flash_bytes / counters.n_tokens <= engine.plan.token_bytes + 8192
         assert counters.flash_bytes / counters.n_tokens < 1.3 * engine.plan.token_reads.bytes + 8192
+
+
+def test_a_kept_result_says_what_a_budget_came_to(split, monkeypatch):
+    """The disk decides what a budget of time buys: a result is not continued on another."""
+    found = []
+    for gbps in (1e-3, 2e-3):
+        monkeypatch.setattr(budget_module, "device_for", lambda *_, gbps=gbps: device(gbps=gbps))
+        config = dataclasses.replace(PLANES, io_budget="400ms")
+        found.append(evaluate_module._scoring(config, split.path))
+        assert found[-1]["io_budget"] == "400ms"
+        assert any(found[-1]["fetch_units"])
+    assert found[0] != found[1]
 
 
 def test_too_small_a_budget_names_the_smallest(split):

@@ -2,7 +2,7 @@
 
 Which residuals a token fetches is known only as it comes; how many is known before. Expected are the reads and bytes of
 as many units scattered at random: a page of 4096 bytes is read if any unit on it is fetched, and pages that touch are
-one read. Neighbours are wanted together more often than that, so a model reads a little less in fewer reads.
+one read.
 
     budget = IoBudget.parse("20ms", flash)
     budget.share_out(regions, left)            # units to fetch by region
