@@ -1033,7 +1033,9 @@ def test_runs_of_units_decode_as_blocks_do_and_keep_to_the_plan(splits, kind, re
                 if i > 1:  # the stream is ahead by as much from now on
                     assert steps.counters().flash_bytes <= steps.plan.token_bytes + 2 * 4096  # the embedding
         for variant in ({"threads": 3}, {"reader": "pread"}):
-            assert same_bits(decode(split, mlp_dram=share, **options, **variant), decode(split, mlp_dram=share, **options))
+            assert same_bits(
+                decode(split, mlp_dram=share, **options, **variant), decode(split, mlp_dram=share, **options)
+            )
 
 
 @pytest.mark.parametrize("fetch", [0.0, 0.1, 1.0])

@@ -259,7 +259,9 @@ def test_refinement_equals_the_definition_at_model_sizes(n: int, columns_per_uni
         assert equals_reference(x, norm, rng.permutation(n), columns_per_unit, rng.random(n_units) < held, n_fetch)
 
 
-@given(n_units=st.integers(1, 10), run_cost=st.sampled_from([0.25, 0.875, 2.375, 5.5625]), seed=st.integers(0, 2**32 - 1))
+@given(
+    n_units=st.integers(1, 10), run_cost=st.sampled_from([0.25, 0.875, 2.375, 5.5625]), seed=st.integers(0, 2**32 - 1)
+)
 def test_runs_equal_the_best_of_all_choices(n_units: int, run_cost: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = np.exp(rng.standard_normal(n_units)).astype(np.float32)  # no ties: a wide range, and no gap as dear as a read

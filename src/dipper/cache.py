@@ -170,8 +170,8 @@ def refine(
     A unit scores the error that its residuals remove, the sum over its columns, in the order in which they lie, of
     (x_j * norm_j)^2, all in fp32. A read brings a run of neighbours and costs `run_cost` + its units; a token may spend
     n_fetch * (1 + run_cost), as much as that many reads of one unit. Of sum(scores not cached) - price * cost the best
-    choice is taken, at the lowest price that keeps within this; where run_cost is 0, or every price gains less, the best
-    `n_fetch` units that are not cached, ties to the lower, fewer where fewer are not cached.
+    choice is taken, at the lowest price that keeps within this. Where run_cost is 0, or every price gains less, it is
+    the best `n_fetch` units that are not cached, ties to the lower, fewer where fewer are not cached.
 
     Args:
         x: [n] inputs, converted to fp32.

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .auto import choose
+from .auto import choose, named_layers
 from .budget import (
     METHODS,
     EngineConfig,
@@ -52,7 +52,7 @@ from .bundle import Bundle
 from .calibration import Calibration
 from .errors import BundleError, ConfigError
 
-__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan"]
+__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan", "Settled", "settle"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,41 @@ class Counters:
     def hit_rate(self) -> float | None:
         """Hits over selected columns; None where nothing was selected."""
         return self.hits / self.selected if self.selected else None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What will run: a configuration whose method is no longer auto, why, its calibration, and the plan of all that."""
+
+    config: EngineConfig
+    plan: Plan
+    why: str
+    calibration: Calibration | None
+    densities: npt.NDArray[np.float64]
+    vectors: dict[str, Any]
+
+
+def settle(bundle: Bundle, config: EngineConfig) -> Settled:
+    """Decides everything about a run before any weight is loaded.
+
+    Raises:
+        BudgetError, ConfigError: as `Engine.open`.
+        FlashError: the disk, which auto and an io_budget of time measure, could not be read.
+    """
+    limit = bundle.header["model"]["max_context"]
+    if config.context > limit:
+        raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
+    why = ""
+    config = named_layers(bundle, config)
+    if config.method == "auto":
+        choice = choose(bundle, config)
+        config, why = choice.config, choice.why
+    calibration = None if config.calibration is None else Calibration.load(config.calibration)
+    if calibration is not None:
+        calibration.check_model(bundle)
+    densities, vectors = densities_of(config, bundle.model.n_layers, calibration), calibration_vectors(calibration)
+    plan = Planner(bundle, config, rss_bytes(), densities, vectors).plan()
+    return Settled(config, plan, why, calibration, densities, vectors)
 
 
 class Engine:
@@ -127,21 +162,20 @@ class Engine:
             ConfigError: context over the model's, unknown instruction set, a calibration that is damaged, for another
                 model, or without the density asked for.
         """
-        config = config or EngineConfig()
         bundle = Bundle.open(path)
-        limit = bundle.header["model"]["max_context"]
-        if config.context > limit:
-            raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
-        notes = []
-        if config.method == "auto":
-            choice = choose(bundle, config)
-            config = choice.config
-            notes.append(f"auto is {config.method}: {choice.why}")
-        calibration = None if config.calibration is None else Calibration.load(config.calibration)
-        if calibration is not None:
-            calibration.check_model(bundle)
-        densities, vectors = densities_of(config, bundle.model.n_layers, calibration), calibration_vectors(calibration)
-        plan = Planner(bundle, config, rss_bytes(), densities, vectors).plan()
+        return cls.load(bundle, settle(bundle, config or EngineConfig()), on_plan, simulated=simulated)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle,
+        settled: Settled,
+        on_plan: Callable[[Plan], None] | None = None,
+        *,
+        simulated: bool = False,
+    ) -> Engine:
+        """As `open`, of what was settled before."""
+        config, plan, calibration = settled.config, settled.plan, settled.calibration
         if on_plan is not None:
             on_plan(plan)
         if simulated and not config.prunes:
@@ -154,19 +188,21 @@ class Engine:
                     f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again"
                 )
 
-        options = plan.options | vectors | residency
+        options = plan.options | settled.vectors | residency
         decoder = _core.Decoder(bundle.header, str(bundle.path), options, check_resident)
         sha256 = None if calibration is None else calibration.sha256
-        engine = cls(bundle, config, plan, decoder, mean_densities(densities), sha256)
-        engine.notes += notes
+        engine = cls(bundle, config, plan, decoder, mean_densities(settled.densities), sha256)
+        if settled.why:
+            engine.notes.append(f"auto is {config.method}: {settled.why}")
         if config.kv != "f16":
             engine.notes.append(f"keys and values are kept as {config.kv}")
         if config.method == "planes":
-            fetch, fetch_glu = config.fetches
+            fetch, fetch_glu = plan.fetched_shares if config.io_budget else config.fetches
+            why = f" by an io budget of {config.io_budget}" if config.io_budget else ""
+            runs = "" if config.read_cost is None else f", in runs by a read cost of {config.read_cost} bytes"
             whole = f", layers {', '.join(map(str, config.whole))} whole" if config.whole else ""
-            engine.notes.append(
-                f"planes: a token fetches {fetch:g} of the input and {fetch_glu:g} of the GLU units{whole}"
-            )
+            shares = f"{fetch:.3g} of the input and {fetch_glu:.3g} of the GLU units"
+            engine.notes.append(f"planes: a token fetches {shares}{why}{runs}{whole}")
         if config.split is not None:
             engine.notes.append("slots are shared out over the regions by given weights, not uniformly")
         if config.prunes and config.cache == "static" and config.cold:

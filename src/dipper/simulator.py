@@ -28,7 +28,16 @@ from .errors import BudgetError
 from .records import LEDGER, SimRecord, provenance
 from .workload import Setting, Traffic, Workload, embedding_reads
 
-__all__ = ["Prediction", "check_fits", "miss_curve_split", "model_parts", "predict", "sim_record", "touched_bytes"]
+__all__ = [
+    "Prediction",
+    "check_fits",
+    "miss_curve_split",
+    "model_parts",
+    "predict",
+    "products_s",
+    "sim_record",
+    "touched_bytes",
+]
 
 LAST_BLOCK = 32  # columns whose products follow the last read
 
@@ -137,9 +146,9 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
     kv = _kv_read_bytes(setting.bundle, parts, positions, setting.config.kv)
     ledger = dict.fromkeys(LEDGER, 0.0)
     compute = device.compute
-    attention_s = float(_products_s(device, compute.attention_gweights_per_s, *parts["attention"]))
+    attention_s = float(products_s(device, compute.attention_gweights_per_s, *parts["attention"]))
     ledger["attention"] = n_tokens * (attention_s + kv / (1e9 * device.dram.gbps))
-    ledger["head"] = n_tokens * float(_products_s(device, compute.head_gweights_per_s, *parts["head"]))
+    ledger["head"] = n_tokens * float(products_s(device, compute.head_gweights_per_s, *parts["head"]))
     ledger["rest"] = n_tokens * 1e-6 * compute.token_us
     if traffic is None:
         io_s, n_reads, n_bytes = _dense(setting, device, parts, n_tokens, ledger)
@@ -160,7 +169,7 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
     )
 
 
-def _products_s(device: Device, gweights_per_s: float | None, weights: npt.ArrayLike, n_bytes: npt.ArrayLike) -> _F64:
+def products_s(device: Device, gweights_per_s: float | None, weights: npt.ArrayLike, n_bytes: npt.ArrayLike) -> _F64:
     """Seconds of products: as fast as the processor multiplies and DRAM gives the bytes."""
     rate = gweights_per_s or device.compute.gemv_gweights_per_s
     return np.maximum(np.asarray(weights) / (1e9 * rate), np.asarray(n_bytes) / (1e9 * device.dram.gbps))
@@ -171,7 +180,7 @@ def _sparse(
 ) -> tuple[float, float, float]:
     """Adds a pruned decode to the ledger; (seconds of its reads alone, reads, bytes)."""
     compute: Compute = device.compute
-    gemv = 1e-6 * compute.region_us + _products_s(
+    gemv = 1e-6 * compute.region_us + products_s(
         device,
         None,
         traffic.selected * parts["column_weights"],
@@ -200,7 +209,7 @@ def _dense(
     n_columns = parts["n_columns"]
     gemv = (
         1e-6 * device.compute.region_us * len(n_columns)
-        + _products_s(
+        + products_s(
             device, None, n_columns * parts["column_weights"], n_columns * parts["column_bytes"] + parts["scale_bytes"]
         ).sum()
     )
@@ -222,7 +231,7 @@ def _ttft_s(setting: Setting, device: Device, parts: dict[str, Any], n_prompt: i
     for first in range(0, n_prompt, setting.block_tokens):
         n = min(setting.block_tokens, n_prompt - first)
         seconds += max(io_s, n * parts["macs"] / (1e9 * device.compute.gemm_gmacs_per_s))
-    return seconds + float(_products_s(device, device.compute.head_gweights_per_s, *parts["head"]))
+    return seconds + float(products_s(device, device.compute.head_gweights_per_s, *parts["head"]))
 
 
 def _joules(device: Device, dram_bytes: float, flash_bytes: float) -> float | None:
