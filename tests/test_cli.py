@@ -770,6 +770,23 @@ def test_eval_gives_pytorch_its_options(in_torch):
 
 
 @pytest.mark.torch
+def test_eval_gives_pytorch_the_options_of_planes(in_torch):
+    given = ["eval", "smollm2", "--text", "t.txt", "--method"]
+    main([*given, "planes", "--base-bits", "2", "--fetch", ".2", "--fetch-glu", ".1", "--whole", "3,1", "--deferred",
+          "--unit-bytes", "4KiB", "--capacity", ".2"])  # fmt: skip
+    main([*given, "planes"])
+    main([*given, "planes", "--density", ".8"])
+    main([*given, "resident", "--bits", "3,2"])
+    assert [method for _, method, *_ in in_torch[::2]] == [
+        {"name": "planes", "base_bits": (2, 2), "fetch": 0.2, "fetch_glu": 0.1, "whole": (3, 1), "deferred": True,
+         "unit_bytes": 4096, "capacity": 0.2},
+        {"name": "planes", "fetch": 0.1},
+        {"name": "planes", "density": 0.8},
+        {"name": "resident", "bits": (3, 2)},
+    ]  # fmt: skip
+
+
+@pytest.mark.torch
 def test_eval_asks_tasks(in_torch):
     main(["eval", "smollm2", "--tasks", "piqa,arc_easy", "--data", "d", "--limit", "5", "--seed", "3"])
     assert in_torch[0][1] == {"name": "dip", "density": 0.7}
@@ -789,6 +806,14 @@ def test_eval_asks_tasks(in_torch):
             "--norms has no effect on the native engine: drop it, or use --torch.",
         ),
         (["--text", "t", "--torch", "--dram", "1GB"], "--dram has no effect in PyTorch: drop it, or use --engine."),
+        (
+            ["--text", "t", "--engine", "--deferred"],
+            "--deferred has no effect on the native engine: drop it, or use --torch.",
+        ),
+        (
+            ["--text", "t", "--torch", "--base-bits", "2,3,4"],
+            "--base-bits 2,3,4: write a number such as 2, or two, of input and GLU columns: 2,3.",
+        ),
         (["--text", "t", "--torch", "--d-in", ".5"], "d_in and d_glu go together: give both or neither"),
         (["--text", "t", "--kl", "--against", "dip"], "--against dip is for the native engine; in PyTorch it is"),
     ],

@@ -226,10 +226,29 @@ def pack(
 
 
 def _base_bits(text: str) -> int | tuple[int, int]:
-    parts = _listed("--base-bits", text)
+    bits = _one_or_two("--base-bits", text)
+    return bits[0] if len(bits) == 1 else (bits[0], bits[1])
+
+
+def _one_or_two(name: str, text: str) -> list[int]:
+    parts = _listed(name, text)
     if not all(part.isdecimal() for part in parts) or len(parts) > 2:
-        raise ConfigError(f"--base-bits {text}: write a number such as 2, or two, of input and GLU columns: 2,3.")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+        raise ConfigError(f"{name} {text}: write a number such as 2, or two, of input and GLU columns: 2,3.")
+    return [int(part) for part in parts]
+
+
+def _two_bits(name: str, text: str | None) -> tuple[int, int] | None:
+    """Bits of input and of GLU columns; one number is both."""
+    if text is None:
+        return None
+    bits = _one_or_two(name, text)
+    return bits[0], bits[-1]
+
+
+def _bytes(text: str | None) -> int | None:
+    from dipper.budget import parse_bytes
+
+    return None if text is None else parse_bytes(text, 0)
 
 
 def _split_options(base_bits: int | tuple[int, int], unit_bytes: str | None, energies: Path | None) -> dict[str, Any]:
@@ -239,9 +258,7 @@ def _split_options(base_bits: int | tuple[int, int], unit_bytes: str | None, ene
         raise ConfigError(f"{given[0]} is about residuals, and --base-bits is 0: give base bits, or drop it")
     options: dict[str, Any] = {"base_bits": base_bits}
     if unit_bytes is not None:
-        from dipper.budget import parse_bytes
-
-        options["unit_bytes"] = parse_bytes(unit_bytes, 0)
+        options["unit_bytes"] = _bytes(unit_bytes)
     if energies is not None:
         from dipper.calibration import read_energies
 
@@ -588,6 +605,19 @@ def evaluate(
     capacity: Annotated[
         float | None, typer.Option(help="PyTorch: simulate caches of this share of the columns.", metavar="C")
     ] = None,
+    base_bits: Annotated[
+        str | None,
+        typer.Option(help="PyTorch, planes: resident bits of a code, of input and GLU (default 2,3).", metavar="N[,N]"),
+    ] = None,
+    unit_bytes: Annotated[
+        str | None, typer.Option(help="PyTorch, planes: about what a unit has (default one column).", metavar="SIZE")
+    ] = None,
+    deferred: Annotated[
+        bool, typer.Option("--deferred", help="PyTorch, planes: use what the token before chose.")
+    ] = False,
+    bits: Annotated[
+        str | None, typer.Option(help="PyTorch, resident: bits of input and GLU columns (default 4).", metavar="N[,N]")
+    ] = None,
     calibration_text: Annotated[
         Path | None, typer.Option(help="PyTorch: a text for methods that must see some.", metavar="FILE")
     ] = None,
@@ -622,18 +652,23 @@ def evaluate(
       dipper eval smollm2.dipper --text wiki.test.raw --tokens 32768
       dipper eval smollm2.dipper --text wiki.test.raw --method dip --density 0.6 --against dense
       dipper eval smollm2 --text wiki.test.raw --method up --density 0.7 --kl --device cuda --out up.json
+      dipper eval smollm2 --text wiki.test.raw --torch --method planes --base-bits 2,3 --fetch 0.2 --kl
       dipper eval smollm2 --tasks arc_easy,piqa --data eval --limit 500 --method dip --density 0.5
     """
     if (text is None) == (tasks is None):
         raise ConfigError("give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR.")
-    common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
+    common = {
+        "density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache,
+        "fetch": fetch, "fetch_glu": fetch_glu, "whole": _layers(whole),
+    }  # fmt: skip
     files = {"calibration": calibration}
     native = {
-        "fetch": fetch, "fetch_glu": fetch_glu, "whole": _layers(whole), "dram": dram, "mlp_dram": mlp_dram,
-        "threads": threads, "reader": reader, "isa": isa, "kv": kv,
+        "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader, "isa": isa, "kv": kv,
     }  # fmt: skip
     torch_method = {
         "select": select, "norms": norms or None, "compensate": compensate or None, "capacity": capacity,
+        "base_bits": _two_bits("--base-bits", base_bits), "unit_bytes": _bytes(unit_bytes),
+        "deferred": deferred or None, "bits": _two_bits("--bits", bits),
     }  # fmt: skip
     torch_run = {"calibration_text": calibration_text, "device": device, "dtype": dtype, "batch": batch}
     torch_only = {**torch_method, **torch_run, "kl": kl or None, "tasks": tasks}
@@ -705,13 +740,17 @@ def _eval_native(
 
 def _torch_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of a `MethodConfig`, those that were given."""
+    from dipper.budget import DEFAULT_FETCH
+
     given = {name: value for name, value in options.items() if value is not None}
     d_in, d_glu = given.pop("d_in", None), given.pop("d_glu", None)
     if (d_in is None) != (d_glu is None):
         raise ConfigError("d_in and d_glu go together: give both or neither")
     if d_in is not None:
         given |= {"densities": (d_in, d_glu), "density": (2 * d_in + d_glu) / 3}
-    elif method != "dense":
+    elif method == "planes" and not {"density", "fetch"} & set(given):
+        given["fetch"] = DEFAULT_FETCH
+    elif method not in ("dense", "planes", "resident"):
         given.setdefault("density", 0.7)
     return {"name": method, **given}
 

@@ -378,7 +378,7 @@ class TorchScorer:
 def _method_fields(config: Any) -> dict[str, Any]:
     """The keys that name a method, as `records.method_fields` does for the engine's."""
     named = ("name", "density", "gamma", "cache", *(("densities",) if config.name in ("dip", "dip-ca") else ()))
-    is_dip, is_dense = config.name in ("dip", "dip-ca"), config.name == "dense"
+    is_dip, is_dense = config.name in ("dip", "dip-ca"), config.name in ("dense", "planes", "resident")
     own = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     d_in, d_glu = (is_dip and config.densities) or (config.density, config.density)
     density = (2 * d_in + d_glu) / 3 if is_dip else config.density
