@@ -4,8 +4,8 @@
         -o rivals.json [--device cuda] [--batch 8] [--bits 3.6,2.7] [--whole 27,2,26] [--tokens N] [--only planes]
 
 MODEL is a bundle or a GGUF file (or a name that `dipper pull` knows) whose MLP is quantised to 4, 5 or 6 bits. A
-setting gets the cache that a budget leaves: of units in planes, of columns in dip and dip-ca. Codes, scales,
-norms and slots count, staging does not. Flash bytes are those of the units or columns that a token reads, without what a device
+setting gets the cache that a budget leaves: of units in planes, of columns in dip and dip-ca. Codes, scales, norms and
+slots count, staging does not. Flash bytes are those of the units or columns that a token reads, without what a device
 widens them to. Every window begins with the caches that a run begins with. Changes of perplexity are against the dense
 model on the same windows, paired. `resident` is calibrated on another text than the one that is scored.
 
