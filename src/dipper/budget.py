@@ -194,6 +194,13 @@ class EngineConfig:
         return fetch, fetch if self.fetch_glu is None else self.fetch_glu
 
     @property
+    def fetches_told(self) -> str:
+        """The same in words, for notes."""
+        fetch, fetch_glu = self.fetches
+        whole = f", layers {', '.join(map(str, self.whole))} whole" if self.whole else ""
+        return f"planes: a token fetches {fetch:g} of the input and {fetch_glu:g} of the GLU units{whole}"
+
+    @property
     def densities(self) -> tuple[float, float]:
         """Densities of the input and the GLU columns where no calibration has its own: (d_in, d_glu)."""
         if not self.prunes:
@@ -225,6 +232,8 @@ class Plan:
         minimum_bytes: the smallest process budget that this bundle, method and context work with.
         stream_reads, stream_bytes: what streaming the MLP once reads from flash: a token of dense-stream, a block of
             tokens in prefill.
+        token_stream_reads, token_stream_bytes: of that what a decoded token reads: regions that are used whole and are
+            not held.
         token_bytes: what a decoded token reads of the MLP at most where that is known before: all but dip and dip-ca.
         options: what the native decoder is built with, a calibration's vectors aside.
     """
@@ -238,6 +247,8 @@ class Plan:
     minimum_bytes: int
     stream_reads: int
     stream_bytes: int
+    token_stream_reads: int
+    token_stream_bytes: int
     token_bytes: int
     options: dict[str, Any] = field(repr=False)
 
@@ -543,8 +554,11 @@ class Planner:
         )
 
     def streamed(self, options: dict[str, Any]) -> dict[str, int]:
-        native = self.native(options)
-        return {name: native[name] for name in ("stream_reads", "stream_bytes")}
+        block = self.native(options)
+        whole = [int(p or r) for p, r in zip(options["pinned"], options["refined"], strict=True)]
+        token = self.native({**options, "pinned": whole}) if self.base["residency"] == "stream" else None
+        names = ("stream_reads", "stream_bytes")
+        return {name: block[name] for name in names} | {f"token_{n}": token[n] if token else 0 for n in names}
 
     def smallest(self) -> int:
         return sum(self.parts(self.settings()[-1]).values())

@@ -1056,6 +1056,9 @@ def simulate(
     density: Annotated[str, typer.Option(help="Densities, with commas.", metavar="D,...")] = "0.7",
     d_in: DIn = None,
     d_glu: DGlu = None,
+    fetch: Annotated[str | None, typer.Option(help="planes: shares read, with commas (0.1).", metavar="F,...")] = None,
+    fetch_glu: FetchGlu = None,
+    whole: Whole = None,
     gamma: Annotated[str, typer.Option(help="dip-ca: gammas, with commas.", metavar="G,...")] = "0.5",
     cache: Annotated[
         str, typer.Option(help="Of none, lru, lfu, lfu-decay, static, belady; with commas.", metavar="A,B")
@@ -1093,6 +1096,12 @@ def simulate(
     other_bits: Annotated[
         int | None, typer.Option(help="Of attention and head, for a shape (default 8).", metavar="N")
     ] = None,
+    base_bits: Annotated[
+        str | None, typer.Option(help="Of a shape's MLP codes, as for `dipper pack` (default 0).", metavar="N[,N]")
+    ] = None,
+    unit_bytes: Annotated[
+        str | None, typer.Option(help="Of a shape's residuals, as for `dipper pack`.", metavar="SIZE")
+    ] = None,
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Prompt tokens.", metavar="N")] = 128,
     n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens after it.", metavar="N")] = 256,
     ctx: Ctx = None,
@@ -1114,20 +1123,28 @@ def simulate(
       dipper simulate smollm2.dipper --device raspberry-pi-5,phone-ufs-3.1 --mlp-dram 40%,60% --density 0.5,0.7
       dipper simulate smollm2.dipper --method dip --cache none,lru,lfu,belady --capacity 0.25,0.5,0.75
       dipper simulate phi-3-medium --device paper-phone --dram 4GB,5GB,6GB --figure phi.svg
+      dipper simulate phi-3-medium --base-bits 2,3 --method dense-stream,planes --fetch 0.1,0.3 --mlp-dram 3.6b
     """
+    from dipper.budget import DEFAULT_FETCH
     from dipper.figures import check_figure
     from dipper.records import json_line
     from dipper.sweep import Sweep, draw_sweep, open_model, open_workload, run_sweep
     from dipper.tables import sim_table
 
     check_figure(figure)
+    if "planes" not in _listed("--method", method):
+        _refuse({"fetch": fetch, "fetch_glu": fetch_glu, "whole": whole}, f"with {method}", "add planes to --method")
     sweep = Sweep(
         methods=_listed("--method", method), densities=_numbers("--density", density), d_in=d_in, d_glu=d_glu,
+        fetches=_numbers("--fetch", fetch) or (DEFAULT_FETCH,), fetch_glu=fetch_glu, whole=_layers(whole) or (),
         gammas=_numbers("--gamma", gamma), caches=_listed("--cache", cache),
         dram=_listed("--dram", dram) or (None,), mlp_dram=_listed("--mlp-dram", mlp_dram) or (None,),
         capacity=_numbers("--capacity", capacity), splits=_listed("--split", split), cold=cold, host=host,
     )  # fmt: skip
-    bundle = open_model(model, bits=bits, other_bits=other_bits)
+    bundle = open_model(
+        model, bits=bits, other_bits=other_bits, base_bits=None if base_bits is None else _base_bits(base_bits),
+        unit_bytes=_bytes(unit_bytes),
+    )  # fmt: skip
     devices = [_device(name, bundle) for name in _listed("--device", device)]
     workload = open_workload(
         bundle, n_prompt=n_prompt, n_tokens=n_tokens, trace=trace, text=text, generated=generated, variant=variant,

@@ -111,6 +111,7 @@ class Engine:
         on_plan: Callable[[Plan], None] | None = None,
         *,
         simulated: bool = False,
+        plan: Plan | None = None,
     ) -> Engine:
         """Plans, then loads.
 
@@ -118,8 +119,10 @@ class Engine:
             path: bundle directory.
             config: how to run it.
             on_plan: called with the plan before anything is loaded.
-            simulated: dip and dip-ca only: masks, caches, counters and traces are those of a run under the budget, but
-                all weights are in DRAM and nothing is read from flash; `configure` then changes masks and caches.
+            simulated: masks, caches, counters and (dip and dip-ca) traces are those of a run under the budget, but all
+                weights are in DRAM and nothing is read from flash; `configure` then changes masks and caches of dip and
+                dip-ca. With planes tokens are to be taken by `region_inputs` and `logits`, not by `step`.
+            plan: of this bundle and configuration, instead of planning.
 
         Raises:
             BundleError: damaged or newer bundle.
@@ -141,12 +144,15 @@ class Engine:
         if calibration is not None:
             calibration.check_model(bundle)
         densities, vectors = densities_of(config, bundle.model.n_layers, calibration), calibration_vectors(calibration)
-        plan = Planner(bundle, config, rss_bytes(), densities, vectors).plan()
+        plan = plan or Planner(bundle, config, rss_bytes(), densities, vectors).plan()
         if on_plan is not None:
             on_plan(plan)
-        if simulated and not config.prunes:
-            raise ConfigError(f"{config.method} has no masks and no caches to simulate: use dip or dip-ca")
-        residency = {"residency": "simulated"} if simulated else {}
+        if simulated and not config.selects:
+            raise ConfigError(f"{config.method} has no masks and no caches to simulate: use dip, dip-ca or planes")
+        residency: dict[str, Any] = {}
+        if simulated:
+            pinned = {"pinned": [1] * len(bundle.header["regions"])}
+            residency = {"residency": "simulated"} if config.prunes else pinned
 
         def check_resident(data: npt.NDArray[np.uint8]) -> None:
             if hashlib.sha256(data.data).hexdigest() != bundle.header["files"]["resident.bin"]["sha256"]:
@@ -162,11 +168,7 @@ class Engine:
         if config.kv != "f16":
             engine.notes.append(f"keys and values are kept as {config.kv}")
         if config.method == "planes":
-            fetch, fetch_glu = config.fetches
-            whole = f", layers {', '.join(map(str, config.whole))} whole" if config.whole else ""
-            engine.notes.append(
-                f"planes: a token fetches {fetch:g} of the input and {fetch_glu:g} of the GLU units{whole}"
-            )
+            engine.notes.append(config.fetches_told)
         if config.split is not None:
             engine.notes.append("slots are shared out over the regions by given weights, not uniformly")
         if config.prunes and config.cache == "static" and config.cold:
@@ -390,6 +392,19 @@ class Engine:
             f"layers.{region['layer']}.{region['kind']}": np.array(values) / len(tokens)
             for region, values in zip(self.bundle.header["regions"], sums, strict=True)
         }
+
+    def region_inputs(
+        self, token: int, *, is_prompt: bool = False
+    ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+        """One token as `logits` takes it, or of a prompt as `prefill` does, and what its regions were driven by.
+
+        Returns:
+            Logits [vocab]; by region the magnitudes of its inputs, [n_columns], exact.
+        """
+        self._decoder.start_energies()
+        logits = self.prefill([token]) if is_prompt else self.logits([token])[0]
+        # A square of an fp32 number is exact in fp64, and so is its root.
+        return logits, [np.sqrt(np.array(squares)).astype(np.float32) for squares in self._decoder.energies()]
 
     def score(self, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
         """Negative log-likelihood of tokens[1:], every token through its own mask and cache step, [T - 1].
