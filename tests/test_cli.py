@@ -982,8 +982,8 @@ def simulate_devices():
         ),
         (
             ["phi-3-mini", "--method", "dip-ca", "--cache", "belady"],
-            "methods dip-ca with caches belady leave nothing to simulate: dip-ca needs a cache other than none and "
-            "belady, miss-curve needs slots, --capacity a column cache",
+            "methods dip-ca with caches belady leave nothing to simulate: dip-ca and planes need a cache other than "
+            "none and belady, miss-curve needs slots, --capacity a column cache",
         ),
         (["phi-3-mini", "--bits", "3"], "bits is 3, other_bits 8: a published shape is laid out with 4 or 8"),
         (
@@ -1002,12 +1002,18 @@ def simulate_devices():
             ["phi-3-mini", "--method", "dpi", "-p", "1", "-n", "1"],
             "method 'dpi' is unknown: choose auto, dense-resident, dense-stream, dip, dip-ca, planes",
         ),
-        *(
-            (
-                ["phi-3-mini", "--method", method, "-p", "1", "-n", "1"],
-                f"{method} is not simulated: choose --method dense-resident, dense-stream, dip or dip-ca",
-            )
-            for method in ("auto", "planes")
+        (
+            ["phi-3-mini", "--method", "auto", "-p", "1", "-n", "1"],
+            "auto is not simulated: choose --method dense-resident, dense-stream, dip, dip-ca or planes",
+        ),
+        (
+            ["phi-3-mini", "--method", "planes", "-p", "1", "-n", "1"],
+            "planes refines columns that are split in base and residual, and phi-3-mini has none: pack it, or lay its "
+            "shape out, with --base-bits",
+        ),
+        (
+            ["phi-3-mini", "--method", "dip", "--fetch", "0.1", "-p", "1", "-n", "1"],
+            "--fetch has no effect with dip: drop it, or add planes to --method.",
         ),
         (
             ["phi-3-mini", "--method", "dip", "--cache", "fifo", "-p", "1", "-n", "1"],

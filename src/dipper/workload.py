@@ -108,6 +108,11 @@ class Setting:
             raise ConfigError(
                 "auto is not simulated: choose --method dense-resident, dense-stream, dip, dip-ca or planes"
             )
+        if config.method == "planes" and all(region["base"] is None for region in bundle.header["regions"]):
+            raise ConfigError(
+                f"planes refines columns that are split in base and residual, and {bundle.path} has none: pack it, or "
+                "lay its shape out, with --base-bits"
+            )
         if config.method == "planes" and cache in ("none", "belady"):
             raise ConfigError(
                 f"cache {cache} with planes: what is refined depends on the cache, and slots are what the budget "
@@ -603,11 +608,6 @@ class TraceWorkload:
     def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
         """Counts under each setting: exact, or `replayed`."""
         _check_settings(self, settings)
-        if any(setting.config.method == "planes" for setting in settings):
-            raise ConfigError(
-                "planes is not simulated from a trace, which none of its runs writes: leave --trace out, so that the "
-                "model itself is run"
-            )
         return [self._recording.traffic(s) if self._is_exact(s) else self._replayed(s) for s in settings]
 
     def _replayed(self, setting: Setting) -> Traffic:
