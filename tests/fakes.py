@@ -84,6 +84,8 @@ class FakeEngine:
             minimum_bytes=90_000_000,
             stream_reads=0,
             stream_bytes=0,
+            token_stream_reads=0,
+            token_stream_bytes=0,
             token_bytes=0,
             options={},
         )

@@ -715,7 +715,7 @@ def test_simulated_dense_is_refused(bundles):
         options = {} if method == "dense-resident" else {"mlp_dram": ALL}
         with pytest.raises(ConfigError) as e:
             Engine.open(bundles(), EngineConfig(method=method, context=16, **options), simulated=True)
-        assert str(e.value) == f"{method} has no masks and no caches to simulate: use dip or dip-ca"
+        assert str(e.value) == f"{method} has no masks and no caches to simulate: use dip, dip-ca or planes"
 
 
 def test_configure_is_for_the_same_context_of_a_simulated_engine(bundles):
@@ -1443,5 +1443,3 @@ def test_dip_drops_no_columns_that_are_split(splits):
                         splits(kind)[1], EngineConfig(method=method, mlp_dram=ALL, context=16), simulated=simulated
                     )
                 assert str(e.value) == message
-    with pytest.raises(ConfigError, match="planes has no masks and no caches to simulate: use dip or dip-ca"):
-        Engine.open(splits()[1], EngineConfig(method="planes", mlp_dram=ALL, context=16), simulated=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from dipper.device import Flash
 from dipper.errors import ConfigError
-from dipper.reads import PAGE, IoBudget, Reads, fetched_reads, streamed_reads
+from dipper.reads import PAGE, IoBudget, Reads, fetched_reads, run_cost, streamed_reads
 
 FLASH = Flash(gbps=1.0, cost_per_read_us=10.0, latency_us=100.0, queue_depth=64, alignment=4096)
 
@@ -100,3 +102,16 @@ def test_time_is_a_batch_a_region():
     assert budget.cost([made], [0]) == 0
     assert budget.told(0.00123) == "1.3ms"
     assert IoBudget.parse("1MB", None).told(1_230_001) == "1.3MB"
+
+
+@pytest.mark.parametrize("unit_bytes", [400, 4096, 4480, 9000])
+def test_runs_cost_no_more_than_as_many_single_reads(unit_bytes):
+    made = region(unit_bytes, 600)
+    cost = run_cost(made, 12500)
+    assert cost == (12500 + 4096 - math.gcd(unit_bytes, 4096)) / unit_bytes
+    assert run_cost(made, None) == 0
+    single, runs = fetched_reads(made, 100), fetched_reads(made, 100, 0, cost)
+    assert runs.n < single.n  # fewer reads, of more units each
+    assert 12500 * runs.n + runs.bytes <= 100 * (12500 + unit_bytes + 2 * PAGE)
+    assert fetched_reads(made, 100, 550, cost) == fetched_reads(made, 50)  # all that are not cached
+    assert fetched_reads(made, 0, 0, cost) == Reads()

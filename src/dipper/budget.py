@@ -233,6 +233,15 @@ class EngineConfig:
         fetch = DEFAULT_FETCH if self.fetch is None else self.fetch
         return fetch, fetch if self.fetch_glu is None else self.fetch_glu
 
+    def fetches_told(self, planned: tuple[float, float] | None = None) -> str:
+        """What a token fetches, in words, for notes; by an io budget what was `planned` of input and GLU units."""
+        fetch, fetch_glu = planned if planned is not None and self.io_budget else self.fetches
+        why = f" by an io budget of {self.io_budget}" if self.io_budget else ""
+        runs = "" if self.read_cost is None else f", in runs by a read cost of {self.read_cost} bytes"
+        whole = f", layers {', '.join(map(str, self.whole))} whole" if self.whole else ""
+        shares = f"{fetch:.3g} of the input and {fetch_glu:.3g} of the GLU units"
+        return f"planes: a token fetches {shares}{why}{runs}{whole}"
+
     @property
     def densities(self) -> tuple[float, float]:
         """Densities of the input and the GLU columns where no calibration has its own: (d_in, d_glu)."""
@@ -617,8 +626,11 @@ class Planner:
         )
 
     def streamed(self, options: dict[str, Any]) -> dict[str, int]:
-        native = self.native(options)
-        return {name: native[name] for name in ("stream_reads", "stream_bytes")}
+        block = self.native(options)
+        whole = [int(p or r) for p, r in zip(options["pinned"], options["refined"], strict=True)]
+        token = self.native({**options, "pinned": whole}) if self.base["residency"] == "stream" else None
+        names = ("stream_reads", "stream_bytes")
+        return {name: block[name] for name in names} | {f"token_{n}": token[n] if token else 0 for n in names}
 
     def smallest(self) -> int:
         return sum(self.parts(self.settings()[-1]).values())

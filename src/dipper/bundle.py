@@ -554,9 +554,8 @@ class Bundle:
                 if not self.model.tied
                 else self.dequantise("head")
             )
-        matrix = self._region_matrix(name)
-        if matrix is not None:
-            return self._dequantise_columns(*matrix)
+        if self._region_matrix(name) is not None:
+            return dequantise(*self.coded(name))
         entry = self.header["tensors"].get(name)
         if entry is None:
             raise BundleError(f"{self.path}: has no tensor {name!r}; `dipper inspect` lists them")
@@ -576,7 +575,19 @@ class Bundle:
                     return region, matrix
         return None
 
-    def _dequantise_columns(self, region: dict[str, Any], matrix: dict[str, Any]) -> F32:
+    def coded(self, name: str) -> tuple[Grid, CodedRows]:
+        """The codes and scales of a matrix of the MLP, base and residual joined.
+
+        Args:
+            name: ``layers.N.gate|up|down``.
+
+        Raises:
+            BundleError: there is no such matrix, or it cannot be read.
+        """
+        found = self._region_matrix(name)
+        if found is None:
+            raise BundleError(f"{self.path}: has no MLP matrix {name!r}; `dipper inspect` lists them")
+        region, matrix = found
         grid, n_rows = _grid_of(matrix), matrix["rows"]
         records = self._read_records(region)
         planes = [
@@ -585,7 +596,7 @@ class Bundle:
         ]
         places = tuple((plane["bits"], plane["shift"]) for plane in matrix["planes"])
         scales = self._read_scales(grid, matrix["scales"], n_rows, region["n_columns"], tiled=False)
-        return dequantise(grid, CodedRows(join_planes(grid, planes, n_rows, places), scales))
+        return grid, CodedRows(join_planes(grid, planes, n_rows, places), scales)
 
     def _read_records(self, region: dict[str, Any]) -> dict[str, U8]:
         """A region's records by tier in logical order, ``[n_columns, record_bytes]`` each."""

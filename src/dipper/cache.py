@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = [
     "ColumnCache",
     "ReferenceCache",
     "Refined",
+    "RefinedTokens",
     "n_selected",
     "next_uses",
     "reference_refine",
@@ -39,6 +41,7 @@ __all__ = [
     "refine",
     "scan",
     "scan_many",
+    "scan_refine",
     "top_k",
 ]
 
@@ -201,6 +204,65 @@ def refine(
             run_cost,
         )
     )
+
+
+@dataclass(frozen=True)
+class RefinedTokens:
+    """What each token of a sequence did to a region of `planes`; units, exact.
+
+    Attributes:
+        cached: [T, n_units] bool, held before the token.
+        fetched: [T, n_units] bool, read for it. A token refines what is cached or fetched.
+        demanded, hits: [T] int64, units that the cache's step counted, and those of them that were cached.
+    """
+
+    cached: NDArray[np.bool_]
+    fetched: NDArray[np.bool_]
+    demanded: NDArray[np.int64]
+    hits: NDArray[np.int64]
+
+
+def scan_refine(
+    x: ArrayLike,
+    norm: ArrayLike,
+    order: ArrayLike | None,
+    columns_per_unit: int,
+    cache: ColumnCache,
+    n_fetch: int,
+    run_cost: float = 0.0,
+    counted: bool = True,
+    step: Callable[[NDArray[np.int32]], Any] | None = None,
+) -> RefinedTokens:
+    """Closed loop of `planes` over a sequence: for each token `refine` against the cache as it stands, then a step.
+
+    The one place from which evaluation and simulator choose what is refined.
+
+    Args:
+        x: [T, n] inputs, converted to fp32; signs do not matter.
+        norm, order, columns_per_unit, n_fetch, run_cost: as `refine`.
+        cache: of the region's units; moved and, if `counted`, counted.
+        step: what moves the cache instead of `cache.step`, told the demanded units.
+
+    Raises:
+        ConfigError: as `refine`; a NaN names its token, and the cache holds the state before it.
+    """
+    rows = _of_shape("x", np.ascontiguousarray(x, dtype=np.float32), 2)
+    shape = (len(rows), cache.n_columns)
+    out = RefinedTokens(np.zeros(shape, bool), np.zeros(shape, bool), *np.zeros((2, len(rows)), np.int64))
+    ordered = np.arange(rows.shape[1], dtype=np.int32) if order is None else order
+    for t, row in enumerate(rows):
+        cached = cache.cached
+        try:
+            _, _, fetched, demanded = refine(row, norm, ordered, columns_per_unit, cached, n_fetch, run_cost)
+        except ConfigError as error:
+            raise ConfigError(f"token {t}: {error}") from error
+        out.cached[t], out.fetched[t, fetched] = cached, True
+        out.demanded[t], out.hits[t] = len(demanded), np.count_nonzero(cached[demanded])
+        if step is None:
+            cache.step(demanded, counted)
+        else:
+            step(demanded)
+    return out
 
 
 def next_uses(masks: ArrayLike, n_columns: int) -> NDArray[np.int32]:

@@ -182,10 +182,29 @@ def pack(
 
 
 def _base_bits(text: str) -> int | tuple[int, int]:
-    parts = listed("--base-bits", text)
+    bits = _one_or_two("--base-bits", text)
+    return bits[0] if len(bits) == 1 else (bits[0], bits[1])
+
+
+def _one_or_two(name: str, text: str) -> list[int]:
+    parts = listed(name, text)
     if not all(part.isdecimal() for part in parts) or len(parts) > 2:
-        raise ConfigError(f"--base-bits {text}: write a number such as 2, or two, of input and GLU columns: 2,3.")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+        raise ConfigError(f"{name} {text}: write a number such as 2, or two, of input and GLU columns: 2,3.")
+    return [int(part) for part in parts]
+
+
+def _two_bits(name: str, text: str | None) -> tuple[int, int] | None:
+    """Bits of input and of GLU columns; one number is both."""
+    if text is None:
+        return None
+    bits = _one_or_two(name, text)
+    return bits[0], bits[-1]
+
+
+def _bytes(text: str | None) -> int | None:
+    from dipper.budget import parse_bytes
+
+    return None if text is None else parse_bytes(text, 0)
 
 
 def _split_options(base_bits: int | tuple[int, int], unit_bytes: str | None, energies: Path | None) -> dict[str, Any]:
@@ -195,9 +214,7 @@ def _split_options(base_bits: int | tuple[int, int], unit_bytes: str | None, ene
         raise ConfigError(f"{given[0]} is about residuals, and --base-bits is 0: give base bits, or drop it")
     options: dict[str, Any] = {"base_bits": base_bits}
     if unit_bytes is not None:
-        from dipper.budget import parse_bytes
-
-        options["unit_bytes"] = parse_bytes(unit_bytes, 0)
+        options["unit_bytes"] = _bytes(unit_bytes)
     if energies is not None:
         from dipper.calibration import read_energies
 
@@ -541,15 +558,22 @@ def evaluate(
       dipper eval smollm2.dipper --text wiki.test.raw --tokens 32768
       dipper eval smollm2.dipper --text wiki.test.raw --method dip --density 0.6 --against dense
       dipper eval smollm2 --text wiki.test.raw --method up --density 0.7 --kl --device cuda --out up.json
+      dipper eval smollm2 --text wiki.test.raw --torch --method planes --base-bits 2,3 --fetch 0.2 --kl
       dipper eval smollm2 --tasks arc_easy,piqa --data eval --limit 500 --method dip --density 0.5
     """
     if (text is None) == (tasks is None):
         raise ConfigError("give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR.")
-    common = {name: options[name] for name in ("density", "d_in", "d_glu", "gamma", "cache")}
+    common = {
+        name: options[name] for name in ("density", "d_in", "d_glu", "gamma", "cache", "fetch", "fetch_glu", "whole")
+    }
     files = {"calibration": options["calibration"]}
     native = {name: value for name, value in options.items() if name not in (*common, *files)}
     torch_run = {name: torch.pop(name) for name in ("calibration_text", "device", "dtype", "batch")}
-    torch_only = {**torch, **torch_run, "kl": kl or None, "tasks": tasks}
+    torch_method = {
+        **torch, "base_bits": _two_bits("--base-bits", torch["base_bits"]), "unit_bytes": _bytes(torch["unit_bytes"]),
+        "bits": _two_bits("--bits", torch["bits"]),
+    }  # fmt: skip
+    torch_only = {**torch_method, **torch_run, "kl": kl or None, "tasks": tasks}
     scoring = {"window": window, "limit": tokens, "rows_joined": wikitext, "seed": seed or 0, "out": out}
     if _on_engine(source, method, engine, torch_only):
         assert text is not None, "tasks are for PyTorch"
@@ -559,7 +583,7 @@ def evaluate(
     _refuse(native, "in PyTorch", "use --engine")
     if against not in (None, "dense"):
         raise ConfigError(f"--against {against} is for the native engine; in PyTorch it is --against dense.")
-    chosen = _torch_method(method or "dip", {**common, **torch})
+    chosen = _torch_method(method or "dip", {**common, **torch_method})
     torch_run |= files
     if text is not None:
         _eval_torch(source, text, chosen, torch_run, {**scoring, "kl": kl or against is not None}, as_json)
@@ -618,13 +642,17 @@ def _eval_native(
 
 def _torch_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of a `MethodConfig`, those that were given."""
+    from dipper.budget import DEFAULT_FETCH
+
     given = {name: value for name, value in options.items() if value is not None}
     d_in, d_glu = given.pop("d_in", None), given.pop("d_glu", None)
     if (d_in is None) != (d_glu is None):
         raise ConfigError("d_in and d_glu go together: give both or neither")
     if d_in is not None:
         given |= {"densities": (d_in, d_glu), "density": (2 * d_in + d_glu) / 3}
-    elif method != "dense":
+    elif method == "planes" and not {"density", "fetch"} & set(given):
+        given["fetch"] = DEFAULT_FETCH
+    elif method not in ("dense", "planes", "resident"):
         given.setdefault("density", 0.7)
     return {"name": method, **given}
 
@@ -932,22 +960,32 @@ def simulate(
       dipper simulate smollm2.dipper --device raspberry-pi-5,phone-ufs-3.1 --mlp-dram 40%,60% --density 0.5,0.7
       dipper simulate smollm2.dipper --method dip --cache none,lru,lfu,belady --capacity 0.25,0.5,0.75
       dipper simulate phi-3-medium --device paper-phone --dram 4GB,5GB,6GB --figure phi.svg
+      dipper simulate phi-3-medium --base-bits 2,3 --method dense-stream,planes --fetch 0.1,0.3 --mlp-dram 3.6b
     """
+    from dipper.budget import DEFAULT_FETCH
     from dipper.figures import check_figure
     from dipper.records import json_line
     from dipper.sweep import Sweep, draw_sweep, open_model, open_workload, run_sweep
     from dipper.tables import sim_table
 
     check_figure(figure)
+    if "planes" not in listed("--method", swept["method"]):
+        about = {name: swept[name] for name in ("fetch", "fetch_glu", "whole")}
+        _refuse(about, f"with {swept['method']}", "add planes to --method")
     sweep = Sweep(
         methods=listed("--method", swept["method"]), densities=numbers("--density", swept["density"]),
-        d_in=swept["d_in"], d_glu=swept["d_glu"], gammas=numbers("--gamma", swept["gamma"]),
+        d_in=swept["d_in"], d_glu=swept["d_glu"], fetches=numbers("--fetch", swept["fetch"]) or (DEFAULT_FETCH,),
+        fetch_glu=swept["fetch_glu"], whole=swept["whole"] or (), gammas=numbers("--gamma", swept["gamma"]),
         caches=listed("--cache", swept["cache"]), dram=listed("--dram", swept["dram"]) or (None,),
         mlp_dram=listed("--mlp-dram", swept["mlp_dram"]) or (None,),
         capacity=numbers("--capacity", swept["capacity"]), splits=listed("--split", swept["split"]),
         cold=bool(swept["cold"]), host=swept["host"],
     )  # fmt: skip
-    bundle = open_model(model, bits=work.pop("bits"), other_bits=work.pop("other_bits"))
+    base_bits, unit_bytes = work.pop("base_bits"), work.pop("unit_bytes")
+    bundle = open_model(
+        model, bits=work.pop("bits"), other_bits=work.pop("other_bits"),
+        base_bits=None if base_bits is None else _base_bits(base_bits), unit_bytes=_bytes(unit_bytes),
+    )  # fmt: skip
     devices = [_device(name, bundle) for name in listed("--device", device)]
     workload = open_workload(bundle, **{**work, "generated": bool(work["generated"])})
     records = run_sweep(bundle, workload, sweep, devices, context=ctx, on_skip=lambda why: _say(f"left out: {why}"))

@@ -61,6 +61,8 @@ class Plan:
         minimum_bytes: the smallest process budget that this bundle, method and context work with.
         stream_reads, stream_bytes: what streaming the MLP once reads from flash: a token of dense-stream, a block of
             tokens in prefill.
+        token_stream_reads, token_stream_bytes: of that what a decoded token reads: regions that are used whole and are
+            not held.
         token_bytes: what a decoded token reads of the MLP at most where that is known before: all but dip and dip-ca.
         regions: how each region of the MLP is held and read.
         options: what the native decoder is built with, a calibration's vectors aside.
@@ -75,6 +77,8 @@ class Plan:
     minimum_bytes: int
     stream_reads: int
     stream_bytes: int
+    token_stream_reads: int
+    token_stream_bytes: int
     token_bytes: int
     options: dict[str, Any] = field(repr=False)
     regions: tuple[RegionPlan, ...] = ()

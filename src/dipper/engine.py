@@ -87,8 +87,8 @@ class Settled:
     vectors: dict[str, Any]
 
 
-def settle(bundle: Bundle, config: EngineConfig) -> Settled:
-    """Decides everything about a run before any weight is loaded.
+def settle(bundle: Bundle, config: EngineConfig, plan: Plan | None = None) -> Settled:
+    """Decides everything about a run before any weight is loaded; `plan`: of this configuration, if there is one.
 
     Raises:
         BudgetError, ConfigError: as `Engine.open`.
@@ -106,7 +106,7 @@ def settle(bundle: Bundle, config: EngineConfig) -> Settled:
     if calibration is not None:
         calibration.check_model(bundle)
     densities, vectors = densities_of(config, bundle.model.n_layers, calibration), calibration_vectors(calibration)
-    plan = Planner(bundle, config, rss_bytes(), densities, vectors).plan()
+    plan = plan or Planner(bundle, config, rss_bytes(), densities, vectors).plan()
     return Settled(config, plan, why, calibration, densities, vectors)
 
 
@@ -146,6 +146,7 @@ class Engine:
         on_plan: Callable[[Plan], None] | None = None,
         *,
         simulated: bool = False,
+        plan: Plan | None = None,
     ) -> Engine:
         """Plans, then loads.
 
@@ -153,8 +154,10 @@ class Engine:
             path: bundle directory.
             config: how to run it.
             on_plan: called with the plan before anything is loaded.
-            simulated: dip and dip-ca only: masks, caches, counters and traces are those of a run under the budget, but
-                all weights are in DRAM and nothing is read from flash; `configure` then changes masks and caches.
+            simulated: masks, caches, counters and (dip and dip-ca) traces are those of a run under the budget, but all
+                weights are in DRAM and nothing is read from flash; `configure` then changes masks and caches of dip and
+                dip-ca. With planes tokens are to be taken by `region_inputs` and `logits`, not by `step`.
+            plan: of this bundle and configuration, instead of planning.
 
         Raises:
             BundleError: damaged or newer bundle.
@@ -163,7 +166,7 @@ class Engine:
                 model, or without the density asked for.
         """
         bundle = Bundle.open(path)
-        return cls.load(bundle, settle(bundle, config or EngineConfig()), on_plan, simulated=simulated)
+        return cls.load(bundle, settle(bundle, config or EngineConfig(), plan), on_plan, simulated=simulated)
 
     @classmethod
     def load(
@@ -178,9 +181,12 @@ class Engine:
         config, plan, calibration = settled.config, settled.plan, settled.calibration
         if on_plan is not None:
             on_plan(plan)
-        if simulated and not config.prunes:
-            raise ConfigError(f"{config.method} has no masks and no caches to simulate: use dip or dip-ca")
-        residency = {"residency": "simulated"} if simulated else {}
+        if simulated and not config.selects:
+            raise ConfigError(f"{config.method} has no masks and no caches to simulate: use dip, dip-ca or planes")
+        residency: dict[str, Any] = {}
+        if simulated:
+            pinned = {"pinned": [1] * len(bundle.header["regions"])}
+            residency = {"residency": "simulated"} if config.prunes else pinned
 
         def check_resident(data: npt.NDArray[np.uint8]) -> None:
             if hashlib.sha256(data.data).hexdigest() != bundle.header["files"]["resident.bin"]["sha256"]:
@@ -197,12 +203,7 @@ class Engine:
         if config.kv != "f16":
             engine.notes.append(f"keys and values are kept as {config.kv}")
         if config.method == "planes":
-            fetch, fetch_glu = plan.fetched_shares if config.io_budget else config.fetches
-            why = f" by an io budget of {config.io_budget}" if config.io_budget else ""
-            runs = "" if config.read_cost is None else f", in runs by a read cost of {config.read_cost} bytes"
-            whole = f", layers {', '.join(map(str, config.whole))} whole" if config.whole else ""
-            shares = f"{fetch:.3g} of the input and {fetch_glu:.3g} of the GLU units"
-            engine.notes.append(f"planes: a token fetches {shares}{why}{runs}{whole}")
+            engine.notes.append(config.fetches_told(plan.fetched_shares))
         if config.split is not None:
             engine.notes.append("slots are shared out over the regions by given weights, not uniformly")
         if config.prunes and config.cache == "static" and config.cold:
@@ -426,6 +427,19 @@ class Engine:
             f"layers.{region['layer']}.{region['kind']}": np.array(values) / len(tokens)
             for region, values in zip(self.bundle.header["regions"], sums, strict=True)
         }
+
+    def region_inputs(
+        self, token: int, *, is_prompt: bool = False
+    ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+        """One token as `logits` takes it, or of a prompt as `prefill` does, and what its regions were driven by.
+
+        Returns:
+            Logits [vocab]; by region the magnitudes of its inputs, [n_columns], exact.
+        """
+        self._decoder.start_energies()
+        logits = self.prefill([token]) if is_prompt else self.logits([token])[0]
+        # A square of an fp32 number is exact in fp64, and so is its root.
+        return logits, [np.sqrt(np.array(squares)).astype(np.float32) for squares in self._decoder.energies()]
 
     def score(self, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
         """Negative log-likelihood of tokens[1:], every token through its own mask and cache step, [T - 1].

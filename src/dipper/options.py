@@ -166,6 +166,17 @@ TORCH: Group = {
     "capacity": Annotated[
         float | None, typer.Option(help="PyTorch: simulate caches of this share of the columns.", metavar="C")
     ],
+    "base_bits": Annotated[
+        str | None,
+        typer.Option(help="PyTorch, planes: resident bits of a code, of input and GLU (default 2,3).", metavar="N[,N]"),
+    ],
+    "unit_bytes": Annotated[
+        str | None, typer.Option(help="PyTorch, planes: about what a unit has (default one column).", metavar="SIZE")
+    ],
+    "deferred": Annotated[bool, typer.Option("--deferred", help="PyTorch, planes: use what the token before chose.")],
+    "bits": Annotated[
+        str | None, typer.Option(help="PyTorch, resident: bits of input and GLU columns (default 4).", metavar="N[,N]")
+    ],
     "calibration_text": Annotated[
         Path | None, typer.Option(help="PyTorch: a text for methods that must see some.", metavar="FILE")
     ],
@@ -179,6 +190,9 @@ SWEPT: Group = {
     "density": (Annotated[str, typer.Option(help="Densities, with commas.", metavar="D,...")], "0.7"),
     "d_in": DIn,
     "d_glu": DGlu,
+    "fetch": Annotated[str | None, typer.Option(help="planes: shares read, with commas (0.1).", metavar="F,...")],
+    "fetch_glu": FetchGlu,
+    "whole": Whole,
     "gamma": (Annotated[str, typer.Option(help="dip-ca: gammas, with commas.", metavar="G,...")], "0.5"),
     "cache": (
         Annotated[str, typer.Option(help="Of none, lru, lfu, lfu-decay, static, belady; with commas.", metavar="A,B")],
@@ -222,6 +236,12 @@ WORKLOAD: Group = {
     "bits": Annotated[int | None, typer.Option(help="Of the MLP, for a shape: 4 or 8 (default 4).", metavar="N")],
     "other_bits": Annotated[
         int | None, typer.Option(help="Of attention and head, for a shape (default 8).", metavar="N")
+    ],
+    "base_bits": Annotated[
+        str | None, typer.Option(help="Of a shape's MLP codes, as for `dipper pack` (default 0).", metavar="N[,N]")
+    ],
+    "unit_bytes": Annotated[
+        str | None, typer.Option(help="Of a shape's residuals, as for `dipper pack`.", metavar="SIZE")
     ],
     "n_prompt": (Annotated[int, typer.Option("-p", "--n-prompt", help="Prompt tokens.", metavar="N")], 128),
     "n_tokens": (Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens after it.", metavar="N")], 256),

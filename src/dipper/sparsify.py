@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from dipper.calibration import Calibration
 from dipper.errors import ConfigError
-from dipper.methods import METHODS, Dip, Glu, Method, MethodConfig, PrunedLinear
+from dipper.methods import METHODS, CachedMethod, Dip, Glu, Method, MethodConfig, PrunedLinear
+from dipper.split_weights import Splits
 
 __all__ = ["Sparsified", "find_glus", "sparsify_"]
 
@@ -199,7 +200,7 @@ class Sparsified:
         mask = kwargs.get("attention_mask")
         used = None if mask is None or mask.ndim != 2 else mask[:, n_past:].bool()
         for rule in self.rules:
-            if isinstance(rule, Dip):
+            if isinstance(rule, CachedMethod):
                 rule.used = used
 
     # -- figures
@@ -238,13 +239,18 @@ class Sparsified:
 
 
 def _rules_of(
-    config: MethodConfig, sites: Iterable[_Site], densities: Sequence[tuple[float, ...]] | None
+    config: MethodConfig,
+    sites: Iterable[_Site],
+    densities: Sequence[tuple[float, ...]] | None,
+    splits: Splits | None,
 ) -> Iterator[list[Method]]:
     layer = 0
     for site in sites:
         rules = []
         for glu in site.glus:
             own = config if densities is None else replace(config, densities=densities[layer])
+            if splits is not None and not site.is_experts:
+                glu = replace(glu, split=splits.of_layer(layer, glu.gate, glu.up, glu.down))
             rules.append(METHODS[config.name](own, glu, layer))
             layer += 1
         yield rules
@@ -306,6 +312,7 @@ def sparsify_(
     calibration: Iterable[Tensor] | None = None,
     densities: Sequence[tuple[float, ...]] | None = None,
     fitted: Calibration | None = None,
+    splits: Splits | None = None,
 ) -> Sparsified:
     """Makes the GLU MLPs of a model use fewer weights, in place.
 
@@ -317,6 +324,7 @@ def sparsify_(
         densities: the rule's own densities by layer, in place of equal ones (`MethodConfig.densities`).
         fitted: what `calibrate` found for `config.density`: densities by layer, norms and means, as the engine takes
             them; `dip` and `dip-ca` alone, and their `norms` and `compensate` are then the file's.
+        splits: `planes`: the model's matrices as base and residual; None: its weights quantised to 4 bits.
 
     Returns:
         The handle: meters, `reset`, `undo`; a context manager.
@@ -328,8 +336,12 @@ def sparsify_(
     n_layers = sum(len(site.glus) for site in sites)
     if densities is not None and len(densities) != n_layers:
         raise ConfigError(f"densities for {len(densities)} layers were given, and the model has {n_layers} GLU layers")
+    if config.whole and max(config.whole) >= n_layers:
+        raise ConfigError(
+            f"layer {max(config.whole)} is to be whole, and the model has none: give layers of 0..{n_layers - 1}"
+        )
     linears = [] if config.linears == "mlp" else list(_attention_linears(model, config))
-    sparse = Sparsified(model, config, sites, list(_rules_of(config, sites, densities)), linears)
+    sparse = Sparsified(model, config, sites, list(_rules_of(config, sites, densities, splits)), linears)
     try:
         if fitted is not None:
             _take_fit(sparse.rules, fitted, config)
