@@ -24,7 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from dipper.auto import named_layers
+from dipper.budget import EngineConfig
+from dipper.bundle import Bundle
 from dipper.evaluate import EngineScorer, PerplexityResult, relative_change, score_text
+from dipper.options import layers
 from dipper.records import Traffic
 from harness import (
     bundle_for,
@@ -47,7 +51,7 @@ COLUMNS: dict[str, Any] = {
     "fetch": float,
     "fetch_glu": float,
     "read_cost": int,
-    "whole": lambda text: tuple(int(layer) for layer in text.split(",")),
+    "whole": layers,
 }
 
 
@@ -83,6 +87,8 @@ def setting_of(spec: str, text: str, budget: str, args: Any) -> Setting | None:
     base = given.pop("base", None)
     options: dict[str, Any] = {name: COLUMNS[name](value) for name, value in given.items()}
     bundle = bundle_for(spec, "source", args.workdir) if base is None else split_bundle(spec, base, args)
+    if "whole" in options:  # an order and a number become the layers
+        options["whole"] = named_layers(Bundle.open(bundle), EngineConfig(method=method, whole=options["whole"])).whole
     return Setting(bundle, {"method": method, "mlp_dram": budget, **options}, base)
 
 
