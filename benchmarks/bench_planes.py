@@ -17,6 +17,7 @@ With `--held` the disk gives 0.5 GB/s and 40,000 reads a second (benchmarks/held
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ def setting_of(spec: str, text: str, budget: str, args: Any) -> Setting | None:
     only, _, text = text.rpartition("@")
     if only not in ("", budget):
         return None
-    method, *pairs = text.split(":")
+    method, *pairs = re.split(r":(?=[a-z_]+=)", text)
     given = dict(pair.split("=", 1) for pair in pairs)
     unknown = given.keys() - {"base", *COLUMNS}
     if unknown:
