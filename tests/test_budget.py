@@ -44,7 +44,7 @@ def planned(bundle, **changes):
 # ------------------------------------------------------------------------------------------------ io budget
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("share", [0.45, 0.6, 1.0])
 @pytest.mark.parametrize("whole", [(), (2, 0)])
 def test_what_a_token_reads_keeps_to_the_budget(split, share, whole):
     most = planned(split, io_budget="1GB", whole=whole)

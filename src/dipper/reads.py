@@ -24,7 +24,7 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from .device import Flash
 
-__all__ = ["PAGE", "IoBudget", "Reads", "fetched_reads", "streamed_reads"]
+__all__ = ["PAGE", "IoBudget", "Reads", "fetched_reads", "streamed_reads", "takes_part"]
 
 PAGE = 4096  # what reads start and end at multiples of
 _MAX_READ_BYTES = 256 << 10  # the reader cuts longer ones
@@ -42,6 +42,11 @@ class Reads:
 
     def __add__(self, other: Reads) -> Reads:
         return Reads(self.n + other.n, self.bytes + other.bytes)
+
+
+def takes_part(region: dict[str, Any]) -> bool:
+    """Whether a budget is spent on this region: GLU columns only by pages, since less is not worth a read."""
+    return bool(region["kind"] == "input" or region["unit_bytes"] >= PAGE)
 
 
 def fetched_reads(region: dict[str, Any], n_units: int) -> Reads:
@@ -114,12 +119,8 @@ class IoBudget:
         return f"{math.ceil(10 * cost / scale - 1e-9) / 10:.1f}{unit}"
 
     def share_out(self, regions: Sequence[dict[str, Any]], left: float) -> list[int]:
-        """Units that each of these regions fetches, the same share of all, for `left` of the budget at most.
-
-        GLU columns take part where their units are pages or larger: less than that is not worth a read.
-        """
-        taking = [region["kind"] == "input" or region["unit_bytes"] >= PAGE for region in regions]
-        n_units = [t * -(-region["bytes"] // region["unit_bytes"]) for t, region in zip(taking, regions, strict=True)]
+        """Units that each of these regions fetches, the same share of all that take part, for `left` at most."""
+        n_units = [takes_part(region) * -(-region["bytes"] // region["unit_bytes"]) for region in regions]
 
         def shared(share: float) -> list[int]:
             return [int(share * n + 1e-9) for n in n_units]
