@@ -53,7 +53,7 @@ def test_what_a_token_reads_keeps_to_the_budget(split, share, whole):
     plan = planned(split, io_budget=f"{limit / 1e6:.6f}MB", whole=whole)
     assert 0.3 * limit < plan.token_reads.bytes <= limit + 1  # units are few here
     shares = plan.fetched_shares
-    assert shares[0] == pytest.approx(shares[1], abs=0.1)
+    assert shares[0] == pytest.approx(shares[1], abs=0.25)  # of four units
     assert plan.mlp_bytes <= plan.mlp_budget_bytes
 
 

@@ -72,8 +72,8 @@ def lines(capsys):
         (["rnu"], "there is no verb 'rnu'; did you mean `dipper run`?"),
         (
             ["zzz"],
-            "there is no verb 'zzz'; the verbs are pull, pack, energies, sensitivity, inspect, run, chat, eval, calibrate, compare, "
-            "bench, doctor, simulate, plan",
+            "there is no verb 'zzz'; the verbs are pull, pack, energies, sensitivity, inspect, run, chat, eval, "
+            "calibrate, compare, bench, doctor, simulate, plan",
         ),
         (
             ["run", "b", "p", "--densty", "1"],
