@@ -28,7 +28,7 @@ from .calibration import Calibration
 from .dram_plan import Plan, RegionPlan
 from .errors import BudgetError, ConfigError
 from .probe import device_for
-from .reads import IoBudget, Reads, fetched_reads, run_cost, streamed_reads
+from .reads import IoBudget, Reads, fetched_reads, run_cost, streamed_reads, takes_part
 
 __all__ = ["METHODS", "EngineConfig", "Plan", "available_cpus", "parse_bytes", "plan_run", "rss_bytes"]
 
@@ -422,15 +422,15 @@ class Planner:
             BudgetError: not a unit of every region; it names the smallest that is.
             ConfigError: no region is refined.
         """
-        refined = [r for r, is_refined in enumerate(made["refined"]) if is_refined]
+        refined = [r for r, region in enumerate(self.regions) if made["refined"][r] and takes_part(region)]
         if not refined:
             raise ConfigError(
                 "an io budget is shared out over refined regions, and there are none here: drop it, use a bundle of "
-                "dipper pack --base-bits, or give the MLP more DRAM"
+                "dipper pack --base-bits (its GLU columns in units of 4096 bytes or more), or give the MLP more DRAM"
             )
         streamed = self.cost(budget, {**made, "fetch": [0] * len(self.regions)})
         regions = [self.regions[r] for r in refined]
-        least = streamed + budget.cost(regions, [int(region["kind"] == "input") for region in regions])
+        least = streamed + budget.cost(regions, [1] * len(regions))
         if least > budget.limit:
             whole = f"regions streamed whole read {budget.told(streamed)} of it, and " if streamed else ""
             raise BudgetError(

@@ -25,7 +25,7 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from .device import Flash
 
-__all__ = ["PAGE", "IoBudget", "Reads", "fetched_reads", "run_cost", "streamed_reads"]
+__all__ = ["PAGE", "IoBudget", "Reads", "fetched_reads", "run_cost", "streamed_reads", "takes_part"]
 
 PAGE = 4096  # what reads start and end at multiples of
 _MAX_READ_BYTES = 256 << 10  # the reader cuts longer ones
@@ -54,6 +54,11 @@ def run_cost(region: dict[str, Any], read_cost: int | None) -> float:
         return 0.0
     unit_bytes = region["unit_bytes"]
     return float(read_cost + PAGE - math.gcd(unit_bytes, PAGE)) / float(unit_bytes)
+
+
+def takes_part(region: dict[str, Any]) -> bool:
+    """Whether a budget is spent on this region: GLU columns only by pages, since less is not worth a read."""
+    return bool(region["kind"] == "input" or region["unit_bytes"] >= PAGE)
 
 
 def fetched_reads(region: dict[str, Any], n_fetch: int, n_cached: int = 0, cost: float = 0.0) -> Reads:
@@ -147,12 +152,8 @@ class IoBudget:
         return f"{math.ceil(10 * cost / scale - 1e-9) / 10:.1f}{unit}"
 
     def share_out(self, regions: Sequence[dict[str, Any]], left: float) -> list[int]:
-        """Units that each of these regions fetches, the same share of all, for `left` of the budget at most.
-
-        GLU columns take part where their units are pages or larger: less than that is not worth a read.
-        """
-        taking = [region["kind"] == "input" or region["unit_bytes"] >= PAGE for region in regions]
-        n_units = [t * -(-region["bytes"] // region["unit_bytes"]) for t, region in zip(taking, regions, strict=True)]
+        """Units that each of these regions fetches, the same share of all that take part, for `left` at most."""
+        n_units = [takes_part(region) * -(-region["bytes"] // region["unit_bytes"]) for region in regions]
 
         def shared(share: float) -> list[int]:
             return [int(share * n + 1e-9) for n in n_units]
