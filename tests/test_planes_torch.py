@@ -15,7 +15,11 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 from dipper.budget import EngineConfig  # noqa: E402
 from dipper.bundle import Bundle, pack  # noqa: E402
+from dipper.checkpoint import open_checkpoint  # noqa: E402
 from dipper.engine import Engine  # noqa: E402
+from dipper.errors import BundleError  # noqa: E402
+from dipper.glu import read_model  # noqa: E402
+from dipper.grid import dequantise  # noqa: E402
 from dipper.methods import MethodConfig  # noqa: E402
 from dipper.sparsify import sparsify_  # noqa: E402
 from dipper.split_weights import Splits  # noqa: E402
@@ -87,6 +91,39 @@ def compare(path, ids, base_bits, unit_bytes, **options):
     assert missed == counters.misses
     assert hits == pytest.approx(counters.hits, rel=0.02, abs=3)
     return native, losses, dense
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+def test_codes_of_every_source_are_the_same(kind, tmp_path):
+    path = split_bundle(tmp_path, kind)
+    bundle, source = Bundle.open(path), read_model(open_checkpoint(tmp_path / f"{kind}.gguf"))
+    for name in ("layers.0.gate", "layers.2.up", "layers.1.down"):
+        (grid, rows), (other_grid, other) = bundle.coded(name), source.coded(name)
+        assert grid == other_grid
+        np.testing.assert_array_equal(rows.codes, other.codes)
+        np.testing.assert_array_equal(dequantise(grid, rows), source.dequantise(name))
+        np.testing.assert_array_equal(dequantise(grid, rows), bundle.dequantise(name))
+    with pytest.raises(BundleError, match=r"has no MLP matrix 'layers\.9\.gate'"):
+        bundle.coded("layers.9.gate")
+
+
+def test_engines_tell_what_drives_their_regions(tmp_path):
+    """Magnitudes are exact: their squares are the energies, and logits those of `logits`."""
+    path = split_bundle(tmp_path, "q4")
+    config = EngineConfig(method="planes", context=32, mlp_dram="7b", fetch=0.2)
+    with Engine.open(path, config, simulated=True) as told, Engine.open(path, config) as plain:
+        for token in IDS[:3]:
+            told_logits, _ = told.region_inputs(token, is_prompt=True)
+            np.testing.assert_array_equal(told_logits, plain.prefill([token]))
+        for token in IDS[3:7]:
+            told_logits, inputs = told.region_inputs(token)
+            energies = plain.column_energies([token])
+            for x, energy in zip(inputs, energies.values(), strict=True):
+                assert x.dtype == np.float32
+                np.testing.assert_array_equal(x.astype(np.float64) ** 2, energy)
+        np.testing.assert_array_equal(told.logits([5]), plain.logits([5]))
+        assert told.counters().misses == plain.counters().misses > 0
+        assert told.counters().flash_bytes == 0
 
 
 @pytest.mark.parametrize("kind", SPLITS)

@@ -1039,6 +1039,16 @@ def test_live_planes_are_the_engines(splits: dict[str, Bundle], kind: str, optio
     assert greedy.traffic([setting])[0].totals == totals_of(engines_counters(setting))
 
 
+def test_a_cache_named_beside_the_configuration_of_planes_runs(splits: dict[str, Bundle]) -> None:
+    setting = held_setting(splits["llama"], cache="lru")
+    other = dataclasses.replace(setting, config=dataclasses.replace(setting.config, cache="lfu"))
+    workload = ModelWorkload(splits["llama"], PROMPT, text=TEXT)
+    one, two = (ModelWorkload(splits["llama"], PROMPT, text=TEXT).traffic([s])[0] for s in (setting, other))
+    assert arrays_of(one) == arrays_of(two)
+    lfu = dataclasses.replace(setting, cache="lfu")
+    assert arrays_of(workload.traffic([setting, lfu])[1]) != arrays_of(one)
+
+
 def test_planes_that_stream_some_regions(splits: dict[str, Bundle]) -> None:
     """Where not all bases fit, the others are streamed: as many bytes a token, and reads too once the stream runs."""
     bundle = splits["llama"]

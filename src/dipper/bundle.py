@@ -554,8 +554,9 @@ class Bundle:
                 if not self.model.tied
                 else self.dequantise("head")
             )
-        if self._region_matrix(name) is not None:
-            return dequantise(*self.coded(name))
+        matrix = self._region_matrix(name)
+        if matrix is not None:
+            return self._dequantise_columns(*matrix)
         entry = self.header["tensors"].get(name)
         if entry is None:
             raise BundleError(f"{self.path}: has no tensor {name!r}; `dipper inspect` lists them")
@@ -587,7 +588,12 @@ class Bundle:
         found = self._region_matrix(name)
         if found is None:
             raise BundleError(f"{self.path}: has no MLP matrix {name!r}; `dipper inspect` lists them")
-        region, matrix = found
+        return self._coded_columns(*found)
+
+    def _dequantise_columns(self, region: dict[str, Any], matrix: dict[str, Any]) -> F32:
+        return dequantise(*self._coded_columns(region, matrix))
+
+    def _coded_columns(self, region: dict[str, Any], matrix: dict[str, Any]) -> tuple[Grid, CodedRows]:
         grid, n_rows = _grid_of(matrix), matrix["rows"]
         records = self._read_records(region)
         planes = [

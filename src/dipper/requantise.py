@@ -97,6 +97,7 @@ def _least_squares(x: Tensor, counts: Tensor, codes: Tensor, scale: Tensor, offs
 
 def _eight_bits(values: Tensor) -> Tensor:
     """Values >= 0 [n, groups] as an f16 factor a row times 8 bits."""
-    factor = (values.amax(1, keepdim=True) / 255).half().float()
+    wanted = values.amax(1, keepdim=True) / 255
+    factor = (wanted * (1 + 2**-10) + 2**-25).half().float()  # rounded down, the largest value would not fit in 8 bits
     inverse = torch.where(factor > 0, 1 / factor, torch.zeros_like(factor))
     return factor * (values * inverse).round_().clamp_(0, 255)

@@ -519,9 +519,10 @@ class ModelWorkload:
 
         Token by token, since the engine tells of a block only sums; nothing is read from flash.
         """
-        plan = setting.plan
+        options = {**setting.plan.options, "cache": setting.cache}
         if self.threads is not None:
-            plan = replace(plan, options={**plan.options, "n_threads": self.threads})
+            options["n_threads"] = self.threads
+        plan = replace(setting.plan, options=options)
         regions = [_RefinedRegion(setting, r) for r in range(len(setting.bundle.header["regions"]))]
         ids = []
         with Engine.open(self.bundle.path, setting.config, simulated=True, plan=plan) as engine:
