@@ -1,11 +1,13 @@
 """Planes against dense streaming in the same DRAM: speed in turns of one run, perplexity through the same masks.
 
     python benchmarks/bench_planes.py MODEL... --text wiki.valid.raw [--held] [--ppl wiki.test.raw --ppl-tokens 8192]
+        [--setting 3.6b@planes:base=2,3:fetch=.28:fetch_glu=.02:whole=27,2,26] [--setting dip:density=.7]...
 
 Per model and budget (`--mlp-dram`, bits per MLP weight with everything counted): dense-stream on the plain bundle, and
-planes on split bundles, a setting [BUDGET@]BASE[,BASE]:FETCH[:FETCH_GLU[:LAYERS]] each (`--setting`). Each setting
-generates greedily after every prompt, settings take turns by prompt. Bundles are packed into --workdir once. The text
-of --text gives the prompts and, from other parts of it, the energies that --ordered goes by.
+each --setting, [BUDGET@]METHOD[:OPTION=VALUE]..., options as `EngineConfig` has them; planes on a bundle split by
+base=BITS[,BITS]. Each setting generates greedily after every prompt, settings take turns by prompt. Bundles are packed
+into --workdir once. The text of --text gives the prompts and, from other parts of it, the energies that --ordered goes
+by.
 
 r is tok/s over dense-stream's, r_max dense-stream's milliseconds a token over those of all-resident (dense-resident,
 plain bundle): what can be won at most. `change` is perplexity against the dense model, same windows, the native engine
@@ -15,6 +17,7 @@ With `--held` the disk gives 0.5 GB/s and 40,000 reads a second (benchmarks/held
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from dipper.auto import named_layers
+from dipper.budget import EngineConfig
+from dipper.bundle import Bundle
 from dipper.evaluate import EngineScorer, PerplexityResult, relative_change, score_text
+from dipper.options import layers
 from dipper.records import Traffic
 from harness import (
     bundle_for,
@@ -37,6 +44,16 @@ from harness import (
     source_for,
     text_tokens,
 )
+
+# Options of EngineConfig that a setting may give, and a table shows.
+COLUMNS: dict[str, Any] = {
+    "density": float,
+    "gamma": float,
+    "fetch": float,
+    "fetch_glu": float,
+    "read_cost": int,
+    "whole": layers,
+}
 
 
 @dataclass
@@ -53,25 +70,27 @@ class Setting:
 
     def fields(self) -> dict[str, Any]:
         """The setting's columns of the table."""
-        whole = ",".join(map(str, self.options.get("whole", ())))
-        fetch, fetch_glu = self.options.get("fetch"), self.options.get("fetch_glu")
-        return {
-            "method": self.options["method"], "base": self.base, "fetch": fetch, "fetch_glu": fetch_glu, "whole": whole,
-        }  # fmt: skip
+        options = {name: self.options.get(name) for name in COLUMNS}
+        whole = ",".join(map(str, options.pop("whole") or ()))
+        return {"method": self.options["method"], "base": self.base, **options, "whole": whole}
 
 
-def planes(spec: str, text: str, budget: str, args: Any) -> Setting | None:
-    """A setting of --setting; None where it is for another budget."""
+def setting_of(spec: str, text: str, budget: str, args: Any) -> Setting | None:
+    """A --setting; None where it is for another budget."""
     only, _, text = text.rpartition("@")
     if only not in ("", budget):
         return None
-    base, fetch, *rest = text.split(":")
-    options: dict[str, Any] = {"method": "planes", "mlp_dram": budget, "fetch": float(fetch), "fetch_glu": float(fetch)}
-    if rest:
-        options["fetch_glu"] = float(rest[0])
-    if len(rest) == 2:
-        options["whole"] = tuple(int(layer) for layer in rest[1].split(","))
-    return Setting(split_bundle(spec, base, args), options, base)
+    method, *pairs = re.split(r":(?=[a-z_]+=)", text)
+    given = dict(pair.split("=", 1) for pair in pairs)
+    unknown = given.keys() - {"base", *COLUMNS}
+    if unknown:
+        raise SystemExit(f"--setting {text}: {', '.join(sorted(unknown))} is not of base, {', '.join(COLUMNS)}")
+    base = given.pop("base", None)
+    options: dict[str, Any] = {name: COLUMNS[name](value) for name, value in given.items()}
+    bundle = bundle_for(spec, "source", args.workdir) if base is None else split_bundle(spec, base, args)
+    if "whole" in options:  # an order and a number become the layers
+        options["whole"] = named_layers(Bundle.open(bundle), EngineConfig(method=method, whole=options["whole"])).whole
+    return Setting(bundle, {"method": method, "mlp_dram": budget, **options}, base)
 
 
 def split_bundle(spec: str, base: str, args: Any) -> Path:
@@ -157,14 +176,14 @@ def run_model(spec: str, args: Any) -> list[dict[str, Any]]:
     for budget in args.mlp_dram:
         resident = Setting(plain, {"method": "dense-resident"})
         stream = Setting(plain, {"method": "dense-stream", "mlp_dram": budget})
-        refined = [s for s in (planes(spec, text, budget, args) for text in args.setting) if s is not None]
-        settings = [resident, stream, *refined]
+        given = [s for s in (setting_of(spec, text, budget, args) for text in args.setting) if s is not None]
+        settings = [resident, stream, *given]
         if args.tokens:
             measure(settings, prompts, args)
         if args.ppl and not spec.startswith("synthetic:"):
             dense = dense or score(resident, args)
             resident.score = stream.score = dense
-            for setting in refined:
+            for setting in given:
                 setting.score = score(setting, args)
         made = [row_of(plain.name, budget, setting, stream, resident) for setting in settings]
         print_table(made)
@@ -178,8 +197,9 @@ def main() -> None:
     cli.add_argument("--text", type=Path, help="text for energies and prompts; never the test text")
     cli.add_argument("--mlp-dram", action="append", help="budget; may be repeated [2.43b 2.7b 3.6b]")
     cli.add_argument(
-        "--setting", action="append", metavar="[BUDGET@]BASE:FETCH[:FETCH_GLU[:LAYERS]]", help="may be repeated [3:0.1]"
-    )
+        "--setting", action="append", metavar="[BUDGET@]METHOD[:OPTION=VALUE]...",
+        help="may be repeated [planes:base=3:fetch=.1]",
+    )  # fmt: skip
     cli.add_argument("--unit-bytes", type=int, default=4096)
     cli.add_argument("--ordered", action="store_true", help="split bundles ordered by column energies on --text")
     cli.add_argument("--tokens", type=int, default=64, help="decoded tokens per prompt; 0: perplexity alone [64]")
@@ -194,7 +214,7 @@ def main() -> None:
     cli.add_argument("--held", action="store_true", help="decode under benchmarks/held_disk.sh")
     args = cli.parse_args()
     args.mlp_dram = args.mlp_dram or ["2.43b", "2.7b", "3.6b"]
-    args.setting = args.setting or ["3:0.1"]
+    args.setting = args.setting or ["planes:base=3:fetch=.1"]
     bundles = [bundle_for(spec, "source", args.workdir) for spec in args.models]
     if args.held:
         sys.stdout.flush()

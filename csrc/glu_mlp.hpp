@@ -50,6 +50,7 @@ struct MlpOptions {
   std::vector<uint8_t> pinned;    // kStream: regions held in DRAM
   std::vector<uint8_t> refined;   // kStream: split regions of which the bases are held, residuals as tokens want them
   std::vector<int32_t> fetch;     // kStream: units that a token fetches, by refined region
+  std::vector<float> run_cost;    // kStream: what starting a read costs there, in units' bytes
   int32_t stream_slots = 8;
   uint32_t stream_chunk_bytes = 1u << 20;
 
@@ -201,6 +202,10 @@ class GluMlp {
   void take_units(const Region& region, int32_t first, int32_t last, const uint8_t* units, const uint8_t* bases,
                   uint64_t ticket);
   void take_chunk(const Region& region, const WeightStream& stream, const uint8_t* bases);
+  struct SplitBlock;
+  SplitBlock split_block_at(const Region& region, int32_t block, int32_t group) const;
+  void multiply_block_of(const WeightView& w, const MatrixInputs& in, int32_t block, const SplitBlock& at,
+                         const SplitBlock& next, Share halves, float* sums) const;
   void multiply_split(const Region& region, const Sums& sums, Ledger& ledger);
   void step_split(int32_t region, const float* values, const Sums& sums, Ledger& ledger);
   void begin_token();

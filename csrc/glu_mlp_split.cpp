@@ -15,7 +15,7 @@ void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
     const Timed timed(ledger.select);
     try {
       refine(values, region.residual_norm, region.order, region.columns_per_unit, cache.cached(),
-             options_.fetch[static_cast<size_t>(r)], refinement_);
+             options_.fetch[static_cast<size_t>(r)], options_.run_cost[static_cast<size_t>(r)], refinement_);
     } catch (const ConfigError& e) {
       throw ConfigError(region_name(r) + ": " + e.what());
     }
@@ -31,7 +31,7 @@ void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
     counters_.misses += step.misses.size();
     for (const Admission& a : admissions_) counters_.evictions += a.evicted >= 0;
     counters_.useful_bytes += step.misses.size() * region.unit_bytes;
-    plan_misses(region, step.misses);
+    plan_misses(region, refinement_.read);
   }
   batch_.awaits = !plan_.ranges.empty();
   if (plan_.ranges.empty()) return;
@@ -43,11 +43,12 @@ void GluMlp::fetch_residuals(int32_t r, const float* values, Ledger& ledger) {
   const Timed timed(ledger.select);
   size_t admission = 0;
   admitted_record_.resize(admissions_.size());
-  for (size_t i = 0; i < refinement_.fetched.size(); ++i) {
-    const auto u = static_cast<size_t>(refinement_.fetched[i]);
+  for (size_t i = 0; i < refinement_.read.size(); ++i) {
+    const auto u = static_cast<size_t>(refinement_.read[i]);
+    if (unit_data_[u] != nullptr) continue;  // cached, between two that are not
     unit_data_[u] = miss_staging_ + plan_.staging_offset[i];
     unit_ticket_[u] = first_ticket + plan_.n_ranges_needed[i];
-    if (admission < admissions_.size() && admissions_[admission].column == refinement_.fetched[i])
+    if (admission < admissions_.size() && admissions_[admission].column == refinement_.read[i])
       admitted_record_[admission++] = unit_data_[u];
   }
 }
@@ -72,7 +73,53 @@ void GluMlp::take_chunk(const Region& region, const WeightStream& stream, const 
              stream.ticket());
 }
 
-// One token's products with the columns at hand of a split region.
+// One block's columns of a split region at hand: their bases, and the residuals of those that are refined.
+struct GluMlp::SplitBlock {
+  int32_t n = 0;
+  const uint8_t* base[kMaxGroup];
+  const uint8_t* refined[kMaxGroup];   // by column; null: not refined
+  const uint8_t* residual[kMaxGroup];  // those that are, back to back
+  int32_t n_refined = 0;
+  uint64_t ticket = 0;  // of the last read that brings one
+};
+
+GluMlp::SplitBlock GluMlp::split_block_at(const Region& region, int32_t block, int32_t group) const {
+  SplitBlock out;
+  const int32_t first = block * group;
+  out.n = std::min(group, split_.last - first);
+  for (int32_t i = 0; i < out.n; ++i) {
+    const auto column = static_cast<size_t>(first + i);
+    const auto unit = static_cast<size_t>(region.unit_of[column]);
+    out.base[i] = split_.base(region, first + i);
+    out.refined[i] = nullptr;
+    if (unit_data_[unit] == nullptr) continue;
+    out.refined[i] = unit_data_[unit] + region.offset_in_unit[column];
+    out.residual[out.n_refined++] = out.refined[i];
+    out.ticket = std::max(out.ticket, unit_ticket_[unit]);
+  }
+  return out;
+}
+
+// Adds one block's part of a matrix's products, of some halves of its tiles; `next` is the block to come.
+void GluMlp::multiply_block_of(const WeightView& w, const MatrixInputs& in, int32_t block, const SplitBlock& at,
+                               const SplitBlock& next, Share halves, float* sums) const {
+  SplitColumns columns{block, {at.n, at.base, in.q + block * w.grid.group}, {}, in.blocks[block], 0, {}};
+  columns.coarse = columns.inputs.sum;
+  int16_t q[padded_inputs(kMaxGroup)];
+  int32_t n = 0;
+  for (int32_t i = 0; i < at.n; ++i) {
+    if (at.refined[i] == nullptr) continue;
+    q[n++] = columns.base.q[i];
+    columns.coarse -= columns.base.q[i];
+  }
+  if (n % 2 == 1) q[n] = 0;
+  columns.residual = {n, at.residual, q};
+  if (next.n > 0) columns.next = {next.n, next.base, nullptr};
+  kernels_.gemv_split(w, columns, halves.first, halves.last, sums);
+}
+
+// One token's products with the columns at hand of a split region. Threads share the halves of all matrices' tiles and,
+// where nothing is awaited, the two halves of the columns; matrices whose columns lie in the same blocks go together.
 void GluMlp::multiply_split(const Region& region, const Sums& sums, Ledger& ledger) {
   const double start = now_s();
   const double waited = ledger.wait;
@@ -84,69 +131,34 @@ void GluMlp::multiply_split(const Region& region, const Sums& sums, Ledger& ledg
     n_halves += region.matrices[m].n_halves();
   }
   const int n_sides = batch_.awaits || pool_.size() % 2 == 1 ? 1 : 2;
-  const auto last_matrix = [&](size_t m) {  // of those from m on that have their columns in the same blocks
-    return m + 1 < n_matrices && region.matrices[m + 1].grid.group == region.matrices[m].grid.group ? m + 2 : m + 1;
-  };
+  const bool together = n_matrices == 2 && region.matrices[0].grid.group == region.matrices[1].grid.group;
   pool_.run([&](int thread) {
     const Share all = share(n_halves, thread / n_sides, pool_.size() / n_sides);
     const int side = thread % n_sides;
-    int32_t before = 0;
-    for (size_t first = 0; first < n_matrices; first = last_matrix(first)) {
-      const size_t last = last_matrix(first);
+    Share own[2];  // of each matrix's halves
+    for (int32_t m = 0, before = 0; m < static_cast<int32_t>(n_matrices); ++m) {
+      const int32_t n = region.matrices[static_cast<size_t>(m)].n_halves();
+      own[m] = {std::clamp(all.first - before, 0, n), std::clamp(all.last - before, 0, n)};
+      before += n;
+    }
+    for (size_t first = 0; first < n_matrices; first += together ? 2 : 1) {
       const int32_t group = region.matrices[first].grid.group;
       const int32_t first_block = split_.first / group;
       const int32_t end_block = (split_.last + group - 1) / group;
       const int32_t middle = std::clamp(region.half_column() / group, first_block, end_block);
-      const uint8_t* room[2][kMaxGroup];  // bases of this block and the next
-      const auto bases = [&](int32_t block) {
-        const int32_t from = block * group;
-        const int32_t n = std::min(group, split_.last - from);
-        for (int32_t i = 0; i < n; ++i) room[block % 2][i] = split_.base(region, from + i);
-        return RecordColumns{n, room[block % 2], inputs[first].q + from};
-      };
       const int32_t begin = n_sides == 2 && side == 1 ? middle : first_block;
       const int32_t end = n_sides == 2 && side == 0 ? middle : end_block;
-      RecordColumns base = begin < end ? bases(begin) : RecordColumns{};
+      SplitBlock at, next;
+      if (begin < end) next = split_block_at(region, begin, group);
       for (int32_t b = begin; b < end; ++b) {
-        SplitColumns columns{b, base, {}, {}, 0, {}};
-        const uint8_t* refined[kMaxGroup];
-        uint64_t ticket = 0;
-        for (size_t i = 0; i < static_cast<size_t>(base.n); ++i) {
-          const size_t column = static_cast<size_t>(b * group) + i;
-          const auto unit = static_cast<size_t>(region.unit_of[column]);
-          refined[i] = unit_data_[unit] == nullptr ? nullptr : unit_data_[unit] + region.offset_in_unit[column];
-          if (refined[i] != nullptr) ticket = std::max(ticket, unit_ticket_[unit]);
-        }
-        if (!wait_ticket(thread, ticket, ledger)) return;
-        if (b + 1 < end) columns.next = base = bases(b + 1);
-        const uint8_t* records[kMaxGroup];
-        columns.residual.record = records;
-        for (int32_t i = 0; i < columns.base.n; ++i) {
-          if (refined[i] != nullptr) records[columns.residual.n++] = refined[i];
-        }
-        for (size_t m = first; m < last; ++m) {
-          const WeightView& w = region.matrices[m];
-          int32_t halves_before = before;
-          for (size_t other = first; other < m; ++other) halves_before += region.matrices[other].n_halves();
-          const int32_t half_first = std::clamp(all.first - halves_before, 0, w.n_halves());
-          const int32_t half_last = std::clamp(all.last - halves_before, 0, w.n_halves());
-          if (half_first >= half_last) continue;
-          columns.inputs = inputs[m].blocks[b];
-          columns.coarse = columns.inputs.sum;
-          columns.base.q = inputs[m].q + b * group;
-          int16_t q[padded_inputs(kMaxGroup)];
-          int32_t n = 0;
-          for (int32_t i = 0; i < columns.base.n; ++i) {
-            if (refined[i] == nullptr) continue;
-            q[n++] = columns.base.q[i];
-            columns.coarse -= columns.base.q[i];
-          }
-          if (n % 2 == 1) q[n] = 0;
-          columns.residual.q = q;
-          kernels_.gemv_split(w, columns, half_first, half_last, sums.of(b >= middle)[m]);
+        at = next;
+        next = b + 1 < end ? split_block_at(region, b + 1, group) : SplitBlock{};
+        if (!wait_ticket(thread, at.ticket, ledger)) return;
+        for (size_t m = first; m < (together ? 2 : first + 1); ++m) {
+          if (own[m].first < own[m].last)
+            multiply_block_of(region.matrices[m], inputs[m], b, at, next, own[m], sums.of(b >= middle)[m]);
         }
       }
-      for (size_t m = first; m < last; ++m) before += region.matrices[m].n_halves();
     }
   });
   ledger.gemv += now_s() - start - (ledger.wait - waited);
@@ -191,7 +203,8 @@ void GluMlp::refine_block(int32_t r, const float* x, int32_t n_tokens, const Blo
   for (int32_t t = 0; t < n_tokens; ++t) {
     try {
       refine(x + static_cast<size_t>(t) * n, region.residual_norm, region.order, region.columns_per_unit,
-             cache.cached(), options_.fetch[static_cast<size_t>(r)], refinement_);
+             cache.cached(), options_.fetch[static_cast<size_t>(r)], options_.run_cost[static_cast<size_t>(r)],
+             refinement_);
     } catch (const ConfigError& e) {
       throw ConfigError(region_name(r) + ": token " + std::to_string(t) + ": " + e.what());
     }

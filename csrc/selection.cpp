@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -180,8 +181,95 @@ void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t*
   select(scores, factors, k, gamma, cached, scratch, out, std::nullopt);
 }
 
+namespace {
+
+constexpr double kPriceOctaves =
+    64.0;  // how far from that of the best single units the price of runs is sought, factor
+constexpr int kPriceSteps = 12;
+
+struct Runs {
+  double cost = 0.0;
+  double gain = 0.0;
+};
+
+// The choice of runs that maximises gain - price * cost, by dynamic programming over units: either outside of a run or
+// in one. steps [n_units]: bit 0: the best way to be outside after this unit was in a run before it; bit 1: the best
+// way to be in a run at it was in one before it.
+template <bool kSteps>
+Runs best_runs(std::span<const float> gains, double price, double run_cost, uint8_t* steps, bool* ends_in) {
+  const double start = price * run_cost;
+  double out_value = 0.0, in_value = -std::numeric_limits<double>::infinity();
+  Runs out, in;
+  for (size_t u = 0; u < gains.size(); ++u) {
+    const double gain = gains[u];
+    const double net = gain - price;
+    const double started = out_value - start;
+    const bool leaves = in_value > out_value;  // ends its run before this unit
+    const bool stays = in_value >= started;
+    const Runs before = stays ? in : Runs{out.cost + run_cost, out.gain};
+    const double best = stays ? in_value : started;
+    if (leaves) out = in;
+    out_value = leaves ? in_value : out_value;
+    in = {before.cost + 1.0, before.gain + gain};
+    in_value = best + net;
+    if constexpr (kSteps) steps[u] = static_cast<uint8_t>(leaves) | static_cast<uint8_t>(stays ? 2 : 0);
+  }
+  *ends_in = in_value > out_value;
+  return *ends_in ? in : out;
+}
+
+// Replaces the n best single units, whose worst scores `least`, by better runs where there are some; returns from which
+// score on units are demanded.
+float choose_runs(const uint8_t* cached, int32_t n_fetch, float run_cost, float least, Refinement& out) {
+  const size_t n_units = out.scores.size();
+  const double budget = static_cast<double>(n_fetch) * (1.0 + run_cost);
+  out.gains.resize(n_units);
+  for (size_t u = 0; u < n_units; ++u)
+    out.gains[u] = cached[u] ? 0.0f : std::min(out.scores[u], std::numeric_limits<float>::max());
+  double single_gain = 0.0;
+  for (const int32_t u : out.fetched) single_gain += out.gains[static_cast<size_t>(u)];
+  const double single_price =
+      static_cast<double>(std::min(least, std::numeric_limits<float>::max())) / (1.0 + run_cost);
+  double low = single_price / kPriceOctaves, high = single_price * kPriceOctaves;
+  double price = 0.0;  // the lowest that keeps within the budget; 0: none yet
+  bool ends_in = false;
+  for (int i = 0; i < kPriceSteps; ++i) {
+    const double middle = std::sqrt(low * high);
+    const Runs runs = best_runs<false>(out.gains, middle, run_cost, nullptr, &ends_in);
+    if (runs.cost <= budget) {
+      high = middle;
+      if (runs.gain >= single_gain) price = middle;
+    } else {
+      low = middle;
+    }
+  }
+  if (price == 0.0) return least;
+  out.steps.resize(n_units);
+  best_runs<true>(out.gains, price, run_cost, out.steps.data(), &ends_in);
+  out.read.clear();
+  bool in = ends_in;
+  for (size_t u = n_units; u-- > 0;) {
+    if (in) out.read.push_back(static_cast<int32_t>(u));
+    in = (out.steps[u] & (in ? 2 : 1)) != 0;
+  }
+  std::reverse(out.read.begin(), out.read.end());
+  out.fetched.clear();
+  for (const int32_t u : out.read) {
+    if (!cached[u]) out.fetched.push_back(u);
+  }
+  return static_cast<float>(price * (1.0 + run_cost));
+}
+
+}  // namespace
+
+int32_t max_units_read(int32_t n_fetch, float run_cost, int32_t n_units) {
+  if (n_fetch == 0) return 0;
+  const double limit = static_cast<double>(n_fetch) * (1.0 + run_cost) - run_cost;
+  return static_cast<int32_t>(std::min<double>(limit, n_units));
+}
+
 void refine(const float* x, const float* norm, std::span<const int32_t> order, int32_t columns_per_unit,
-            const uint8_t* cached, int32_t n_fetch, Refinement& out) {
+            const uint8_t* cached, int32_t n_fetch, float run_cost, Refinement& out) {
   const size_t n_columns = order.size();
   const auto per_unit = static_cast<size_t>(columns_per_unit);
   const size_t n_units = (n_columns + per_unit - 1) / per_unit;
@@ -205,15 +293,19 @@ void refine(const float* x, const float* norm, std::span<const int32_t> order, i
   const int32_t n = std::min(n_fetch, n_absent);
   out.fetched.resize(static_cast<size_t>(n));
   out.demanded.clear();
+  out.read.clear();
   if (n == 0) return;
   top_k_keys(out.keys, n, out.scratch, out.fetched.data());
   float least = out.scores[static_cast<size_t>(out.fetched[0])];
   for (const int32_t u : out.fetched) least = std::min(least, out.scores[static_cast<size_t>(u)]);
+
+  out.read = out.fetched;
+  if (run_cost > 0.0f && n < n_absent) least = choose_runs(cached, n_fetch, run_cost, least, out);
   size_t next = 0;
   for (size_t u = 0; u < n_units; ++u) {
     const bool is_fetched = next < out.fetched.size() && out.fetched[next] == static_cast<int32_t>(u);
     next += is_fetched;
-    if (is_fetched || (cached[u] && out.scores[u] >= least)) out.demanded.push_back(static_cast<int32_t>(u));
+    if ((is_fetched || cached[u]) && out.scores[u] >= least) out.demanded.push_back(static_cast<int32_t>(u));
   }
 }
 

@@ -45,17 +45,28 @@ void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t*
 // Which residuals of a split region a token fetches (docs/architecture.md, Refinement).
 struct Refinement {
   std::vector<float> scores;      // [n_units]
-  std::vector<int32_t> fetched;   // units, ascending: the best that are not cached
-  std::vector<int32_t> demanded;  // units, ascending: those and the cached that score at least as well as one of them
+  std::vector<int32_t> read;      // units, ascending: what the reads bring, with cached ones that lie between
+  std::vector<int32_t> fetched;   // units, ascending: those of them that are not cached
+  std::vector<int32_t> demanded;  // units, ascending, fetched or cached: what the cache's step counts
   std::vector<uint32_t> keys;
+  std::vector<float> gains;    // scores of units that are not cached
+  std::vector<uint8_t> steps;  // of the search for runs: where the best choice for a unit comes from
   SelectionScratch scratch;
 };
 // Scores units by the error that their residuals remove: the sum over a unit's columns of (x_j norm_j)^2, in fp32, in
-// the order in which they lie. Then fetches the n_fetch best units that are not cached, ties to the lower; fewer where
-// fewer are not cached. x [n_columns], norm [n_columns], order [n_columns], cached [n_units]. A NaN in x is a
-// ConfigError.
+// the order in which they lie. x [n_columns], norm [n_columns], order [n_columns], cached [n_units].
+//
+// A read brings a run of neighbouring units and costs run_cost + the units in it, in the cost of one unit's bytes. A
+// token may spend what n_fetch reads of one unit each cost, n_fetch (1 + run_cost), and takes the runs that remove most
+// error for that: of sum(scores that are not cached) - price * cost the best choice, at the lowest price (of 12
+// halvings of its logarithm) that keeps within it. With run_cost 0, or where every price gains less, the n_fetch best units
+// that are not cached, ties to the lower; fewer where fewer are not cached. Demanded are units that are fetched or
+// cached and worth a read of their own at that price; without a price, that score as well as the worst that is fetched.
+// A NaN in x is a ConfigError.
 void refine(const float* x, const float* norm, std::span<const int32_t> order, int32_t columns_per_unit,
-            const uint8_t* cached, int32_t n_fetch, Refinement& out);
+            const uint8_t* cached, int32_t n_fetch, float run_cost, Refinement& out);
+// The most units that such reads bring.
+int32_t max_units_read(int32_t n_fetch, float run_cost, int32_t n_units);
 
 // Closed-loop masks of a whole sequence: for each of n_tokens rows of scores [n_tokens, n], select, then step the
 // cache. masks [n_tokens, k]; hits [n_tokens] (may be null; zeros without a cache). cache may be null when gamma == 1.

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from dipper.device import Compute, Device, Dram, Flash
 from dipper.engine import Counters, EngineConfig, Plan
 
 PREFILL_S, STEP_S = 0.5, 0.1
@@ -83,6 +84,8 @@ class FakeEngine:
             minimum_bytes=90_000_000,
             stream_reads=0,
             stream_bytes=0,
+            token_stream_reads=0,
+            token_stream_bytes=0,
             token_bytes=0,
             options={},
         )
@@ -143,3 +146,15 @@ class FakeEngine:
             n_tokens=n, selected=10 * n, hits=7 * n, misses=3 * n, evictions=n, useful_bytes=3000 * n,
             flash_bytes=12288 * n, reads=3 * n, ledger_s={"select": 0.01 * n, "wait": 0.05 * n, "rest": 0.001 * n},
         )  # fmt: skip
+
+
+def device(*, name="probe", gweights=1e6, **flash):
+    """A device of a disk that 1 MB/s and nothing else holds back, unless told otherwise."""
+    given = {"gbps": 1e-3, "cost_per_read_us": 0.0, "latency_us": 0.0, "queue_depth": 64, "alignment": 4096} | flash
+    return Device(
+        name=name,
+        title="measured just now",
+        dram=Dram(bytes=8 << 30, gbps=1e6),
+        flash=Flash(**given),
+        compute=Compute(gemv_gweights_per_s=gweights, gemm_gmacs_per_s=gweights),
+    )

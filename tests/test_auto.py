@@ -18,7 +18,8 @@ from dipper.bundle import Bundle, pack
 from dipper.cli import main
 from dipper.engine import Engine
 from dipper.errors import BudgetError, ConfigError
-from fakes import FakeTokenizer
+from dipper.forecast import forecast
+from fakes import FakeTokenizer, device
 
 CONTEXT = 64
 AUTO = EngineConfig(method="auto", context=CONTEXT)
@@ -58,6 +59,7 @@ def measured(monkeypatch, split):
         monkeypatch.setattr(auto, "_measured", lambda: {sha256: [{**good, **point} for point in points]})
 
     put()
+    monkeypatch.setattr(auto, "device_for", lambda path, profile: device())
     return put
 
 
@@ -165,10 +167,11 @@ def test_planes_where_they_read_less(split, measured):
     assert choice.plan == plan_run(split, choice.config, 0)
     assert choice.plan.total_bytes <= config.dram
     stream = plan_run(split, dataclasses.replace(config, method="dense-stream"), 0)
-    share = choice.plan.token_bytes / stream.token_bytes
-    assert share < 0.95
+    planes_s, stream_s = (forecast(split, plan, device()).token_s for plan in (choice.plan, stream))
+    assert planes_s < 0.95 * stream_s
     assert choice.why == (
-        f"measured: perplexity +1.2 % at 4.00 bits per MLP weight, {100 * share:.0f} % of the bytes of dense streaming"
+        f"measured: perplexity +1.2 % at 4.00 bits per MLP weight; {1e3 * planes_s:.0f} ms a token expected, "
+        f"{1e3 * stream_s:.0f} of dense streaming, on a disk of 0.00 GB/s and 0.0 µs a read (measured just now)"
     )
 
 
@@ -207,10 +210,14 @@ def test_planes_that_read_nearly_as_much_are_not_worth_it(split, measured):
         planes = plan_run(
             split, dataclasses.replace(config, method="planes", fetch=float(fetch), fetch_glu=float(fetch)), 0
         )
-        share = planes.token_bytes / stream.token_bytes
-        assert choice.config.method == ("dense-stream" if share > 0.95 else "planes"), (fetch, share)
-        if share > 0.95:
-            assert choice.why == f"planes would read {100 * share:.0f} % of its bytes, and lose quality"
+        planes_s, stream_s = (forecast(split, plan, device()).token_s for plan in (planes, stream))
+        slow = planes_s > 0.95 * stream_s
+        assert choice.config.method == ("dense-stream" if slow else "planes"), (fetch, planes_s, stream_s)
+        if slow:
+            assert choice.why == (
+                f"planes is not worth its loss of quality: {1e3 * planes_s:.0f} ms a token expected, "
+                f"{1e3 * stream_s:.0f} of dense streaming, on a disk of 0.00 GB/s and 0.0 µs a read (measured just now)"
+            )
             assert (choice.config.fetch, choice.config.fetch_glu) == (None, None)
         found.add(choice.config.method)
     assert found == {"dense-stream", "planes"}
@@ -220,8 +227,57 @@ def test_where_streaming_reads_nothing_planes_do_not_matter(split, measured):
     """All of the MLP is pinned."""
     measured({"bits": 2.0, "fetch": 0.5})
     choice = choose(split, dataclasses.replace(AUTO, mlp_dram="1000b"), 0)
-    assert choice.config.method == "dense-stream"
+    assert (choice.config.method, choice.why) == ("dense-stream", "all of the MLP fits")
     assert choice.plan.token_bytes == 0
+
+
+# ------------------------------------------------------------------------------------------------ the disk
+
+
+@pytest.mark.parametrize(
+    ("flash", "method"),
+    [
+        ({"gbps": 1e-3}, "planes"),  # bytes decide
+        ({"gbps": 1.0, "cost_per_read_us": 500.0}, "dense-stream"),  # reads decide
+        ({"gbps": 1e-3, "latency_us": 1e5}, "dense-stream"),  # a batch a region
+        ({"gbps": 1e-3, "sustained_reads_per_s": 10.0}, "dense-stream"),
+    ],
+)
+def test_the_disk_decides(split, measured, monkeypatch, flash, method):
+    measured({"fetch": 0.2, "fetch_glu": 0.1})
+    asked = []
+
+    def found(path, profile):
+        asked.append((path, profile))
+        return device(**flash)
+
+    monkeypatch.setattr(auto, "device_for", found)
+    choice = choose(split, dataclasses.replace(with_budget(split, 4), device_profile="here.toml"), 0)
+    assert choice.config.method == method
+    assert asked == [(split.path, "here.toml")]
+    assert choice.config.device_profile is None  # is no option of the method that was chosen
+
+
+def test_slow_products_decide_too(split, measured, monkeypatch):
+    """Streaming reads while it multiplies; a refined region waits for both."""
+    measured({})
+    for gweights, method in ((1e6, "planes"), (1e-6, "dense-stream")):
+        monkeypatch.setattr(auto, "device_for", lambda *_, rate=gweights: device(gweights=rate))
+        assert choose(split, with_budget(split, 4), 0).config.method == method
+
+
+def test_a_profile_stands_in_for_the_probe(split, measured, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    sha256 = split.header["source"]["sha256"]
+    point = {"base_bits": [2, 3], "fetch": 0.05, "fetch_glu": 0.02, "whole": [], "bits": 4.0, "increase": 0.01}
+    monkeypatch.setattr(auto, "_measured", lambda: {sha256: [point]})
+    device(name="slow").save(tmp_path / "slow.toml")
+    config = dataclasses.replace(with_budget(split, 4), device_profile=tmp_path / "slow.toml")
+    choice = choose(split, config, 0)
+    assert choice.config.method == "planes"
+    assert choice.why.endswith("on a disk of 0.00 GB/s and 0.0 µs a read (slow)")
+    with pytest.raises(ConfigError, match=r"^there is no device 'no\.toml'"):
+        choose(split, dataclasses.replace(config, device_profile="no.toml"), 0)
 
 
 # ------------------------------------------------------------------------------------------------ the table

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dipper.cache import ColumnCache, ReferenceCache, next_uses, reference_top_k, scan, top_k
+from dipper.cache import (
+    ColumnCache,
+    ReferenceCache,
+    next_uses,
+    reference_refine,
+    reference_top_k,
+    scan,
+    scan_refine,
+    top_k,
+)
 from dipper.errors import ConfigError
 
 POLICIES = ["lru", "lfu", "lfu-decay", "static"]
@@ -659,3 +668,48 @@ def test_the_comparison_with_libcachesim_catches_the_other_admission() -> None:
         ("belady", 5): 1132,
         ("belady", 20): 422,
     }
+
+
+# --- the closed loop of planes
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    per_unit=st.integers(1, 7),
+    policy=st.sampled_from(POLICIES),
+    shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    ordered=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_closed_loop_of_planes_equals_the_definition(n, per_unit, policy, shares, ordered, seed):
+    rng = np.random.default_rng(seed)
+    n_units = -(-n // per_unit)
+    capacity, n_fetch = (int(share * n_units) for share in shares)
+    x, norm = rng.standard_normal((9, n)).astype(np.float32), rng.random(n).astype(np.float32)
+    order = rng.permutation(n) if ordered else None
+    cache, reference = ColumnCache(n_units, capacity, policy), ReferenceCache(n_units, capacity, policy)
+    for either in (cache, reference):
+        either.pin(list(range(capacity)))
+    done = scan_refine(x, norm, order, per_unit, cache, n_fetch)
+    for t, row in enumerate(x):
+        held = [unit in reference.slots for unit in range(n_units)]
+        _, fetched, demanded = reference_refine(row, norm, order, per_unit, held, n_fetch)
+        hits, _, _ = reference.step(demanded)
+        assert done.cached[t].tolist() == held
+        assert np.flatnonzero(done.fetched[t]).tolist() == fetched
+        assert (done.demanded[t], done.hits[t]) == (len(demanded), hits)
+    assert_equal_state(cache, reference)
+
+
+def test_the_loop_of_planes_can_be_stepped_otherwise_and_names_its_token():
+    cache = ColumnCache(4, 2, "lru")
+    told = []
+    x = np.array([[1, 2, 3, 4], [4, 3, 2, 1]], np.float32)
+    scan_refine(x, np.ones(4), None, 1, cache, 1, step=lambda demanded: told.append(demanded.tolist()))
+    assert (told, cache.size, cache.misses) == ([[3], [0]], 0, 0)
+    scan_refine(x, np.ones(4), None, 1, cache, 1, counted=False)
+    assert (cache.size, cache.misses) == (2, 0)
+    x[1, 2] = np.nan
+    with pytest.raises(ConfigError, match=r"^token 1: an input of the columns of unit 2 is NaN"):
+        scan_refine(x, np.ones(4), None, 1, cache, 1)

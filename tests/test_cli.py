@@ -72,8 +72,8 @@ def lines(capsys):
         (["rnu"], "there is no verb 'rnu'; did you mean `dipper run`?"),
         (
             ["zzz"],
-            "there is no verb 'zzz'; the verbs are pull, pack, energies, inspect, run, chat, eval, calibrate, compare, "
-            "bench, doctor, simulate, plan",
+            "there is no verb 'zzz'; the verbs are pull, pack, energies, sensitivity, inspect, run, chat, eval, "
+            "calibrate, distill, merge, compare, bench, doctor, simulate, plan",
         ),
         (
             ["run", "b", "p", "--densty", "1"],
@@ -770,6 +770,23 @@ def test_eval_gives_pytorch_its_options(in_torch):
 
 
 @pytest.mark.torch
+def test_eval_gives_pytorch_the_options_of_planes(in_torch):
+    given = ["eval", "smollm2", "--text", "t.txt", "--method"]
+    main([*given, "planes", "--base-bits", "2", "--fetch", ".2", "--fetch-glu", ".1", "--whole", "3,1", "--deferred",
+          "--unit-bytes", "4KiB", "--capacity", ".2"])  # fmt: skip
+    main([*given, "planes"])
+    main([*given, "planes", "--density", ".8"])
+    main([*given, "resident", "--bits", "3,2"])
+    assert [method for _, method, *_ in in_torch[::2]] == [
+        {"name": "planes", "base_bits": (2, 2), "fetch": 0.2, "fetch_glu": 0.1, "whole": (3, 1), "deferred": True,
+         "unit_bytes": 4096, "capacity": 0.2},
+        {"name": "planes", "fetch": 0.1},
+        {"name": "planes", "density": 0.8},
+        {"name": "resident", "bits": (3, 2)},
+    ]  # fmt: skip
+
+
+@pytest.mark.torch
 def test_eval_asks_tasks(in_torch):
     main(["eval", "smollm2", "--tasks", "piqa,arc_easy", "--data", "d", "--limit", "5", "--seed", "3"])
     assert in_torch[0][1] == {"name": "dip", "density": 0.7}
@@ -789,6 +806,14 @@ def test_eval_asks_tasks(in_torch):
             "--norms has no effect on the native engine: drop it, or use --torch.",
         ),
         (["--text", "t", "--torch", "--dram", "1GB"], "--dram has no effect in PyTorch: drop it, or use --engine."),
+        (
+            ["--text", "t", "--engine", "--deferred"],
+            "--deferred has no effect on the native engine: drop it, or use --torch.",
+        ),
+        (
+            ["--text", "t", "--torch", "--base-bits", "2,3,4"],
+            "--base-bits 2,3,4: write a number such as 2, or two, of input and GLU columns: 2,3.",
+        ),
         (["--text", "t", "--torch", "--d-in", ".5"], "d_in and d_glu go together: give both or neither"),
         (["--text", "t", "--kl", "--against", "dip"], "--against dip is for the native engine; in PyTorch it is"),
     ],
@@ -957,8 +982,8 @@ def simulate_devices():
         ),
         (
             ["phi-3-mini", "--method", "dip-ca", "--cache", "belady"],
-            "methods dip-ca with caches belady leave nothing to simulate: dip-ca needs a cache other than none and "
-            "belady, miss-curve needs slots, --capacity a column cache",
+            "methods dip-ca with caches belady leave nothing to simulate: dip-ca and planes need a cache other than "
+            "none and belady, miss-curve needs slots, --capacity a column cache",
         ),
         (["phi-3-mini", "--bits", "3"], "bits is 3, other_bits 8: a published shape is laid out with 4 or 8"),
         (
@@ -977,12 +1002,18 @@ def simulate_devices():
             ["phi-3-mini", "--method", "dpi", "-p", "1", "-n", "1"],
             "method 'dpi' is unknown: choose auto, dense-resident, dense-stream, dip, dip-ca, planes",
         ),
-        *(
-            (
-                ["phi-3-mini", "--method", method, "-p", "1", "-n", "1"],
-                f"{method} is not simulated: choose --method dense-resident, dense-stream, dip or dip-ca",
-            )
-            for method in ("auto", "planes")
+        (
+            ["phi-3-mini", "--method", "auto", "-p", "1", "-n", "1"],
+            "auto is not simulated: choose --method dense-resident, dense-stream, dip, dip-ca or planes",
+        ),
+        (
+            ["phi-3-mini", "--method", "planes", "-p", "1", "-n", "1"],
+            "planes refines columns that are split in base and residual, and phi-3-mini has none: pack it, or lay its "
+            "shape out, with --base-bits",
+        ),
+        (
+            ["phi-3-mini", "--method", "dip", "--fetch", "0.1", "-p", "1", "-n", "1"],
+            "--fetch has no effect with dip: drop it, or add planes to --method.",
         ),
         (
             ["phi-3-mini", "--method", "dip", "--cache", "fifo", "-p", "1", "-n", "1"],

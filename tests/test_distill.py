@@ -114,6 +114,21 @@ def test_snapped_weights_lie_on_the_grid_and_pass_the_gradient():
     assert float(adapter.parameters()[-1].grad.abs().sum()) > 0
 
 
+def test_planes_hold_what_was_trained_beside_their_codes():
+    model, method = loaded(), MethodConfig("planes", base_bits=(2, 2), fetch=0.5)
+    with sparsify_(model.model, method) as sparse:
+        before = [m for rule in sparse.rules for region in rule.regions for m in region.matrices]
+    adapter = stirred(Adapter.attach(model.model, rank=4))
+    with sparsify_(model.model, method, adapter=adapter) as sparse:
+        model.model(ids(2))
+        after = [m for rule in sparse.rules for region in rule.regions for m in region.matrices]
+    linears = [linear for site in find_glus(model.model) for linear in site.linears.values()]
+    for was, now, linear in zip(before, after, linears, strict=True):
+        change = adapter.weight(linear) - linear.base_layer.weight
+        torch.testing.assert_close(now.whole, was.whole + change)
+        torch.testing.assert_close(now.base, was.base + change)
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -124,6 +139,8 @@ def test_snapped_weights_lie_on_the_grid_and_pass_the_gradient():
         {"method": MethodConfig("gate", density=0.6)},
         {"method": MethodConfig("up", density=0.6)},
         {"method": MethodConfig("dip-ca", density=0.4, gamma=0.5, capacity=0.5)},
+        {"method": MethodConfig("planes", base_bits=(2, 2), fetch=0.2)},
+        {"method": MethodConfig("planes", base_bits=(2, 2), density=0.6), "densities": (0.55, 0.7)},
         {"target": "layers"},
         {"straight_through": True},
         {"densities": (0.3, 0.6), "anneal": 0.3},
@@ -286,7 +303,9 @@ def test_from_text_to_a_bundle(tmp_path, capsys):
     assert main(["merge", str(source), str(out / "adapter"), "-o", str(merged), "--dtype", "float32"]) == 0
     assert main(["pack", str(merged), "--bits", "16", "-o", str(tmp_path / "b.dipper")]) == 0, capsys.readouterr().err
     capsys.readouterr()
-    assert main(["eval", str(tmp_path / "b.dipper"), "--method", "dip", *score]) == 0, capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "b.dipper"), "--method", "dip", "--mlp-dram", "20b", *score]) == 0, (
+        capsys.readouterr().err
+    )
     packed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert packed["perplexity"] == pytest.approx(apart["perplexity"], rel=0.02)
     assert main(distil(source, tmp_path)) == 1
@@ -374,5 +393,5 @@ def test_a_failed_start_leaves_the_model_alone():
 
 def test_every_rule_says_whether_its_weights_may_move():
     assert {name for name, rule in METHODS.items() if not rule.follows_weights} == {
-        "dejavu", "magnitude", "wanda", "sparsegpt", "rsparse",
+        "dejavu", "magnitude", "wanda", "sparsegpt", "rsparse", "resident",
     }  # fmt: skip

@@ -715,7 +715,7 @@ def test_simulated_dense_is_refused(bundles):
         options = {} if method == "dense-resident" else {"mlp_dram": ALL}
         with pytest.raises(ConfigError) as e:
             Engine.open(bundles(), EngineConfig(method=method, context=16, **options), simulated=True)
-        assert str(e.value) == f"{method} has no masks and no caches to simulate: use dip or dip-ca"
+        assert str(e.value) == f"{method} has no masks and no caches to simulate: use dip, dip-ca or planes"
 
 
 def test_configure_is_for_the_same_context_of_a_simulated_engine(bundles):
@@ -926,6 +926,7 @@ def test_refining_all_equals_the_bundle_in_one_piece(splits, kind):
         {"method": "dense-stream", "mlp_dram": scarce(split, 0.3, method="dense-stream", context=64)},
         {"method": "planes", "fetch": 0.0},  # all is cached
         {"method": "planes", "fetch": 1.0, "threads": 3},
+        {"method": "planes", "fetch": 1.0, "read_cost": 12500, "threads": 3},
         {"method": "planes", "fetch": 1.0, "mlp_dram": scarce(split, 0.0, method="planes", context=64)},
         *(
             {"method": "planes", "fetch": 1.0, "mlp_dram": share, "cold": cold, "cache": cache, "context": 128}
@@ -1015,6 +1016,26 @@ def expected_reads(engine):
             whole = region["bytes"] if base is None else base["offset"] - region["offset"] + base["bytes"]
             n_bytes += -(-whole // 4096) * 4096
     return n_units, n_bytes
+
+
+@pytest.mark.parametrize("read_cost", [0, 2000])
+@pytest.mark.parametrize("kind", SPLITS)
+def test_runs_of_units_decode_as_blocks_do_and_keep_to_the_plan(splits, kind, read_cost):
+    _, split = splits(kind)
+    options = {"method": "planes", "fetch": 0.1, "read_cost": read_cost, "context": 128}
+    for share in planes_shares(split, **options).values():
+        with Engine.open(split, EngineConfig(mlp_dram=share, **options)) as block:
+            rows = block.logits(PROMPT + GO_ON)
+        with Engine.open(split, EngineConfig(mlp_dram=share, **options)) as steps:
+            for i, token in enumerate(PROMPT + GO_ON):
+                steps.reset_counters()
+                assert same_bits(steps.step(token), rows[i]), (share, i)
+                if i > 1:  # the stream is ahead by as much from now on
+                    assert steps.counters().flash_bytes <= steps.plan.token_bytes + 2 * 4096  # the embedding
+        for variant in ({"threads": 3}, {"reader": "pread"}):
+            assert same_bits(
+                decode(split, mlp_dram=share, **options, **variant), decode(split, mlp_dram=share, **options)
+            )
 
 
 @pytest.mark.parametrize("fetch", [0.0, 0.1, 1.0])
@@ -1422,5 +1443,3 @@ def test_dip_drops_no_columns_that_are_split(splits):
                         splits(kind)[1], EngineConfig(method=method, mlp_dram=ALL, context=16), simulated=simulated
                     )
                 assert str(e.value) == message
-    with pytest.raises(ConfigError, match="planes has no masks and no caches to simulate: use dip or dip-ca"):
-        Engine.open(splits()[1], EngineConfig(method="planes", mlp_dram=ALL, context=16), simulated=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dipper.grid import (
     CodedRows,
     Grid,
+    base_weights,
     bf16_to_f32,
     can_split,
     dequantise,
@@ -255,6 +256,26 @@ def test_residual_squares_equal_the_definition(grid):
                 s = float(scales["d"][i, block])
             expected[j] += (s * (int(codes[i, j]) % 2**r - (2**r - 1) / 2)) ** 2
     np.testing.assert_allclose(residual_squares(grid, CodedRows(codes, scales), base_bits), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [grid for grid in INTEGER_GRIDS if grid.codes != "q8"])
+@pytest.mark.parametrize("base_bits", [2, 3])
+def test_bases_are_the_weights_with_residuals_at_their_middle(grid, base_bits):
+    n_rows, n_inputs = 5, 2 * grid.group + 3
+    rng = np.random.default_rng(6)
+    scales = {
+        name: (rng.normal(size=(n_rows, n)) if dtype.kind == "f" else rng.integers(0, 127, (n_rows, n))).astype(dtype)
+        for name, dtype, n in grid.scale_arrays(n_inputs)
+    }
+    codes = random_codes(grid, n_rows, n_inputs, 6)
+    low = codes >> (grid.bits - base_bits) << (grid.bits - base_bits)
+    high = low + (2 ** (grid.bits - base_bits) - 1)
+    between = sum(dequantise(grid, CodedRows(ends.astype(np.uint8), scales)) for ends in (low, high)) / 2
+    base = base_weights(grid, CodedRows(codes, scales), base_bits)
+    np.testing.assert_allclose(base, between, rtol=1e-4, atol=1e-4)
+    missing = dequantise(grid, CodedRows(codes, scales)).astype(np.float64) - base
+    squares = residual_squares(grid, CodedRows(codes, scales), base_bits)
+    np.testing.assert_allclose((missing**2).sum(0), squares, rtol=1e-3)
 
 
 # --- grids

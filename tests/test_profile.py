@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
-from dipper import profile
+from dipper import probe, profile
 from dipper.bundle import Bundle, pack
 from dipper.device import Compute, Device, Flash
 from dipper.errors import BundleError, ConfigError
@@ -56,6 +56,7 @@ class FakeReader:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
+    monkeypatch.setattr(probe, "_now", made.perf_counter)
     monkeypatch.setattr(
         profile, "time", SimpleNamespace(perf_counter=made.perf_counter, sleep=made.sleep, strftime=None, gmtime=None)
     )

@@ -225,12 +225,12 @@ def test_many_scans_refuse_what_cannot_be() -> None:
 
 
 def equals_reference(*given_args) -> bool:
-    scores, fetched, demanded = refine(*given_args)
-    assert (scores.dtype, fetched.dtype, demanded.dtype) == (np.float32, np.int32, np.int32)
+    scores, *units = refine(*given_args)
+    assert [scores.dtype, *(u.dtype for u in units)] == [np.float32, np.int32, np.int32, np.int32]
     with np.errstate(over="ignore"):
-        expected_scores, expected_fetched, expected_demanded = reference_refine(*given_args)
+        expected_scores, *expected_units = reference_refine(*given_args)
     assert np.array_equal(scores.view(np.int32), np.array(expected_scores, np.float32).view(np.int32))
-    return (fetched.tolist(), demanded.tolist()) == (expected_fetched, expected_demanded)
+    return [u.tolist() for u in units] == expected_units
 
 
 @given(
@@ -259,6 +259,50 @@ def test_refinement_equals_the_definition_at_model_sizes(n: int, columns_per_uni
         assert equals_reference(x, norm, rng.permutation(n), columns_per_unit, rng.random(n_units) < held, n_fetch)
 
 
+@given(
+    n_units=st.integers(1, 10), run_cost=st.sampled_from([0.25, 0.875, 2.375, 5.5625]), seed=st.integers(0, 2**32 - 1)
+)
+def test_runs_equal_the_best_of_all_choices(n_units: int, run_cost: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.exp(rng.standard_normal(n_units)).astype(np.float32)  # no ties: a wide range, and no gap as dear as a read
+    cached, n_fetch = rng.random(n_units) < 0.3, int(rng.integers(0, n_units + 1))
+    assert equals_reference(x, np.ones(n_units), None, 1, cached, n_fetch, run_cost)
+
+
+def cost_of(read: np.ndarray, run_cost: float) -> float:
+    return len(read) + run_cost * int(np.sum(np.diff(read, prepend=-2) > 1))
+
+
+@given(
+    x=hnp.arrays(np.float32, st.integers(1, 400), elements=st.one_of(finite_or_inf, few_values)),
+    run_cost=st.floats(0, 50, width=32),
+    data=st.data(),
+)
+def test_runs_gain_no_less_than_single_units_for_no_more(x: np.ndarray, run_cost: float, data) -> None:
+    cached = data.draw(hnp.arrays(np.bool_, len(x)))
+    n_fetch = data.draw(st.integers(0, len(x)))
+    norm = np.ones(len(x))
+    single = refine(x, norm, None, 1, cached, n_fetch)
+    runs = refine(x, norm, None, 1, cached, n_fetch, run_cost)
+    assert runs.fetched.tolist() == [u for u in runs.read if not cached[u]]
+    assert not np.any(~cached[np.setdiff1d(runs.demanded, runs.fetched)])
+    assert cost_of(runs.read, run_cost) <= n_fetch * (1 + run_cost) * (1 + 1e-12)
+    gain = np.minimum(runs.scores, np.finfo(np.float32).max).astype(np.float64)
+    assert gain[runs.fetched].sum() >= gain[single.fetched].sum() * (1 - 1e-12)
+
+
+def test_a_cheap_neighbour_comes_along_and_a_gap_is_read_through() -> None:
+    x = np.sqrt([9, 1, 8, 0.1, 0.1, 0.1, 0.1, 4, 0.1, 3], dtype=np.float32)
+    cached = np.zeros(10, bool)
+    assert refine(x, np.ones(10), None, 1, cached, 2).read.tolist() == [0, 2]
+    through = refine(x, np.ones(10), None, 1, cached, 2, 2.0)  # 2 reads of a unit cost 6: one run of three costs 5
+    assert through.read.tolist() == through.fetched.tolist() == [0, 1, 2]
+    cached[1] = True
+    over = refine(x, np.ones(10), None, 1, cached, 2, 2.0)
+    assert (over.read.tolist(), over.fetched.tolist()) == ([0, 1, 2], [0, 2])  # what is cached is read past
+    assert 1 not in over.demanded
+
+
 def test_refinement_adds_in_fp32_in_the_order_of_the_unit() -> None:
     x = np.array([2.0**12, 1, 1, 1], np.float32)  # 2^24 + 1 is 2^24 in fp32
     first, last = [0, 1, 2, 3], [3, 2, 1, 0]
@@ -269,27 +313,27 @@ def test_refinement_adds_in_fp32_in_the_order_of_the_unit() -> None:
 
 def test_ties_go_to_the_lower_unit() -> None:
     x = [1, 1, 1, 1, 1, 1, 2]
-    scores, fetched, demanded = refine(x, np.ones(7), None, 2, [False] * 4, 2)
+    scores, _, fetched, demanded = refine(x, np.ones(7), None, 2, [False] * 4, 2)
     assert scores.tolist() == [2, 2, 2, 4]  # the last unit has one column
     assert fetched.tolist() == demanded.tolist() == [0, 3]
-    _, fetched, demanded = refine(x, np.ones(7), None, 2, [True, False, True, False], 2)
+    _, _, fetched, demanded = refine(x, np.ones(7), None, 2, [True, False, True, False], 2)
     assert fetched.tolist() == [1, 3]
     assert demanded.tolist() == [0, 1, 2, 3]  # cached ones that are as good as the worst that is fetched
-    assert refine(np.zeros(7), np.ones(7), None, 2, [True, False, False, False], 1)[1].tolist() == [1]
+    assert refine(np.zeros(7), np.ones(7), None, 2, [True, False, False, False], 1).fetched.tolist() == [1]
 
 
 def test_refinement_of_what_little_there_is() -> None:
     x, norm = np.arange(1, 7, dtype=np.float32), np.ones(6)
 
     def units(cached: list[bool], n_fetch: int) -> tuple[list[int], list[int]]:
-        _, fetched, demanded = refine(x, norm, None, 2, cached, n_fetch)
+        _, _, fetched, demanded = refine(x, norm, None, 2, cached, n_fetch)
         return fetched.tolist(), demanded.tolist()
 
     assert units([False, True, False], 3) == ([0, 2], [0, 1, 2])  # fewer are absent than may be fetched
     assert units([True, False, True], 1) == ([1], [1, 2])
     assert units([True, True, True], 2) == ([], [])
     assert units([False, True, False], 0) == ([], [])
-    scores, fetched, demanded = refine([], [], [], 3, [], 2)
+    scores, _, fetched, demanded = refine([], [], [], 3, [], 2)
     assert len(scores) == len(fetched) == len(demanded) == 0
 
 
@@ -316,6 +360,8 @@ def test_nan_names_its_unit(column: int, cached: bool) -> None:
         ({"columns_per_unit": 0}, r"columns_per_unit is 0: a unit has at least 1"),
         ({"columns_per_unit": 1}, r"cached has 2 flags for 3 units: give one flag a unit"),
         ({"n_fetch": -1}, r"n_fetch is -1: at least 0 units are fetched"),
+        ({"run_cost": -0.5}, r"run_cost is -0.5\d*: what starting a read costs lies in 0 to 1e6 units"),
+        ({"run_cost": math.nan}, r"run_cost is nan"),
     ],
 )
 def test_refinement_refuses_what_cannot_be(changes: dict, message: str) -> None:

@@ -978,3 +978,174 @@ def test_a_record_is_what_was_predicted(bundles: dict[str, Bundle]) -> None:
     assert (record.cache, record.gamma, record.density, record.hit_rate) == (None, None, None, None)
     assert record.workload == {"kind": "dense"}
     assert record.flash_bytes_per_token == stream.plan.stream_bytes + 4096  # an embedding row is one aligned read
+
+
+# --- planes
+
+
+PLANES = {  # how it is packed
+    "llama": {"bits": "4", "base_bits": (2, 3), "unit_bytes": 500},
+    "qwen2": {"bits": "4", "base_bits": (2, 2), "unit_bytes": 300},
+}
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    folder = tmp_path_factory.mktemp("splits")
+    paths = {
+        kind: pack(tiny.write_hf(folder / kind, kind), folder / f"{kind}.dipper", tokenizer=False, **options)
+        for kind, options in PLANES.items()
+    }
+    return {kind: Bundle.open(path) for kind, path in paths.items()}
+
+
+def planes_setting(bundle: Bundle, mlp_dram: str, *, fetch: float = 0.15, **options: Any) -> Setting:
+    config = EngineConfig(method="planes", mlp_dram=mlp_dram, context=48, threads=2, fetch=fetch, **options)
+    return Setting.plan_for(bundle, config, host_bytes=0)
+
+
+def held_setting(bundle: Bundle, **options: Any) -> Setting:
+    """One under which all bases and whole layers are held, and some of the units are cached."""
+    units = [-(-r["n_columns"] // r["columns_per_unit"]) for r in bundle.header["regions"]]
+    for bits in np.arange(7.0, 14.0, 0.2):
+        setting = planes_setting(bundle, f"{bits:.1f}b", **options)
+        held = not setting.plan.token_stream_reads and any(setting.plan.options["refined"])
+        if held and 0.1 * sum(units) < sum(setting.capacity) < 0.8 * sum(units):
+            return setting
+    raise AssertionError("no budget holds all bases and some of the units")
+
+
+@pytest.mark.parametrize("kind", PLANES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cache": "lru", "fetch_glu": 0.3},
+        {"cache": "lfu-decay", "cold": True},
+        {"cache": "static"},
+        {"fetch": 0.0, "fetch_glu": 0.1},
+        {"whole": (1,)},
+    ],
+)
+def test_live_planes_are_the_engines(splits: dict[str, Bundle], kind: str, options: dict[str, Any]) -> None:
+    bundle = splits[kind]
+    setting = held_setting(bundle, **options)
+    counters = engines_counters(setting, text=TEXT)
+    workload = ModelWorkload(bundle, PROMPT, text=TEXT, threads=1)
+    (traffic,) = workload.traffic([setting])
+    assert traffic.totals == totals_of(counters)
+    assert workload.describe(setting)["kind"] == "live"
+    greedy = ModelWorkload(bundle, PROMPT, n_tokens=N_TOKENS)
+    assert greedy.traffic([setting])[0].totals == totals_of(engines_counters(setting))
+
+
+def test_a_cache_named_beside_the_configuration_of_planes_runs(splits: dict[str, Bundle]) -> None:
+    setting = held_setting(splits["llama"], cache="lru")
+    other = dataclasses.replace(setting, config=dataclasses.replace(setting.config, cache="lfu"))
+    workload = ModelWorkload(splits["llama"], PROMPT, text=TEXT)
+    one, two = (ModelWorkload(splits["llama"], PROMPT, text=TEXT).traffic([s])[0] for s in (setting, other))
+    assert arrays_of(one) == arrays_of(two)
+    lfu = dataclasses.replace(setting, cache="lfu")
+    assert arrays_of(workload.traffic([setting, lfu])[1]) != arrays_of(one)
+
+
+def test_planes_that_stream_some_regions(splits: dict[str, Bundle]) -> None:
+    """Where not all bases fit, the others are streamed: as many bytes a token, and reads too once the stream runs."""
+    bundle = splits["llama"]
+    setting = planes_setting(bundle, "6b", whole=(1,))
+    assert any(setting.plan.options["refined"])
+    assert setting.plan.token_stream_reads > 0
+    (traffic,) = ModelWorkload(bundle, PROMPT, text=TEXT).traffic([setting])
+    with Engine.open(bundle.path, setting.config) as engine:
+        engine.prefill(PROMPT)
+        before = {"reads": 0, "flash_bytes": 0}
+        engine.reset_counters()
+        rows = []
+        for token in TEXT:
+            engine.step(token)
+            now = totals_of(engine.counters())
+            rows.append({name: now[name] - before[name] for name in before})
+            before = {name: now[name] for name in before}
+    for name, ours, embedding, stream in (
+        ("reads", traffic.reads, traffic.embedding_reads, traffic.stream_reads),
+        ("flash_bytes", traffic.flash_bytes, traffic.embedding_bytes, traffic.stream_bytes),
+    ):
+        wanted = [row[name] for row in rows[1:]]  # the first token starts the stream, which then stays ahead
+        assert (ours.sum(axis=1) + embedding + stream)[1:].tolist() == wanted
+
+
+def test_generated_planes_read_what_the_plan_says(splits: dict[str, Bundle]) -> None:
+    setting = held_setting(splits["llama"])
+    workload = GeneratedWorkload(splits["llama"], FlatScores(), n_prompt=6, n_tokens=9)
+    (traffic,) = workload.traffic([setting])
+    options, regions = setting.plan.options, splits["llama"].header["regions"]
+    units = [-(-r["n_columns"] // r["columns_per_unit"]) for r in regions]
+    fetched = [min(f, u - c) for f, u, c in zip(options["fetch"], units, options["capacity"], strict=True)]
+    assert (traffic.misses == fetched).all()
+    assert (traffic.flash_bytes.sum(axis=1) <= setting.plan.token_bytes).all()
+    assert (traffic.selected >= traffic.misses).all()
+    shape = published_bundle("llama-3-8b", base_bits=(2, 3))
+    config = EngineConfig(method="planes", mlp_dram="3.6b", fetch=0.1, context=48)
+    setting = Setting.plan_for(shape, config, host_bytes=0)
+    assert all(setting.plan.options["refined"])
+
+
+class FlatScores:
+    """A generator of random scores."""
+
+    fitted_on = ("nothing",)
+
+    def region(self, kind: str, depth: float, n: int, seed: int) -> Any:
+        rng = np.random.default_rng(seed)
+
+        class Stream:
+            def scores(self, n_tokens: int) -> np.ndarray:
+                return np.abs(rng.standard_normal((n_tokens, n))).astype(np.float32)
+
+        return Stream()
+
+
+def test_planes_take_the_time_of_bases_residuals_and_reads(splits: dict[str, Bundle]) -> None:
+    """With compute free the reads remain, with reads free the products: of all bases and of what is refined."""
+    bundle = splits["llama"]
+    setting = held_setting(bundle)
+    (traffic,) = ModelWorkload(bundle, PROMPT, text=TEXT).traffic([setting])
+    device = Device.load("snapdragon-8-gen-3")
+    found = predict(setting, traffic, device, n_prompt=len(PROMPT), n_tokens=len(TEXT))
+    io = device.flash.batch_s(traffic.reads, traffic.flash_bytes).sum()
+    rows = device.flash.batch_s(traffic.embedding_reads, traffic.embedding_bytes).sum()
+    assert found.io_s == pytest.approx(float(io + rows))
+    assert found.decode_s >= found.io_s
+    bytes_of = [  # nothing refined, what this setting refines, everything
+        predict(s, t, dataclasses.replace(device, flash=device.flash.flat), n_prompt=15, n_tokens=10).ledger_s["gemv"]
+        for s, t in (
+            (without_cache(setting), dataclasses.replace(traffic, hits=traffic.selected)),
+            (setting, traffic),
+        )
+    ]
+    assert bytes_of[0] < bytes_of[1]
+    record = sim_record(ModelWorkload(bundle, PROMPT, text=TEXT), setting, traffic, device)
+    assert (record.fetch, record.fetch_glu, record.cache, record.density) == (0.15, 0.15, "lfu", None)
+    assert record.notes == ["planes: a token fetches 0.15 of the input and 0.15 of the GLU units"]
+    assert record.flash_bytes_per_token == traffic.totals["flash_bytes"] / len(TEXT)
+    assert record.hit_rate == traffic.hits.sum() / traffic.selected.sum()
+
+
+def without_cache(setting: Setting) -> Setting:
+    options = {**setting.plan.options, "capacity": [0] * len(setting.capacity)}
+    return dataclasses.replace(setting, plan=dataclasses.replace(setting.plan, options=options))
+
+
+def test_planes_that_are_not_simulated(splits: dict[str, Bundle], bundles: dict[str, Bundle]) -> None:
+    config = EngineConfig(method="planes", mlp_dram="7b", context=48)
+    for cache in ("none", "belady"):
+        with pytest.raises(ConfigError) as e:
+            Setting.plan_for(splits["llama"], config, cache=cache, host_bytes=0)
+        assert str(e.value).startswith(f"cache {cache} with planes: what is refined depends on the cache")
+    with pytest.raises(ConfigError) as e:
+        Setting.plan_for(splits["llama"], config, capacity_share=0.5, host_bytes=0)
+    assert str(e.value) == "planes caches units in what its bases leave: give a budget, not a share of the columns"
+    with pytest.raises(ConfigError) as e:
+        Setting.plan_for(bundles["llama"], config, host_bytes=0)
+    path = bundles["llama"].path
+    assert str(e.value).startswith(f"planes refines columns that are split in base and residual, and {path} has none")

@@ -77,7 +77,7 @@ def test_density_1_changes_nothing_and_undo_restores(kind):
 def test_every_rule_in_every_kind_of_layer(kind, name):
     net = model(kind)
     options = {"dip-ca": {"capacity": 0.5}}.get(name, {})
-    config = MethodConfig(name, density=1.0 if name == "dense" else 0.75, **options)
+    config = MethodConfig(name, density=1.0 if name in ("dense", "resident") else 0.75, **options)
     with torch.no_grad(), sparsify_(net, config, calibration=[ids(2, 64), ids(1, 64)]) as sparse:
         if name == "dip-ca" and kind in EXPERTS:
             with pytest.raises(ConfigError, match="experts see tokens without their order"):

@@ -21,6 +21,7 @@ from dipper.errors import BudgetError, BundleError, ConfigError
 from dipper.published import published_bundle
 from dipper.records import LEDGER, SimRecord
 from dipper.sweep import Sweep, draw_sweep, has_weights, open_model, open_workload, run_sweep
+from dipper.tables import sim_table
 from dipper.workload import GeneratedWorkload, ModelWorkload, TraceWorkload
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7]
@@ -66,7 +67,7 @@ def budgets(bundle: Bundle, *shares: float) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------ combinations
 
 
-NEEDS = "dip-ca needs a cache other than none and belady, miss-curve needs slots, --capacity a column cache"
+NEEDS = "dip-ca and planes need a cache other than none and belady, miss-curve needs slots, --capacity a column cache"
 
 
 def test_every_combination_once() -> None:
@@ -96,6 +97,45 @@ def test_what_does_not_act_with_a_method_is_left_out() -> None:
     ]
     for row in sweep.options():
         EngineConfig(**row)
+
+
+def test_options_of_planes() -> None:
+    sweep = Sweep(
+        methods=("dense-stream", "planes"), densities=(0.5, 0.7), gammas=(0.2, 0.5), caches=("lru", "belady"),
+        fetches=(0.1, 0.3), fetch_glu=0.05, whole=(2, 1), mlp_dram=("3.6b",), cold=True,
+    )  # fmt: skip
+    shared = {"method": "planes", "mlp_dram": "3.6b", "cache": "lru", "cold": True, "fetch_glu": 0.05, "whole": (2, 1)}
+    assert sweep.options() == [
+        {"method": "dense-stream", "mlp_dram": "3.6b"},
+        {**shared, "fetch": 0.1},
+        {**shared, "fetch": 0.3},
+    ]
+    for row in sweep.options():
+        EngineConfig(**row)
+    with pytest.raises(ConfigError) as e:
+        Sweep(methods=("planes",), caches=("none",)).options()
+    assert str(e.value) == f"methods planes with caches none leave nothing to simulate: {NEEDS}"
+    with pytest.raises(ConfigError) as e:
+        Sweep(methods=("planes",), capacity=(0.5,)).options()
+    assert str(e.value) == "--capacity is of column caches, which planes do not have: give --dram"
+
+
+def test_a_shape_with_planes() -> None:
+    """More fetched is more read; the DRAM is the budget's."""
+    bundle = open_model("phi-3-mini", base_bits=(2, 3))
+    workload = open_workload(bundle, n_prompt=1, n_tokens=2)
+    sweep = Sweep(methods=("dense-stream", "planes"), fetches=(0.02, 0.1), mlp_dram=("3.6b",))
+    stream, *planes = run_sweep(bundle, workload, sweep, [Device.load("raspberry-pi-5")])
+    assert [(r.method, r.fetch, r.fetch_glu, r.cache) for r in planes] == [
+        ("planes", 0.02, 0.02, "lfu"),
+        ("planes", 0.1, 0.1, "lfu"),
+    ]
+    assert planes[0].flash_bytes_per_token < planes[1].flash_bytes_per_token < stream.flash_bytes_per_token
+    assert planes[0].tok_per_s > planes[1].tok_per_s > stream.tok_per_s
+    assert all(3.3 < r.mlp_bits_per_weight <= 3.6 for r in planes)
+    assert "planes 0.02 : 0.02" in sim_table(planes)
+    with pytest.raises(ConfigError, match="--bits is for models of which only the shape is known"):
+        open_model(str(Path(__file__).parent), base_bits=2)
 
 
 def test_dense_methods_have_no_capacity() -> None:

@@ -134,7 +134,7 @@ def test_configure_starts_a_trace_of_its_own(bundle: Path, tmp_path: Path) -> No
     assert all(same(a, b) for a, b in zip(frames, expected, strict=True))
     with pytest.raises(ConfigError) as e:
         Engine.open(bundle, EngineConfig(method="dense-stream", context=16), simulated=True)
-    assert str(e.value) == "dense-stream has no masks and no caches to simulate: use dip or dip-ca"
+    assert str(e.value) == "dense-stream has no masks and no caches to simulate: use dip, dip-ca or planes"
 
 
 def test_what_is_no_trace(bundle: Path, tmp_path: Path) -> None:

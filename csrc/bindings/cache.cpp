@@ -90,7 +90,7 @@ nb::tuple scan(const Input<float, 2>& scores, int32_t k, float gamma, ColumnCach
 }
 
 nb::tuple refine(const Input<float, 1>& x, const Input<float, 1>& norm, const Input<int32_t, 1>& order,
-                 int32_t columns_per_unit, const Input<bool, 1>& cached, int32_t n_fetch) {
+                 int32_t columns_per_unit, const Input<bool, 1>& cached, int32_t n_fetch, float run_cost) {
   const size_t n = x.size();
   if (norm.size() != n || order.size() != n) {
     throw ConfigError(std::to_string(n) + " inputs, " + std::to_string(norm.size()) + " norms and " +
@@ -105,6 +105,10 @@ nb::tuple refine(const Input<float, 1>& x, const Input<float, 1>& norm, const In
                       std::to_string((n + per_unit - 1) / per_unit) + " units: give one flag a unit");
   }
   if (n_fetch < 0) throw ConfigError("n_fetch is " + std::to_string(n_fetch) + ": at least 0 units are fetched");
+  if (!(run_cost >= 0.0f && run_cost <= 1e6f)) {
+    throw ConfigError("run_cost is " + std::to_string(run_cost) +
+                      ": what starting a read costs lies in 0 to 1e6 units");
+  }
   std::vector<uint8_t> seen(n);
   for (size_t i = 0; i < n; ++i) {
     const int32_t column = order.data()[i];
@@ -115,8 +119,8 @@ nb::tuple refine(const Input<float, 1>& x, const Input<float, 1>& norm, const In
   }
   dipper::Refinement out;
   dipper::refine(x.data(), norm.data(), {order.data(), n}, columns_per_unit,
-                 reinterpret_cast<const uint8_t*>(cached.data()), n_fetch, out);
-  return nb::make_tuple(copy_array<float>(out.scores), copy_array<int32_t>(out.fetched),
+                 reinterpret_cast<const uint8_t*>(cached.data()), n_fetch, run_cost, out);
+  return nb::make_tuple(copy_array<float>(out.scores), copy_array<int32_t>(out.read), copy_array<int32_t>(out.fetched),
                         copy_array<int32_t>(out.demanded));
 }
 
@@ -231,7 +235,8 @@ void bind_cache(nb::module_& m) {
   m.def("scan", &scan, nb::arg("scores").noconvert(), nb::arg("k"), nb::arg("gamma") = 1.0f,
         nb::arg("cache") = nb::none(), nb::arg("counted") = true);
   m.def("refine", &refine, nb::arg("x").noconvert(), nb::arg("norm").noconvert(), nb::arg("order").noconvert(),
-        nb::arg("columns_per_unit"), nb::arg("cached").noconvert(), nb::arg("n_fetch"));
+        nb::arg("columns_per_unit"), nb::arg("cached").noconvert(), nb::arg("n_fetch"), nb::arg("run_cost"));
+  m.def("max_units_read", &dipper::max_units_read, nb::arg("n_fetch"), nb::arg("run_cost"), nb::arg("n_units"));
   m.def("next_uses", &next_uses, nb::arg("masks").noconvert(), nb::arg("n_columns"));
   m.def("replay_masks", &replay_masks, nb::arg("masks").noconvert(), nb::arg("offset"), nb::arg("record_bytes"),
         nb::arg("alignment"), nb::arg("cache"), nb::arg("counted") = true,

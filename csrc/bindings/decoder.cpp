@@ -330,6 +330,7 @@ DecoderOptions options_of(const nb::dict& d, const Model& model) {
   o.mlp.pinned = get<std::vector<uint8_t>>(d, "pinned");
   o.mlp.refined = get<std::vector<uint8_t>>(d, "refined");
   o.mlp.fetch = get<std::vector<int32_t>>(d, "fetch");
+  o.mlp.run_cost = get<std::vector<float>>(d, "run_cost");
   o.mlp.stream_slots = get<int32_t>(d, "stream_slots");
   o.mlp.stream_chunk_bytes = get<uint32_t>(d, "stream_chunk_bytes");
   o.context = get<int32_t>(d, "context");

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from . import _core
 from .bundle import Bundle
 from .cache import n_selected
 from .calibration import Calibration
+from .dram_plan import Plan, RegionPlan
 from .errors import BudgetError, ConfigError
+from .probe import device_for
+from .reads import IoBudget, Reads, fetched_reads, run_cost, streamed_reads, takes_part
 
 __all__ = ["METHODS", "EngineConfig", "Plan", "available_cpus", "parse_bytes", "plan_run", "rss_bytes"]
 
@@ -83,8 +86,15 @@ class EngineConfig:
         fetch: planes only: share of a region's units of residuals that a token reads from flash, in [0, 1]: the best
             that are not cached, while all that are cached are used as well. Every token therefore reads as much.
             `fetch_glu` overrides it for the GLU columns. None: 0.1.
+        read_cost: planes only: what a read costs beside its bytes, in bytes, 12,500 on a disk of 0.5 GB/s and 40,000
+            reads a second: units are then chosen in runs, the error that they remove against what their reads cost,
+            for no more than `fetch` costs in reads of one unit each. None: the best units, wherever they lie.
+        io_budget: planes only, instead of fetch: what a token may read of the MLP, "20ms" of the disk's time or "80MB".
+            What regions streamed whole leave of it is shared out over the refined ones, the same share of units each;
+            GLU columns take part where their units are pages (4096 bytes) or larger.
         whole: planes only: layers of which both regions are used whole, the most sensitive first: in DRAM while the
-            budget lasts, streamed beyond it.
+            budget lasts, streamed beyond it. Or as many as named, or a share of all, of a measured order:
+            "ORDER.json:6" of a file of `dipper sensitivity`, "auto:25%" of the one that comes with dipper.
         gamma: factor on the scores of uncached columns, in (0, 1]; None: 1 for dip, 0.5 for dip-ca.
         cache: lru, lfu, lfu-decay (with `cache_decay`) or static.
         dram: what the whole process may hold: "600MB", "60%" of the bundle's bytes, or bytes. None: no limit on the
@@ -99,6 +109,8 @@ class EngineConfig:
         threads: None: all cores.
         reader, isa: "auto" or a fixed choice.
         cold: prefill leaves the column caches as they are.
+        device_profile: a device (`dipper.device.Device`) by name or file, by which auto and an io_budget of time
+            reckon; None: a probe of the bundle's disk, of half a second.
         trace: file for what every token did to every region (docs/trace-format.md).
         trace_scores: whether the trace holds every column's score, several times the size of its masks.
         split: how slots are shared out, for dip and dip-ca: a weight by region (layer 0 input, layer 0 GLU, ...); the
@@ -111,7 +123,9 @@ class EngineConfig:
     d_glu: float | None = None
     fetch: float | None = None
     fetch_glu: float | None = None
-    whole: tuple[int, ...] = ()
+    read_cost: int | None = None
+    io_budget: str | None = None
+    whole: tuple[int, ...] | str = ()
     gamma: float | None = None
     cache: str = "lfu"
     cache_decay: float = 0.99
@@ -124,6 +138,7 @@ class EngineConfig:
     reader: str = "auto"
     isa: str = "auto"
     cold: bool = False
+    device_profile: str | Path | None = None
     trace: Path | None = None
     trace_scores: bool = True
     split: tuple[float, ...] | None = None
@@ -144,9 +159,17 @@ class EngineConfig:
                 raise ConfigError(f"{name} goes with --method planes, not {self.method}")
             if value is not None and not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}, outside [0, 1]: give a share such as 0.1")
+        if self.read_cost is not None and self.method != "planes":
+            raise ConfigError(f"a read cost goes with --method planes, not {self.method}")
+        if self.read_cost is not None and not 0 <= self.read_cost <= 1 << 30:
+            raise ConfigError(f"the read cost is {self.read_cost}: give bytes, 0 or more, such as 12500")
+        self._check_io_budget()
         if self.whole and self.method != "planes":
             raise ConfigError(f"whole layers go with --method planes, not {self.method}")
-        if any(layer < 0 for layer in self.whole) or len(set(self.whole)) != len(self.whole):
+        if isinstance(self.whole, str):
+            if not re.fullmatch(r".+:[0-9]+%?", self.whole):
+                raise ConfigError(f"whole layers are '{self.whole}': write 27,2,26, auto:6 or ORDER.json:25%")
+        elif any(layer < 0 for layer in self.whole) or len(set(self.whole)) != len(self.whole):
             raise ConfigError(f"whole layers are {self.whole}: give each once, counted from 0")
         if self.gamma is not None and not 0 < self.gamma <= 1:
             raise ConfigError(
@@ -177,6 +200,16 @@ class EngineConfig:
                     "a split has weights that are negative or not finite, or all are 0: give one a region"
                 )
 
+    def _check_io_budget(self) -> None:
+        by_time = self.io_budget is not None and IoBudget.is_time(self.io_budget)
+        if self.io_budget is not None:
+            if self.method != "planes":
+                raise ConfigError(f"io_budget goes with --method planes, not {self.method}")
+            if self.fetch is not None or self.fetch_glu is not None:
+                raise ConfigError("fetch and io_budget both say what a token reads: give one of them")
+        if self.device_profile is not None and self.method != "auto" and not by_time:
+            raise ConfigError("device_profile has no effect: it goes with --method auto, or an io_budget of time")
+
     @property
     def prunes(self) -> bool:
         """Whether the MLP is pruned at all."""
@@ -188,10 +221,26 @@ class EngineConfig:
         return self.prunes or self.method == "planes"
 
     @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """Layers used whole. ConfigError: they are given by an order that has not been looked up."""
+        if isinstance(self.whole, str):
+            raise ConfigError(f"whole layers '{self.whole}' are no plan yet: dipper.engine.settle looks them up")
+        return self.whole
+
+    @property
     def fetches(self) -> tuple[float, float]:
         """Shares of the units of the input and the GLU regions that a token reads (planes)."""
         fetch = DEFAULT_FETCH if self.fetch is None else self.fetch
         return fetch, fetch if self.fetch_glu is None else self.fetch_glu
+
+    def fetches_told(self, planned: tuple[float, float] | None = None) -> str:
+        """What a token fetches, in words, for notes; by an io budget what was `planned` of input and GLU units."""
+        fetch, fetch_glu = planned if planned is not None and self.io_budget else self.fetches
+        why = f" by an io budget of {self.io_budget}" if self.io_budget else ""
+        runs = "" if self.read_cost is None else f", in runs by a read cost of {self.read_cost} bytes"
+        whole = f", layers {', '.join(map(str, self.whole))} whole" if self.whole else ""
+        shares = f"{fetch:.3g} of the input and {fetch_glu:.3g} of the GLU units"
+        return f"planes: a token fetches {shares}{why}{runs}{whole}"
 
     @property
     def densities(self) -> tuple[float, float]:
@@ -208,61 +257,6 @@ class EngineConfig:
         if self.gamma is not None:
             return self.gamma
         return DEFAULT_GAMMA if self.method == "dip-ca" else 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Every byte that a run will hold, decided before anything is loaded.
-
-    Attributes:
-        parts: bytes by what for: host, resident, mlp_scales, calibration, pinned, slots, staging, bookkeeping, kv,
-            scratch.
-        budget_bytes: limit of the process, None without one.
-        mlp_bytes: mlp_scales + calibration + pinned + slots + staging + bookkeeping.
-        mlp_budget_bytes: limit of the MLP, None where the method takes what it needs.
-        mlp_bits_per_weight: `mlp_bytes` in bits per MLP weight.
-        cached_fraction: share of MLP columns that slots or pinned regions hold.
-        minimum_bytes: the smallest process budget that this bundle, method and context work with.
-        stream_reads, stream_bytes: what streaming the MLP once reads from flash: a token of dense-stream, a block of
-            tokens in prefill.
-        token_bytes: what a decoded token reads of the MLP at most where that is known before: all but dip and dip-ca.
-        options: what the native decoder is built with, a calibration's vectors aside.
-    """
-
-    parts: dict[str, int]
-    budget_bytes: int | None
-    mlp_bytes: int
-    mlp_budget_bytes: int | None
-    mlp_bits_per_weight: float
-    cached_fraction: float
-    minimum_bytes: int
-    stream_reads: int
-    stream_bytes: int
-    token_bytes: int
-    options: dict[str, Any] = field(repr=False)
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
-
-    def mlp_limit_bits(self, mlp_weights: int) -> float:
-        """Bits per MLP weight that the MLP might hold at most under the budgets."""
-        rest = self.total_bytes - self.mlp_bytes
-        limits = [self.mlp_budget_bytes, None if self.budget_bytes is None else self.budget_bytes - rest]
-        return 8 * min(limit for limit in (*limits, float("inf")) if limit is not None) / mlp_weights
-
-    def lines(self) -> list[str]:
-        """The plan in words, one line for the process and one for the MLP."""
-        mib = {name: f"{name.replace('_', ' ')} {value / 2**20:.1f}" for name, value in self.parts.items() if value}
-        budget = "no limit" if self.budget_bytes is None else f"budget {self.budget_bytes / 2**20:.1f}"
-        mlp_budget = "" if self.mlp_budget_bytes is None else f" of {self.mlp_budget_bytes / 2**20:.1f}"
-        return [
-            f"DRAM plan, MiB: total {self.total_bytes / 2**20:.1f} ({budget}) = {' + '.join(mib.values())}",
-            f"MLP share, MiB: {self.mlp_bytes / 2**20:.1f}{mlp_budget} = "
-            f"{self.mlp_bits_per_weight:.2f} bits per MLP weight; "
-            f"{100 * self.cached_fraction:.1f} % of the columns held",
-        ]
 
 
 def densities_of(config: EngineConfig, n_layers: int, calibration: Calibration | None) -> _Densities:
@@ -314,6 +308,7 @@ class Planner:
             "pinned": [0] * len(self.regions),
             "refined": [0] * len(self.regions),
             "fetch": [0] * len(self.regions),
+            "run_cost": [0.0] * len(self.regions),
             "stream_chunk_bytes": _CHUNK_BYTES,
             "context": config.context,
             "kv": config.kv,
@@ -391,13 +386,71 @@ class Planner:
 
     def refine(self, options: dict[str, Any], room: int) -> dict[str, Any]:
         """Spends `room` bytes on bases, then on regions that are used whole, then on slots for residuals."""
-        whole = {2 * layer + kind for layer in self.config.whole for kind in (0, 1)}
+        n_units = [_n_units(region) for region in self.regions]
+        if self.config.io_budget is None:
+            fetches = self.config.fetches * len(n_units)
+            return self.refine_by(
+                [int(share * n + 0.5) for share, n in zip(fetches, n_units, strict=False)], options, room
+            )
+        # What is fetched takes staging, which regions that are streamed may have to leave; so it shrinks till both fit.
+        budget = self.io_budget()
+        made = self.refine_by([0] * len(n_units), options, room)
+        fetch = self.affordable(budget, made)
+        while self.cost(budget, made := self.refine_by(fetch, options, room)) > budget.limit:
+            fetch = [9 * m // 10 for m in fetch]
+        return made
+
+    def io_budget(self) -> IoBudget:
+        text = str(self.config.io_budget)
+        by_time = IoBudget.is_time(text)
+        flash = device_for(self.bundle.path, self.config.device_profile).flash if by_time else None
+        return IoBudget.parse(text, flash, self.config.read_cost)
+
+    def cost(self, budget: IoBudget, made: dict[str, Any]) -> float:
+        """What a token costs of the budget under these options, expected."""
+        total = 0.0
+        for r in range(len(self.regions)):
+            plan = self.region_plan(r, made)
+            if plan.held in ("refined", "streamed"):
+                total += (budget.fetched if plan.held == "refined" else budget.streamed)(plan.reads)
+        return total
+
+    def affordable(self, budget: IoBudget, made: dict[str, Any]) -> list[int]:
+        """Units by region that the budget allows beside what these options stream whole.
+
+        Raises:
+            BudgetError: not a unit of every region; it names the smallest that is.
+            ConfigError: no region is refined.
+        """
+        refined = [r for r, region in enumerate(self.regions) if made["refined"][r] and takes_part(region)]
+        if not refined:
+            raise ConfigError(
+                "an io budget is shared out over refined regions, and there are none here: drop it, use a bundle of "
+                "dipper pack --base-bits (its GLU columns in units of 4096 bytes or more), or give the MLP more DRAM"
+            )
+        streamed = self.cost(budget, {**made, "fetch": [0] * len(self.regions)})
+        regions = [self.regions[r] for r in refined]
+        least = streamed + budget.cost(regions, [1] * len(regions))
+        if least > budget.limit:
+            whole = f"regions streamed whole read {budget.told(streamed)} of it, and " if streamed else ""
+            raise BudgetError(
+                f"--io-budget {budget.text} refines nothing: {whole}a unit of every refined region takes "
+                f"{budget.told(least - streamed)}; raise it to {budget.told(least)}"
+            )
+        fetch = [0] * len(self.regions)
+        for r, n in zip(refined, budget.share_out(regions, budget.limit - streamed), strict=True):
+            fetch[r] = n
+        return fetch
+
+    def refine_by(self, fetch: Sequence[int], options: dict[str, Any], room: int) -> dict[str, Any]:
+        """As `refine`, where each refined region fetches so many units."""
+        whole = {2 * layer + kind for layer in self.config.whole_layers for kind in (0, 1)}
         if whole and max(whole) >= len(self.regions):
             last = len(self.regions) // 2 - 1
             raise ConfigError(
                 f"layer {max(whole) // 2} is to be whole, and the model has none: give layers of 0..{last}"
             )
-        n_units = [-(-region["n_columns"] // region["columns_per_unit"]) for region in self.regions]
+        n_units = [_n_units(region) for region in self.regions]
         sizes = [_aligned(_region_bytes(region)) for region in self.regions]
         bases = [
             0 if region["base"] is None or r in whole else _aligned(region["base"]["bytes"])
@@ -405,7 +458,6 @@ class Planner:
         ]
         if not any(bases):  # no region is split, or all are whole: as dense-stream
             return {**options, "pinned": _spread(sizes, room)}
-        fetch = [int(share * n + 0.5) for share, n in zip(self.config.fetches * len(n_units), n_units, strict=False)]
         least = sum(self.parts(options).values())
 
         def left(made: dict[str, Any]) -> int:
@@ -413,7 +465,12 @@ class Planner:
 
         def refining(room_for_bases: int) -> dict[str, Any]:
             held = [int(h and base > 0) for h, base in zip(_spread(bases, room_for_bases), bases, strict=True)]
-            return {**options, "refined": held, "fetch": [m * h for m, h in zip(fetch, held, strict=True)]}
+            return {
+                **options,
+                "refined": held,
+                "fetch": [m * h for m, h in zip(fetch, held, strict=True)],
+                "run_cost": [h * run_cost(r, self.config.read_cost) for r, h in zip(self.regions, held, strict=True)],
+            }
 
         low, high = 0, sum(bases)
         if left(refining(high)) >= 0:
@@ -424,7 +481,7 @@ class Planner:
         made = refining(low)
         if not any(made["refined"]):  # none fit: as dense-stream
             return {**options, "pinned": _spread(sizes, room)}
-        wanted = [2 * layer + kind for layer in self.config.whole for kind in (0, 1)]
+        wanted = [2 * layer + kind for layer in self.config.whole_layers for kind in (0, 1)]
         others = [r for r, refined in enumerate(made["refined"]) if not refined and r not in whole]
         for r in (*wanted, *others):
             pinned = [int(p or i == r) for i, p in enumerate(made["pinned"])]
@@ -530,21 +587,50 @@ class Planner:
             **self.streamed(options),
             token_bytes=self.token_bytes(options),
             options=options,
+            regions=tuple(self.region_plan(r, options) for r in range(len(self.regions))),
+        )
+
+    def region_plan(self, r: int, options: dict[str, Any]) -> RegionPlan:
+        """How region r is held and read under these options."""
+        region, slots, fetch = self.regions[r], options["capacity"][r], options["fetch"][r]
+        n_units, reads = _n_units(region), Reads()
+        if self.base["residency"] == "cached":
+            held, n_units = "cached", region["n_columns"]
+        elif options["refined"][r]:
+            held, reads = "refined", fetched_reads(region, fetch, slots, options["run_cost"][r])
+        elif self.base["residency"] == "resident" or options["pinned"][r]:
+            held = "pinned"
+        else:
+            held, reads = "streamed", streamed_reads(region)
+        return RegionPlan(
+            layer=region["layer"],
+            kind=region["kind"],
+            held=held,
+            base_bits=max(matrix["base_bits"] for matrix in region["matrices"]),
+            n_units=n_units,
+            slots=slots,
+            fetch=fetch,
+            reads=reads,
         )
 
     def token_bytes(self, options: dict[str, Any]) -> int:
         """Of units that refined regions fetch, and of regions streamed whole."""
         if self.base["residency"] != "stream":
             return 0
-        each = zip(self.regions, options["pinned"], options["refined"], options["fetch"], strict=True)
+        each = zip(
+            self.regions, options["pinned"], options["refined"], options["fetch"], options["run_cost"], strict=True
+        )
         return sum(
-            0 if pinned else _fetched_bytes(region, m) if refined else _aligned(_region_bytes(region))
-            for region, pinned, refined, m in each
+            0 if pinned else _fetched_bytes(region, m, run_cost) if refined else _aligned(_region_bytes(region))
+            for region, pinned, refined, m, run_cost in each
         )
 
     def streamed(self, options: dict[str, Any]) -> dict[str, int]:
-        native = self.native(options)
-        return {name: native[name] for name in ("stream_reads", "stream_bytes")}
+        block = self.native(options)
+        whole = [int(p or r) for p, r in zip(options["pinned"], options["refined"], strict=True)]
+        token = self.native({**options, "pinned": whole}) if self.base["residency"] == "stream" else None
+        names = ("stream_reads", "stream_bytes")
+        return {name: block[name] for name in names} | {f"token_{n}": token[n] if token else 0 for n in names}
 
     def smallest(self) -> int:
         return sum(self.parts(self.settings()[-1]).values())
@@ -565,6 +651,10 @@ class Planner:
         )
 
 
+def _n_units(region: dict[str, Any]) -> int:
+    return int(-(-region["n_columns"] // region["columns_per_unit"]))
+
+
 def _ceil_mb(n_bytes: int) -> str:
     return f"{-(-n_bytes // 10**5) / 10:.1f}"
 
@@ -579,11 +669,14 @@ def _region_bytes(region: dict[str, Any]) -> int:
     return int(region["bytes"] if base is None else base["offset"] - region["offset"] + base["bytes"])
 
 
-def _fetched_bytes(region: dict[str, Any], n_units: int) -> int:
-    """What reading this many units of a split region takes at most: whole 4096s around each."""
+def _fetched_bytes(region: dict[str, Any], n_fetch: int, run_cost: float) -> int:
+    """What a token's reads of a split region take at most: of single units, whole 4096s around each, or of one run."""
     unit_bytes = region["unit_bytes"]
+    n_units = region["bytes"] // unit_bytes
     worst_start = 4096 - math.gcd(unit_bytes, 4096)
-    return min(n_units * _aligned(worst_start + unit_bytes), _aligned(region["bytes"]))
+    single = n_fetch * _aligned(worst_start + unit_bytes)
+    together = _core.max_units_read(n_fetch, run_cost, n_units) * unit_bytes
+    return min(max(single, _aligned(worst_start + together)), _aligned(region["bytes"]))
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[int]:

@@ -576,7 +576,24 @@ class Bundle:
                     return region, matrix
         return None
 
+    def coded(self, name: str) -> tuple[Grid, CodedRows]:
+        """The codes and scales of a matrix of the MLP, base and residual joined.
+
+        Args:
+            name: ``layers.N.gate|up|down``.
+
+        Raises:
+            BundleError: there is no such matrix, or it cannot be read.
+        """
+        found = self._region_matrix(name)
+        if found is None:
+            raise BundleError(f"{self.path}: has no MLP matrix {name!r}; `dipper inspect` lists them")
+        return self._coded_columns(*found)
+
     def _dequantise_columns(self, region: dict[str, Any], matrix: dict[str, Any]) -> F32:
+        return dequantise(*self._coded_columns(region, matrix))
+
+    def _coded_columns(self, region: dict[str, Any], matrix: dict[str, Any]) -> tuple[Grid, CodedRows]:
         grid, n_rows = _grid_of(matrix), matrix["rows"]
         records = self._read_records(region)
         planes = [
@@ -585,7 +602,7 @@ class Bundle:
         ]
         places = tuple((plane["bits"], plane["shift"]) for plane in matrix["planes"])
         scales = self._read_scales(grid, matrix["scales"], n_rows, region["n_columns"], tiled=False)
-        return dequantise(grid, CodedRows(join_planes(grid, planes, n_rows, places), scales))
+        return grid, CodedRows(join_planes(grid, planes, n_rows, places), scales)
 
     def _read_records(self, region: dict[str, Any]) -> dict[str, U8]:
         """A region's records by tier in logical order, ``[n_columns, record_bytes]`` each."""

@@ -16,9 +16,11 @@ capacity; nothing leaves without an admission. Objects are not locked: use each 
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +32,8 @@ __all__ = [
     "CacheStep",
     "ColumnCache",
     "ReferenceCache",
+    "Refined",
+    "RefinedTokens",
     "n_selected",
     "next_uses",
     "reference_refine",
@@ -37,6 +41,7 @@ __all__ = [
     "refine",
     "scan",
     "scan_many",
+    "scan_refine",
     "top_k",
 ]
 
@@ -138,13 +143,38 @@ def scan_many(
         return [scanned.result() for scanned in [pool.submit(one, b) for b in range(len(scores))]]
 
 
+class Refined(NamedTuple):
+    """What a token of `planes` does to one region; units are ascending int32.
+
+    Attributes:
+        scores: [n_units] fp32.
+        read: units that the reads bring, cached ones between others included.
+        fetched: those of them that are not cached.
+        demanded: units, fetched or cached, that the cache's step counts.
+    """
+
+    scores: NDArray[np.float32]
+    read: NDArray[np.int32]
+    fetched: NDArray[np.int32]
+    demanded: NDArray[np.int32]
+
+
 def refine(
-    x: ArrayLike, norm: ArrayLike, order: ArrayLike | None, columns_per_unit: int, cached: ArrayLike, n_fetch: int
-) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]:
-    """Which units of residuals a token of `planes` fetches: the best `n_fetch` that are not cached.
+    x: ArrayLike,
+    norm: ArrayLike,
+    order: ArrayLike | None,
+    columns_per_unit: int,
+    cached: ArrayLike,
+    n_fetch: int,
+    run_cost: float = 0.0,
+) -> Refined:
+    """Which units of residuals a token of `planes` fetches.
 
     A unit scores the error that its residuals remove, the sum over its columns, in the order in which they lie, of
-    (x_j * norm_j)^2, all in fp32; ties go to the lower unit. Fewer are fetched where fewer are not cached.
+    (x_j * norm_j)^2, all in fp32. A read brings a run of neighbours and costs `run_cost` + its units; a token may spend
+    n_fetch * (1 + run_cost), as much as that many reads of one unit. Of sum(scores not cached) - price * cost the best
+    choice is taken, at the lowest price that keeps within this. Where run_cost is 0, or every price gains less, it is
+    the best `n_fetch` units that are not cached, ties to the lower, fewer where fewer are not cached.
 
     Args:
         x: [n] inputs, converted to fp32.
@@ -153,23 +183,86 @@ def refine(
         columns_per_unit: at least 1.
         cached: [n_units] flags.
         n_fetch: units, at least 0.
+        run_cost: what starting a read costs, in the cost of one unit's bytes.
 
     Returns:
-        scores [n_units] fp32; fetched units; demanded units, which the cache's step counts: those fetched, and the
-        cached ones that score at least as well as the worst of them. Units are ascending int32.
+        The units. Demanded are those fetched or cached that are worth a read of their own at the price found; without
+        a price, that score as well as the worst that is fetched.
 
     Raises:
         ConfigError: a NaN score (the message names its unit), or a size out of range.
     """
     values = _of_shape("x", np.ascontiguousarray(x, dtype=np.float32), 1)
-    return _core.refine(
-        values,
-        _of_shape("norm", np.ascontiguousarray(norm, dtype=np.float32), 1),
-        np.arange(len(values), dtype=np.int32) if order is None else _columns("order", order),
-        columns_per_unit,
-        _of_shape("cached", np.ascontiguousarray(cached, dtype=np.bool_), 1),
-        n_fetch,
+    return Refined(
+        *_core.refine(
+            values,
+            _of_shape("norm", np.ascontiguousarray(norm, dtype=np.float32), 1),
+            np.arange(len(values), dtype=np.int32) if order is None else _columns("order", order),
+            columns_per_unit,
+            _of_shape("cached", np.ascontiguousarray(cached, dtype=np.bool_), 1),
+            n_fetch,
+            run_cost,
+        )
     )
+
+
+@dataclass(frozen=True)
+class RefinedTokens:
+    """What each token of a sequence did to a region of `planes`; units, exact.
+
+    Attributes:
+        cached: [T, n_units] bool, held before the token.
+        fetched: [T, n_units] bool, read for it. A token refines what is cached or fetched.
+        demanded, hits: [T] int64, units that the cache's step counted, and those of them that were cached.
+    """
+
+    cached: NDArray[np.bool_]
+    fetched: NDArray[np.bool_]
+    demanded: NDArray[np.int64]
+    hits: NDArray[np.int64]
+
+
+def scan_refine(
+    x: ArrayLike,
+    norm: ArrayLike,
+    order: ArrayLike | None,
+    columns_per_unit: int,
+    cache: ColumnCache,
+    n_fetch: int,
+    run_cost: float = 0.0,
+    counted: bool = True,
+    step: Callable[[NDArray[np.int32]], Any] | None = None,
+) -> RefinedTokens:
+    """Closed loop of `planes` over a sequence: for each token `refine` against the cache as it stands, then a step.
+
+    The one place from which evaluation and simulator choose what is refined.
+
+    Args:
+        x: [T, n] inputs, converted to fp32; signs do not matter.
+        norm, order, columns_per_unit, n_fetch, run_cost: as `refine`.
+        cache: of the region's units; moved and, if `counted`, counted.
+        step: what moves the cache instead of `cache.step`, told the demanded units.
+
+    Raises:
+        ConfigError: as `refine`; a NaN names its token, and the cache holds the state before it.
+    """
+    rows = _of_shape("x", np.ascontiguousarray(x, dtype=np.float32), 2)
+    shape = (len(rows), cache.n_columns)
+    out = RefinedTokens(np.zeros(shape, bool), np.zeros(shape, bool), *np.zeros((2, len(rows)), np.int64))
+    ordered = np.arange(rows.shape[1], dtype=np.int32) if order is None else order
+    for t, row in enumerate(rows):
+        cached = cache.cached
+        try:
+            _, _, fetched, demanded = refine(row, norm, ordered, columns_per_unit, cached, n_fetch, run_cost)
+        except ConfigError as error:
+            raise ConfigError(f"token {t}: {error}") from error
+        out.cached[t], out.fetched[t, fetched] = cached, True
+        out.demanded[t], out.hits[t] = len(demanded), np.count_nonzero(cached[demanded])
+        if step is None:
+            cache.step(demanded, counted)
+        else:
+            step(demanded)
+    return out
 
 
 def next_uses(masks: ArrayLike, n_columns: int) -> NDArray[np.int32]:
@@ -287,9 +380,18 @@ def reference_top_k(scores: ArrayLike, k: int, gamma: float = 1.0, cached: Array
 
 
 def reference_refine(
-    x: ArrayLike, norm: ArrayLike, order: ArrayLike | None, columns_per_unit: int, cached: ArrayLike, n_fetch: int
-) -> tuple[list[np.float32], list[int], list[int]]:
-    """What `refine` must return, by its definition. The oracle of the tests; no checks."""
+    x: ArrayLike,
+    norm: ArrayLike,
+    order: ArrayLike | None,
+    columns_per_unit: int,
+    cached: ArrayLike,
+    n_fetch: int,
+    run_cost: float = 0.0,
+) -> tuple[list[np.float32], list[int], list[int], list[int]]:
+    """What `refine` must return, by its definition: every choice of units is tried. The oracle of the tests.
+
+    No checks; for a run_cost above 0 only of few units.
+    """
     errors: NDArray[np.float32] = np.asarray(x, dtype=np.float32) * np.asarray(norm, dtype=np.float32)
     squares = errors * errors
     if order is not None:
@@ -297,10 +399,23 @@ def reference_refine(
     scores = [sum(squares[i : i + columns_per_unit], np.float32(0)) for i in range(0, len(squares), columns_per_unit)]
     held = [bool(c) for c in np.asarray(cached)]
     absent = sorted((u for u in range(len(scores)) if not held[u]), key=lambda u: (-scores[u], u))
-    fetched = sorted(absent[:n_fetch])
-    worst = min((scores[u] for u in fetched), default=np.float32(np.inf))
-    also = [u for u in range(len(scores)) if fetched and held[u] and scores[u] >= worst]
-    return scores, fetched, sorted(fetched + also)
+    read = fetched = sorted(absent[:n_fetch])
+    least = float(min((scores[u] for u in fetched), default=np.float32(np.inf)))
+    if run_cost > 0 and 0 < n_fetch < len(absent):
+        gains = np.where(held, 0.0, np.array(scores, dtype=np.float64))
+        choices = np.array([[c >> u & 1 for u in range(len(scores))] for c in range(2 ** len(scores))])
+        starts = np.diff(choices, axis=1, prepend=0) == 1
+        cost, gain = choices.sum(1) + run_cost * starts.sum(1), choices @ gains
+        low, high = least / (1 + run_cost) / 64, least / (1 + run_cost) * 64
+        for _ in range(12):
+            price = math.sqrt(low * high)
+            best = int(np.argmax(gain - price * cost))
+            low, high = (low, price) if cost[best] <= n_fetch * (1 + run_cost) else (price, high)
+            if high == price and gain[best] >= sum(gains[fetched]):
+                read, least = np.flatnonzero(choices[best]).tolist(), price * (1 + run_cost)
+        fetched = [u for u in read if not held[u]]
+    demanded = [u for u in range(len(scores)) if fetched and (held[u] or u in fetched) and scores[u] >= least]
+    return scores, read, fetched, demanded
 
 
 # Belady's values are minus the next use: the nearer, the better. Worse than any: it never comes; nobody has told it.

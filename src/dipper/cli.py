@@ -24,6 +24,33 @@ from typer.core import TyperGroup
 
 from dipper import __version__
 from dipper.errors import ConfigError, DipperError
+from dipper.options import (
+    ENGINE,
+    ENGINE_BUT_METHOD,
+    LOGGED,
+    SAMPLED,
+    STUDENT,
+    SWEPT,
+    TORCH,
+    TRAINED,
+    WORKLOAD,
+    Bundle,
+    Cold,
+    Ctx,
+    Debug,
+    Dram,
+    Given,
+    Json,
+    MlpDram,
+    NewTokens,
+    NoProbe,
+    Stop,
+    System,
+    Threads,
+    listed,
+    numbers,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from dipper.bench import BenchCase
@@ -61,75 +88,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-
-# ------------------------------------------------------------------------------------------------ options
-
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle made by `dipper pack`.", show_default=False)]
-Method = Annotated[
-    str | None,
-    typer.Option(help="auto, dense-resident, dense-stream, dip, dip-ca or planes (default auto).", metavar="NAME"),
-]
-Density = Annotated[float | None, typer.Option(help="Share of MLP columns used, in (0, 1] (default 0.7).", metavar="D")]
-DIn = Annotated[float | None, typer.Option("--d-in", help="Share of input columns; with --d-glu.", metavar="D")]
-DGlu = Annotated[float | None, typer.Option("--d-glu", help="Share of GLU columns; with --d-in.", metavar="D")]
-Fetch = Annotated[
-    float | None,
-    typer.Option(help="planes: share of the residuals that a token reads, in [0, 1] (default 0.1).", metavar="F"),
-]
-FetchGlu = Annotated[
-    float | None, typer.Option("--fetch-glu", help="planes: the same of GLU columns (default --fetch).", metavar="F")
-]
-Whole = Annotated[
-    str | None,
-    typer.Option(help="planes: layers used whole, the most sensitive first: 27,2,26.", metavar="LAYER,..."),
-]
-Gamma = Annotated[
-    float | None, typer.Option(help="dip-ca: weight of columns not cached, in (0, 1] (default 0.5).", metavar="G")
-]
-Cache = Annotated[
-    str | None, typer.Option(help="Column cache: lru, lfu, lfu-decay or static (default lfu).", metavar="NAME")
-]
-Dram = Annotated[
-    str | None, typer.Option(help="DRAM of the whole process: 600MB, or 60% of the bundle's bytes.", metavar="SIZE")
-]
-MlpDram = Annotated[
-    str | None,
-    typer.Option(help="DRAM of the MLP alone: 2.7b (bits per MLP weight), or 60% of its bytes.", metavar="SIZE"),
-]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(help="Densities by layer, score factors and means from `dipper calibrate`.", metavar="FILE"),
-]
-Threads = Annotated[int | None, typer.Option(help="Compute threads (default: all cores).", metavar="N")]
-Reader = Annotated[str | None, typer.Option(help="auto, io_uring or pread (default auto).", metavar="NAME")]
-Isa = Annotated[
-    str | None, typer.Option(help="Kernels: auto, scalar, avx2, avx512 or neon (default auto).", metavar="NAME")
-]
-Kv = Annotated[str | None, typer.Option(help="Keys and values: f32, f16 or int8 (default f16).", metavar="NAME")]
-Cold = Annotated[bool, typer.Option("--cold", help="The prompt does not warm the column cache.")]
-Trace = Annotated[
-    Path | None, typer.Option(help="Write masks, hits and reads by token and region to FILE.", metavar="FILE")
-]
-Ctx = Annotated[int | None, typer.Option("--ctx", help="Positions of the KV cache.", metavar="N")]
-NewTokens = Annotated[int, typer.Option("-n", "--n-tokens", help="New tokens at most.", metavar="N")]
-Seed = Annotated[int, typer.Option(help="Of the sampler.", metavar="N")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", metavar="T")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Keep the K most likely tokens.", metavar="K")]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Then the fewest tokens that hold this probability.", metavar="P")
-]
-MinP = Annotated[
-    float | None, typer.Option("--min-p", help="Then those at least P times as likely as the best.", metavar="P")
-]
-Stop = Annotated[list[str] | None, typer.Option(help="End the text at this string; may be repeated.", metavar="TEXT")]
-System = Annotated[str | None, typer.Option(help="System message of the chat template.", metavar="TEXT")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-NoProbe = Annotated[
-    bool, typer.Option("--no-probe", help="Do not read the disk afterwards to compare with what it can give.")
-]
-# Read from argv by main(), which is also there when parsing itself fails.
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -226,10 +184,36 @@ def pack(
 
 
 def _base_bits(text: str) -> int | tuple[int, int]:
-    parts = _listed("--base-bits", text)
+    bits = _one_or_two("--base-bits", text)
+    return bits[0] if len(bits) == 1 else (bits[0], bits[1])
+
+
+def _one_or_two(name: str, text: str) -> list[int]:
+    parts = listed(name, text)
     if not all(part.isdecimal() for part in parts) or len(parts) > 2:
-        raise ConfigError(f"--base-bits {text}: write a number such as 2, or two, of input and GLU columns: 2,3.")
-    return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+        raise ConfigError(f"{name} {text}: write a number such as 2, or two, of input and GLU columns: 2,3.")
+    return [int(part) for part in parts]
+
+
+def _two_bits(name: str, text: str | None) -> tuple[int, int] | None:
+    """Bits of input and of GLU columns; one number is both."""
+    if text is None:
+        return None
+    bits = _one_or_two(name, text)
+    return bits[0], bits[-1]
+
+
+def _split_bits(options: dict[str, Any]) -> dict[str, Any]:
+    """Base bits and units of `planes` out of their texts."""
+    return {
+        "base_bits": _two_bits("--base-bits", options["base_bits"]), "unit_bytes": _bytes(options["unit_bytes"]),
+    }  # fmt: skip
+
+
+def _bytes(text: str | None) -> int | None:
+    from dipper.budget import parse_bytes
+
+    return None if text is None else parse_bytes(text, 0)
 
 
 def _split_options(base_bits: int | tuple[int, int], unit_bytes: str | None, energies: Path | None) -> dict[str, Any]:
@@ -239,9 +223,7 @@ def _split_options(base_bits: int | tuple[int, int], unit_bytes: str | None, ene
         raise ConfigError(f"{given[0]} is about residuals, and --base-bits is 0: give base bits, or drop it")
     options: dict[str, Any] = {"base_bits": base_bits}
     if unit_bytes is not None:
-        from dipper.budget import parse_bytes
-
-        options["unit_bytes"] = parse_bytes(unit_bytes, 0)
+        options["unit_bytes"] = _bytes(unit_bytes)
     if energies is not None:
         from dipper.calibration import read_energies
 
@@ -280,66 +262,90 @@ def energies(
 
 
 @app.command()
+def sensitivity(
+    bundle: Bundle,
+    text: Annotated[Path, typer.Option("--text", help="A text like those the model will see.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write (.json).", metavar="FILE")],
+    tokens: Annotated[int, typer.Option(help="Use at most N positions.", metavar="N")] = 2048,
+    window: Annotated[int, typer.Option(help="Positions of a window.", metavar="N")] = 256,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Measure what each region of a split bundle loses at its base alone: the order for --whole FILE:N.
+
+    All of the model is in DRAM, and the text is scored once for every region.
+
+    \b
+    Examples:
+      dipper sensitivity model-planes.dipper --text wiki.valid.raw -o order.json
+      dipper run model-planes.dipper "Hello" --method planes --mlp-dram 3.6b --whole order.json:3
+    """
+    from dipper.files import check_target, write_json
+    from dipper.sensitivity import measure_sensitivity
+
+    check_target(out)
+    _check_context(bundle, f"--window {window}", window, "a smaller one")
+    progress = lambda done, total, found: _say(f"{done}/{total} {found}")  # noqa: E731
+    found = measure_sensitivity(bundle, text, window=window, limit=tokens, threads=threads, progress=progress)
+    write_json(out, found)
+    print(out)
+
+
+@app.command()
+@with_options(engine=ENGINE)
 def inspect(
     bundle: Bundle,
+    *,
+    engine: Given,
+    ctx: Ctx = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not read every byte for the checksums.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show a bundle's model, sizes and columns, and check every byte of it.
+    """Show a bundle's model, sizes and columns, and check every byte of it; with options of a run also its DRAM plan.
 
     \b
     Examples:
       dipper inspect smollm2.dipper
+      dipper inspect smollm2.dipper --method dip --dram 200MB --no-verify
     """
     from dipper.bundle import Bundle as BundleFile
+    from dipper.engine import settle
     from dipper.tables import inspect_table
 
     opened = BundleFile.open(bundle)
+    planned = ctx is not None or any(value is not None for value in engine.values())
+    run = settle(opened, _config(**engine, context=ctx)) if planned else None
     if not no_verify:
         opened.verify()
     description = opened.describe()
     if as_json:
-        print(json.dumps({**description, "verified": not no_verify}))
-    else:
-        print(inspect_table(description, not no_verify))
+        told = {} if run is None else {"plan": {"method": run.config.method, "why": run.why, **run.plan.as_dict()}}
+        print(json.dumps({**description, "verified": not no_verify, **told}))
+        return
+    print(inspect_table(description, not no_verify))
+    if run is not None:
+        why = f" ({run.why})" if run.why else ""
+        print("\n".join(["", f"method: {run.config.method}{why}", *run.plan.lines()]))
 
 
 # ------------------------------------------------------------------------------------------------ run
 
 
 @app.command()
+@with_options(engine=ENGINE, logged=LOGGED, sampled=SAMPLED)
 def run(
     bundle: Bundle,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask; - reads it from stdin.")],
-    method: Method = None,
-    density: Density = None,
-    d_in: DIn = None,
-    d_glu: DGlu = None,
-    fetch: Fetch = None,
-    fetch_glu: FetchGlu = None,
-    whole: Whole = None,
-    gamma: Gamma = None,
-    cache: Cache = None,
-    calibration: Calibration = None,
-    dram: Dram = None,
-    mlp_dram: MlpDram = None,
-    threads: Threads = None,
-    reader: Reader = None,
-    isa: Isa = None,
-    kv: Kv = None,
+    *,
+    engine: Given,
     ctx: Ctx = None,
     plan: Annotated[
         str | None, typer.Option(help="Settings of `dipper plan --out FILE`, or auto: plan now.", metavar="FILE|auto")
     ] = None,
-    cold: Cold = False,
-    trace: Trace = None,
+    logged: Given,
     n_tokens: NewTokens = 128,
-    seed: Seed = 0,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
+    sampled: Given,
     stop: Stop = None,
     raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt as it is, without chat template.")] = False,
     system: System = None,
@@ -359,7 +365,7 @@ def run(
     from dipper.bundle import Bundle as BundleFile
     from dipper.generate import stream_generate
 
-    sampling = _sampling(temperature, top_k, top_p, min_p, seed)
+    sampling = _sampling(**sampled)
     tokenizer = _open_tokenizer(bundle)
     tokens = _prompt_tokens(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw, system=system)
     opened = BundleFile.open(bundle)
@@ -367,17 +373,12 @@ def run(
         opened.verify()
     if ctx is None:
         n_tokens = _fitting(len(tokens), n_tokens, opened.model.max_context)
-    options: dict[str, Any] = {
-        "method": method, "density": density, "d_in": d_in, "d_glu": d_glu, "fetch": fetch,
-        "fetch_glu": fetch_glu, "whole": _layers(whole), "gamma": gamma, "cache": cache,
-        "calibration": calibration, "dram": dram, "mlp_dram": mlp_dram, "threads": threads, "reader": reader,
-        "isa": isa, "kv": kv, "cold": cold or None, "trace": trace,
-    }  # fmt: skip
+    options = {**engine, **logged}
     if plan is not None:
         options |= _planned(plan, bundle, options)
     options["context"] = ctx if ctx is not None else min(len(tokens) + max(n_tokens, 1), opened.model.max_context)
-    with _open_engine(bundle, _config(**options)) as engine:
-        steps = stream_generate(engine, tokenizer, tokens, max_new_tokens=n_tokens, sampling=sampling, stop=stop or ())
+    with _open_engine(bundle, _config(**options)) as loaded:
+        steps = stream_generate(loaded, tokenizer, tokens, max_new_tokens=n_tokens, sampling=sampling, stop=stop or ())
         record = _print_steps(steps)
     _report_run(bundle, record, probe=not no_probe, as_json=as_json)
 
@@ -430,33 +431,15 @@ def _report_run(bundle: Path, record: RunRecord, *, probe: bool, as_json: bool) 
 
 
 @app.command()
+@with_options(engine=ENGINE, logged=LOGGED, sampled=SAMPLED)
 def chat(
     bundle: Bundle,
-    method: Method = None,
-    density: Density = None,
-    d_in: DIn = None,
-    d_glu: DGlu = None,
-    fetch: Fetch = None,
-    fetch_glu: FetchGlu = None,
-    whole: Whole = None,
-    gamma: Gamma = None,
-    cache: Cache = None,
-    calibration: Calibration = None,
-    dram: Dram = None,
-    mlp_dram: MlpDram = None,
-    threads: Threads = None,
-    reader: Reader = None,
-    isa: Isa = None,
-    kv: Kv = None,
+    *,
+    engine: Given,
     ctx: Ctx = 2048,
-    cold: Cold = False,
-    trace: Trace = None,
+    logged: Given,
     n_tokens: NewTokens = 512,
-    seed: Seed = 0,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
+    sampled: Given,
     stop: Stop = None,
     system: System = None,
     debug: Debug = False,
@@ -469,17 +452,10 @@ def chat(
     """
     from dipper.chat import Conversation
 
-    sampling = _sampling(temperature, top_k, top_p, min_p, seed)
+    sampling = _sampling(**sampled)
     tokenizer = _open_tokenizer(bundle)
-    config = _config(
-        method=method, density=density, d_in=d_in, d_glu=d_glu, fetch=fetch, fetch_glu=fetch_glu,
-        whole=_layers(whole),
-        gamma=gamma, cache=cache, calibration=calibration,
-        dram=dram, mlp_dram=mlp_dram, threads=threads, reader=reader, isa=isa, kv=kv, cold=cold or None, trace=trace,
-        context=ctx,
-    )  # fmt: skip
-    with _open_engine(bundle, config) as engine:
-        conversation = Conversation(engine, tokenizer, system=system)
+    with _open_engine(bundle, _config(**engine, **logged, context=ctx)) as opened:
+        conversation = Conversation(opened, tokenizer, system=system)
         _say("/reset starts a new conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer.")
         while (line := _read_line()) is not None:
             if line == "/quit":
@@ -532,6 +508,7 @@ def _turn(conversation: Any, line: str, **options: Any) -> None:
 
 
 @app.command("eval")
+@with_options(options=ENGINE_BUT_METHOD, torch=TORCH)
 def evaluate(
     source: Annotated[
         str,
@@ -539,6 +516,7 @@ def evaluate(
             metavar="SOURCE", help="A bundle, a GGUF file, a Hugging Face folder, or a name `dipper pull` knows."
         ),
     ],
+    *,
     text: Annotated[Path | None, typer.Option("--text", help="The text to score, UTF-8.", metavar="FILE")] = None,
     tasks: Annotated[str | None, typer.Option(help="Or tasks to answer, with commas (PyTorch).", metavar="A,B")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files.", metavar="DIR")] = None,
@@ -569,44 +547,8 @@ def evaluate(
             help="Native: as for `dipper run`; PyTorch: any of `dipper.methods` (default of both: dip).", metavar="NAME"
         ),
     ] = None,
-    density: Density = None,
-    d_in: DIn = None,
-    d_glu: DGlu = None,
-    fetch: Fetch = None,
-    fetch_glu: FetchGlu = None,
-    whole: Whole = None,
-    gamma: Gamma = None,
-    cache: Cache = None,
-    calibration: Calibration = None,
-    select: Annotated[
-        str | None, typer.Option(help="PyTorch: topk, threshold or topp (default: the method's).", metavar="HOW")
-    ] = None,
-    norms: Annotated[bool, typer.Option("--norms", help="PyTorch: dip ranks |x| times the column's norm.")] = False,
-    compensate: Annotated[
-        bool, typer.Option("--compensate", help="PyTorch: a dropped column contributes its mean.")
-    ] = False,
-    capacity: Annotated[
-        float | None, typer.Option(help="PyTorch: simulate caches of this share of the columns.", metavar="C")
-    ] = None,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="PyTorch: a text for methods that must see some.", metavar="FILE")
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="PyTorch: an adapter of `dipper distill`, kept apart.", metavar="DIR")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="PyTorch: cpu, cuda or cuda:1 (default cpu).", metavar="NAME")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="PyTorch: fp32, bf16 or fp16 (default fp32).", metavar="NAME")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="PyTorch: sequences at once (default 1).", metavar="N")] = None,
-    dram: Dram = None,
-    mlp_dram: MlpDram = None,
-    threads: Threads = None,
-    reader: Reader = None,
-    isa: Isa = None,
-    kv: Kv = None,
+    options: Given,
+    torch: Given,
     out: Annotated[
         Path | None, typer.Option(help="Keep the result here; an interrupted run continues from it.", metavar="FILE")
     ] = None,
@@ -625,39 +567,35 @@ def evaluate(
       dipper eval smollm2.dipper --text wiki.test.raw --tokens 32768
       dipper eval smollm2.dipper --text wiki.test.raw --method dip --density 0.6 --against dense
       dipper eval smollm2 --text wiki.test.raw --method up --density 0.7 --kl --device cuda --out up.json
+      dipper eval smollm2 --text wiki.test.raw --torch --method planes --base-bits 2,3 --fetch 0.2 --kl
       dipper eval smollm2 --tasks arc_easy,piqa --data eval --limit 500 --method dip --density 0.5
     """
     if (text is None) == (tasks is None):
         raise ConfigError("give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR.")
-    common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
-    files = {"calibration": calibration}
-    native = {
-        "fetch": fetch, "fetch_glu": fetch_glu, "whole": _layers(whole), "dram": dram, "mlp_dram": mlp_dram,
-        "threads": threads, "reader": reader, "isa": isa, "kv": kv,
-    }  # fmt: skip
-    torch_method = {
-        "select": select, "norms": norms or None, "compensate": compensate or None, "capacity": capacity,
-    }  # fmt: skip
-    torch_run = {
-        "calibration_text": calibration_text, "adapter": adapter, "device": device, "dtype": dtype, "batch": batch,
-    }  # fmt: skip
+    common = {
+        name: options[name] for name in ("density", "d_in", "d_glu", "gamma", "cache", "fetch", "fetch_glu", "whole")
+    }
+    files = {"calibration": options["calibration"]}
+    native = {name: value for name, value in options.items() if name not in (*common, *files)}
+    torch_run = {name: torch.pop(name) for name in ("calibration_text", "adapter", "device", "dtype", "batch")}
+    torch_method = {**torch, **_split_bits(torch), "bits": _two_bits("--bits", torch["bits"])}
     torch_only = {**torch_method, **torch_run, "kl": kl or None, "tasks": tasks}
     scoring = {"window": window, "limit": tokens, "rows_joined": wikitext, "seed": seed or 0, "out": out}
     if _on_engine(source, method, engine, torch_only):
         assert text is not None, "tasks are for PyTorch"
         _refuse(torch_only, "on the native engine", "use --torch")
-        _eval_native(Path(source), text, method, {**common, **files, **native}, against, scoring, as_json)
+        _eval_native(Path(source), text, method, options, against, scoring, as_json)
         return
     _refuse(native, "in PyTorch", "use --engine")
     if against not in (None, "dense"):
         raise ConfigError(f"--against {against} is for the native engine; in PyTorch it is --against dense.")
-    options = _torch_method(method or "dip", {**common, **torch_method})
+    chosen = _torch_method(method or "dip", {**common, **torch_method})
     torch_run |= files
     if text is not None:
-        _eval_torch(source, text, options, torch_run, {**scoring, "kl": kl or against is not None}, as_json)
+        _eval_torch(source, text, chosen, torch_run, {**scoring, "kl": kl or against is not None}, as_json)
     else:
         asked = {"limit": limit, "seed": seed, "shots": shots, "out": out}
-        _eval_tasks(source, str(tasks).split(","), data, options, torch_run, asked, as_json)
+        _eval_tasks(source, str(tasks).split(","), data, chosen, torch_run, asked, as_json)
 
 
 def _on_engine(source: str, method: str | None, asked: bool | None, torch_only: dict[str, Any]) -> bool:
@@ -710,13 +648,17 @@ def _eval_native(
 
 def _torch_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of a `MethodConfig`, those that were given."""
+    from dipper.budget import DEFAULT_FETCH
+
     given = {name: value for name, value in options.items() if value is not None}
     d_in, d_glu = given.pop("d_in", None), given.pop("d_glu", None)
     if (d_in is None) != (d_glu is None):
         raise ConfigError("d_in and d_glu go together: give both or neither")
     if d_in is not None:
         given |= {"densities": (d_in, d_glu), "density": (2 * d_in + d_glu) / 3}
-    elif method != "dense":
+    elif method == "planes" and not {"density", "fetch"} & set(given):
+        given["fetch"] = DEFAULT_FETCH
+    elif method not in ("dense", "planes", "resident"):
         given.setdefault("density", 0.7)
     return {"name": method, **given}
 
@@ -824,7 +766,9 @@ def calibrate(
 
 
 @app.command()
+@with_options(options=STUDENT, train=TRAINED)
 def distill(
+    *,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Bundle, GGUF file, Hugging Face folder, or name.")],
     text: Annotated[
         list[Path], typer.Option(help="Text to train on (UTF-8, or .jsonl rows); may be repeated.", metavar="FILE")
@@ -836,43 +780,11 @@ def distill(
         Path | None, typer.Option(help="Text to judge by (default: a twentieth of the windows).", metavar="FILE")
     ] = None,
     method: Annotated[str, typer.Option(help="Rule that is compensated, of `dipper.methods`.", metavar="NAME")] = "dip",
-    density: Density = None,
-    d_in: DIn = None,
-    d_glu: DGlu = None,
-    gamma: Gamma = None,
-    cache: Cache = None,
-    calibration: Calibration = None,
-    norms: Annotated[bool, typer.Option("--norms", help="dip ranks |x| times the column's norm.")] = False,
-    capacity: Annotated[
-        float | None, typer.Option(help="Simulate caches of this share of the columns (dip-ca).", metavar="C")
-    ] = None,
-    densities: Annotated[
-        str | None, typer.Option(help="Draw the density anew each step: lowest,highest.", metavar="D,D")
-    ] = None,
-    anneal: Annotated[float, typer.Option(help="Share of the steps in which the density falls from 1.")] = 0.0,
-    target: Annotated[
-        str, typer.Option(help="logits, layers (one layer's memory), or text (no teacher).", metavar="NAME")
-    ] = "logits",
-    rank: Annotated[int, typer.Option(help="Of LoRA.", metavar="R")] = 32,
-    int4: Annotated[bool, typer.Option("--int4", help="Train for a bundle of 4 bits: weights are rounded.")] = False,
-    straight_through: Annotated[
-        bool, typer.Option("--straight-through", help="The gradient passes masks as if nothing were dropped.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="Of both distributions.", metavar="T")] = 1.0,
-    hidden_weight: Annotated[float, typer.Option(help="Of the last hidden state's error.", metavar="W")] = 0.0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.", metavar="N")] = 400,
-    batch: Annotated[int, typer.Option(help="Windows of a step, over all processes.", metavar="N")] = 16,
-    micro_batch: Annotated[int | None, typer.Option(help="Windows at once (default: all).", metavar="N")] = None,
+    options: Given,
+    train: Given,
     window: Annotated[int, typer.Option(help="Positions of a window.", metavar="N")] = 512,
-    lr: Annotated[float, typer.Option(help="Peak of the learning rate.", metavar="R")] = 1e-3,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Gradient checkpointing: less memory.")] = False,
-    eval_every: Annotated[int, typer.Option(help="Steps between judgements on held-out text.", metavar="N")] = 50,
-    patience: Annotated[int, typer.Option(help="Judgements without improvement that end it.", metavar="N")] = 4,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", metavar="N")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the adapter, the windows and the densities.", metavar="N")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     device: Annotated[str, typer.Option(help="Of PyTorch: cpu, cuda, ...", metavar="NAME")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="bf16 or fp32.", metavar="NAME")] = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -891,21 +803,17 @@ def distill(
     from dipper.methods import MethodConfig
     from dipper.records import json_line
 
-    common = {"density": density, "d_in": d_in, "d_glu": d_glu, "gamma": gamma, "cache": cache}
-    options = _torch_method(method, {**common, "norms": norms or None, "capacity": capacity})
-    span = _numbers("--densities", densities)
-    if densities is not None and len(span) != 2:
-        raise ConfigError(f"--densities is {densities}; give the lowest and the highest, as 0.5,0.7")
-    config = DistillConfig(
-        method=MethodConfig(**options), rank=rank, target=target, temperature=temperature, hidden_weight=hidden_weight,
-        straight_through=straight_through, densities=(span[0], span[1]) if span else None, anneal=anneal,
-        snap_int4=int4, steps=steps, batch=batch, micro_batch=micro_batch, lr=lr, dtype=dtype, recompute=recompute,
-        seed=seed, eval_every=eval_every, patience=patience, save_every=save_every,
-    )  # fmt: skip
-    with _training_bar(steps) as report:
+    files = {"calibration": options.pop("calibration")}
+    student = _torch_method(method, {**options, **_split_bits(options)})
+    span = numbers("--densities", train.pop("densities"))
+    if span and len(span) != 2:
+        raise ConfigError("--densities are the lowest and the highest, as 0.5,0.7")
+    given = {name: value for name, value in train.items() if value is not None}
+    config = DistillConfig(method=MethodConfig(**student), densities=(span[0], span[1]) if span else None, **given)
+    with _training_bar(config.steps) as report:
         result = distill_source(
-            source, text, out, config, held_out=held_out, window=window, device=device, calibration=calibration,
-            resume=resume, progress=report,
+            source, text, out, config, held_out=held_out, window=window, device=device, resume=resume, progress=report,
+            **files,
         )  # fmt: skip
     first, best = result.held_out[0], result.best
     if as_json:
@@ -1000,8 +908,10 @@ def compare(
 
 
 @app.command()
+@with_options(engine=ENGINE_BUT_METHOD)
 def bench(
     bundle: Bundle,
+    *,
     modes: Annotated[
         str, typer.Option(help="Methods, with commas.", metavar="A,B,...")
     ] = "dense-resident,dense-stream,dip,dip-ca",
@@ -1014,21 +924,7 @@ def bench(
     text: Annotated[
         Path | None, typer.Option(help="Text the prompt is cut from (default: one of dipper's own).", metavar="FILE")
     ] = None,
-    density: Density = None,
-    d_in: DIn = None,
-    d_glu: DGlu = None,
-    fetch: Fetch = None,
-    fetch_glu: FetchGlu = None,
-    whole: Whole = None,
-    gamma: Gamma = None,
-    cache: Cache = None,
-    calibration: Calibration = None,
-    dram: Dram = None,
-    mlp_dram: MlpDram = None,
-    threads: Threads = None,
-    reader: Reader = None,
-    isa: Isa = None,
-    kv: Kv = None,
+    engine: Given,
     cold: Cold = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -1069,12 +965,9 @@ def bench(
 
     if ledger and n_tokens < 2:
         raise ConfigError(f"-n {n_tokens} decodes nothing after the first new token: --ledger needs at least -n 2.")
-    options = {
-        "density": density, "d_in": d_in, "d_glu": d_glu, "fetch": fetch,
-        "fetch_glu": fetch_glu, "whole": _layers(whole), "gamma": gamma, "cache": cache,
-        "calibration": None if calibration is None else str(calibration), "dram": dram, "mlp_dram": mlp_dram,
-        "threads": threads, "reader": reader, "isa": isa, "kv": kv, "cold": cold or None,
-    }  # fmt: skip
+    options = {**engine, "cold": cold or None}
+    if options["calibration"] is not None:
+        options["calibration"] = str(options["calibration"])
     measured = {"n_prompt": n_prompt, "n_gen": n_tokens, "text": str(text) if text else None, "ledger": ledger}
     cases = [_bench_case(bundle, mode.strip(), options, **measured) for mode in modes.split(",")]
     _check_context(bundle, f"-p {n_prompt} -n {n_tokens}", n_prompt + n_tokens, "less of either")
@@ -1143,60 +1036,19 @@ def doctor(
 
 
 @app.command()
+@with_options(swept=SWEPT, work=WORKLOAD)
 def simulate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A bundle, or a model whose shape is known (phi-3-medium, ...).")
     ],
+    *,
     device: Annotated[
         str,
         typer.Option(help="Profiles, with commas: names that come with dipper, files, or this-machine.", metavar="A,B"),
     ] = "snapdragon-8-gen-3",
-    method: Annotated[str, typer.Option(help="Methods, with commas.", metavar="A,B")] = "dense-stream,dip,dip-ca",
-    density: Annotated[str, typer.Option(help="Densities, with commas.", metavar="D,...")] = "0.7",
-    d_in: DIn = None,
-    d_glu: DGlu = None,
-    gamma: Annotated[str, typer.Option(help="dip-ca: gammas, with commas.", metavar="G,...")] = "0.5",
-    cache: Annotated[
-        str, typer.Option(help="Of none, lru, lfu, lfu-decay, static, belady; with commas.", metavar="A,B")
-    ] = "lfu",
-    dram: Annotated[
-        str | None, typer.Option(help="DRAM of the whole process, with commas: 4GB,6GB or 60%.", metavar="SIZES")
-    ] = None,
-    mlp_dram: Annotated[
-        str | None, typer.Option(help="DRAM of the MLP alone, with commas: 2.7b or 60%.", metavar="SIZES")
-    ] = None,
-    capacity: Annotated[
-        str | None, typer.Option(help="Instead: shares of the columns cached, with commas.", metavar="C,...")
-    ] = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            help="Of the slots over regions: uniform, miss-curve, or a file of weights; with commas.", metavar="A,B"
-        ),
-    ] = "uniform",
-    host: Annotated[
-        str | None, typer.Option(help="DRAM of the process before any weight (a shape alone: 0).", metavar="SIZE")
-    ] = None,
-    cold: Cold = False,
-    trace: Annotated[
-        Path | None, typer.Option(help="Masks of this trace (`dipper run --trace`, gamma 1).", metavar="FILE")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text the model reads (default: one of dipper's own).", metavar="FILE")
-    ] = None,
-    generated: Annotated[bool, typer.Option("--generated", help="Generated scores even for a real model.")] = False,
-    variant: Annotated[
-        str | None, typer.Option(help="Generated scores as this one model has them, for a band.", metavar="NAME")
-    ] = None,
-    bits: Annotated[int | None, typer.Option(help="Of the MLP, for a shape: 4 or 8 (default 4).", metavar="N")] = None,
-    other_bits: Annotated[
-        int | None, typer.Option(help="Of attention and head, for a shape (default 8).", metavar="N")
-    ] = None,
-    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Prompt tokens.", metavar="N")] = 128,
-    n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens after it.", metavar="N")] = 256,
+    swept: Given,
+    work: Given,
     ctx: Ctx = None,
-    threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="Of generated scores.", metavar="N")] = 0,
     figure: Annotated[
         Path | None, typer.Option(help="Draw speed against DRAM and time by part: .svg, .png, .pdf.", metavar="FILE")
     ] = None,
@@ -1213,25 +1065,34 @@ def simulate(
       dipper simulate smollm2.dipper --device raspberry-pi-5,phone-ufs-3.1 --mlp-dram 40%,60% --density 0.5,0.7
       dipper simulate smollm2.dipper --method dip --cache none,lru,lfu,belady --capacity 0.25,0.5,0.75
       dipper simulate phi-3-medium --device paper-phone --dram 4GB,5GB,6GB --figure phi.svg
+      dipper simulate phi-3-medium --base-bits 2,3 --method dense-stream,planes --fetch 0.1,0.3 --mlp-dram 3.6b
     """
+    from dipper.budget import DEFAULT_FETCH
     from dipper.figures import check_figure
     from dipper.records import json_line
     from dipper.sweep import Sweep, draw_sweep, open_model, open_workload, run_sweep
     from dipper.tables import sim_table
 
     check_figure(figure)
+    if "planes" not in listed("--method", swept["method"]):
+        about = {name: swept[name] for name in ("fetch", "fetch_glu", "whole")}
+        _refuse(about, f"with {swept['method']}", "add planes to --method")
     sweep = Sweep(
-        methods=_listed("--method", method), densities=_numbers("--density", density), d_in=d_in, d_glu=d_glu,
-        gammas=_numbers("--gamma", gamma), caches=_listed("--cache", cache),
-        dram=_listed("--dram", dram) or (None,), mlp_dram=_listed("--mlp-dram", mlp_dram) or (None,),
-        capacity=_numbers("--capacity", capacity), splits=_listed("--split", split), cold=cold, host=host,
+        methods=listed("--method", swept["method"]), densities=numbers("--density", swept["density"]),
+        d_in=swept["d_in"], d_glu=swept["d_glu"], fetches=numbers("--fetch", swept["fetch"]) or (DEFAULT_FETCH,),
+        fetch_glu=swept["fetch_glu"], whole=swept["whole"] or (), gammas=numbers("--gamma", swept["gamma"]),
+        caches=listed("--cache", swept["cache"]), dram=listed("--dram", swept["dram"]) or (None,),
+        mlp_dram=listed("--mlp-dram", swept["mlp_dram"]) or (None,),
+        capacity=numbers("--capacity", swept["capacity"]), splits=listed("--split", swept["split"]),
+        cold=bool(swept["cold"]), host=swept["host"],
     )  # fmt: skip
-    bundle = open_model(model, bits=bits, other_bits=other_bits)
-    devices = [_device(name, bundle) for name in _listed("--device", device)]
-    workload = open_workload(
-        bundle, n_prompt=n_prompt, n_tokens=n_tokens, trace=trace, text=text, generated=generated, variant=variant,
-        seed=seed, threads=threads,
+    base_bits, unit_bytes = work.pop("base_bits"), work.pop("unit_bytes")
+    bundle = open_model(
+        model, bits=work.pop("bits"), other_bits=work.pop("other_bits"),
+        base_bits=None if base_bits is None else _base_bits(base_bits), unit_bytes=_bytes(unit_bytes),
     )  # fmt: skip
+    devices = [_device(name, bundle) for name in listed("--device", device)]
+    workload = open_workload(bundle, **{**work, "generated": bool(work["generated"])})
     records = run_sweep(bundle, workload, sweep, devices, context=ctx, on_skip=lambda why: _say(f"left out: {why}"))
     if figure is not None:
         draw_sweep(records, figure)
@@ -1356,34 +1217,6 @@ def _planned(plan: str, bundle: Path, given: dict[str, Any]) -> dict[str, Any]:
         return load_config(kept, BundleFile.open(bundle))
 
 
-def _listed(option: str, text: str | None) -> tuple[str, ...]:
-    """The parts of a list with commas."""
-    if text is None:
-        return ()
-    parts = tuple(part.strip() for part in text.split(","))
-    if not all(parts):
-        raise ConfigError(f"{option} {text} has an empty part: separate values with single commas.")
-    return parts
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    """The layers of --whole."""
-    if text is None:
-        return None
-    parts = _listed("--whole", text)
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--whole {text} is not a list of layers: write 27,2,26.")
-    return tuple(int(part) for part in parts)
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...]:
-    """A list of numbers with commas."""
-    try:
-        return tuple(float(part) for part in _listed(option, text))
-    except ValueError:
-        raise ConfigError(f"{option} {text} is not a list of numbers: write 0.5,0.7.") from None
-
-
 # ------------------------------------------------------------------------------------------------ what verbs share
 
 # Options that act with some methods only. Elsewhere they would be dropped in silence, so giving them is an error.
@@ -1393,6 +1226,9 @@ _ACTS_WITH = {
     "d_glu": ("dip", "dip-ca"),
     "fetch": ("planes",),
     "fetch_glu": ("planes",),
+    "read_cost": ("planes",),
+    "io_budget": ("planes",),
+    "device_profile": ("auto", "planes"),
     "whole": ("planes",),
     "cache": ("dip", "dip-ca", "planes"),
     "calibration": ("dip", "dip-ca"),

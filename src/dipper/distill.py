@@ -43,6 +43,7 @@ from dipper.figures import panels
 from dipper.files import whole_file, write_json
 from dipper.methods import METHODS, MethodConfig
 from dipper.sparsify import Sparsified, sparsify_
+from dipper.split_weights import Splits
 from dipper.torch_model import LoadedModel, load_model
 
 try:
@@ -237,8 +238,11 @@ def distill(
     try:
         if config.snap_int4:
             adapter.snap_to_int4()
+        splits = Splits(loaded.codes) if config.method.name == "planes" else None
         with (
-            sparsify_(loaded.model, config.method, calibration=calibration, fitted=fitted, adapter=adapter) as sparse,
+            sparsify_(
+                loaded.model, config.method, calibration=calibration, fitted=fitted, adapter=adapter, splits=splits
+            ) as sparse,
             _memory_advice(config),
         ):
             run = _Run(loaded, sparse, adapter, config, Path(out) if out is not None else None)

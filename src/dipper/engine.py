@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core
-from .auto import choose
+from .auto import choose, named_layers
 from .budget import (
     METHODS,
     EngineConfig,
@@ -52,7 +52,7 @@ from .bundle import Bundle
 from .calibration import Calibration
 from .errors import BundleError, ConfigError
 
-__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan"]
+__all__ = ["METHODS", "Counters", "Engine", "EngineConfig", "Plan", "Settled", "settle"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,41 @@ class Counters:
     def hit_rate(self) -> float | None:
         """Hits over selected columns; None where nothing was selected."""
         return self.hits / self.selected if self.selected else None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What will run: a configuration whose method is no longer auto, why, its calibration, and the plan of all that."""
+
+    config: EngineConfig
+    plan: Plan
+    why: str
+    calibration: Calibration | None
+    densities: npt.NDArray[np.float64]
+    vectors: dict[str, Any]
+
+
+def settle(bundle: Bundle, config: EngineConfig, plan: Plan | None = None) -> Settled:
+    """Decides everything about a run before any weight is loaded; `plan`: of this configuration, if there is one.
+
+    Raises:
+        BudgetError, ConfigError: as `Engine.open`.
+        FlashError: the disk, which auto and an io_budget of time measure, could not be read.
+    """
+    limit = bundle.header["model"]["max_context"]
+    if config.context > limit:
+        raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
+    why = ""
+    config = named_layers(bundle, config)
+    if config.method == "auto":
+        choice = choose(bundle, config)
+        config, why = choice.config, choice.why
+    calibration = None if config.calibration is None else Calibration.load(config.calibration)
+    if calibration is not None:
+        calibration.check_model(bundle)
+    densities, vectors = densities_of(config, bundle.model.n_layers, calibration), calibration_vectors(calibration)
+    plan = plan or Planner(bundle, config, rss_bytes(), densities, vectors).plan()
+    return Settled(config, plan, why, calibration, densities, vectors)
 
 
 class Engine:
@@ -111,6 +146,7 @@ class Engine:
         on_plan: Callable[[Plan], None] | None = None,
         *,
         simulated: bool = False,
+        plan: Plan | None = None,
     ) -> Engine:
         """Plans, then loads.
 
@@ -118,8 +154,10 @@ class Engine:
             path: bundle directory.
             config: how to run it.
             on_plan: called with the plan before anything is loaded.
-            simulated: dip and dip-ca only: masks, caches, counters and traces are those of a run under the budget, but
-                all weights are in DRAM and nothing is read from flash; `configure` then changes masks and caches.
+            simulated: masks, caches, counters and (dip and dip-ca) traces are those of a run under the budget, but all
+                weights are in DRAM and nothing is read from flash; `configure` then changes masks and caches of dip and
+                dip-ca. With planes tokens are to be taken by `region_inputs` and `logits`, not by `step`.
+            plan: of this bundle and configuration, instead of planning.
 
         Raises:
             BundleError: damaged or newer bundle.
@@ -127,26 +165,28 @@ class Engine:
             ConfigError: context over the model's, unknown instruction set, a calibration that is damaged, for another
                 model, or without the density asked for.
         """
-        config = config or EngineConfig()
         bundle = Bundle.open(path)
-        limit = bundle.header["model"]["max_context"]
-        if config.context > limit:
-            raise ConfigError(f"a context of {config.context} is over the model's {limit}: lower --ctx")
-        notes = []
-        if config.method == "auto":
-            choice = choose(bundle, config)
-            config = choice.config
-            notes.append(f"auto is {config.method}: {choice.why}")
-        calibration = None if config.calibration is None else Calibration.load(config.calibration)
-        if calibration is not None:
-            calibration.check_model(bundle)
-        densities, vectors = densities_of(config, bundle.model.n_layers, calibration), calibration_vectors(calibration)
-        plan = Planner(bundle, config, rss_bytes(), densities, vectors).plan()
+        return cls.load(bundle, settle(bundle, config or EngineConfig(), plan), on_plan, simulated=simulated)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle,
+        settled: Settled,
+        on_plan: Callable[[Plan], None] | None = None,
+        *,
+        simulated: bool = False,
+    ) -> Engine:
+        """As `open`, of what was settled before."""
+        config, plan, calibration = settled.config, settled.plan, settled.calibration
         if on_plan is not None:
             on_plan(plan)
-        if simulated and not config.prunes:
-            raise ConfigError(f"{config.method} has no masks and no caches to simulate: use dip or dip-ca")
-        residency = {"residency": "simulated"} if simulated else {}
+        if simulated and not config.selects:
+            raise ConfigError(f"{config.method} has no masks and no caches to simulate: use dip, dip-ca or planes")
+        residency: dict[str, Any] = {}
+        if simulated:
+            pinned = {"pinned": [1] * len(bundle.header["regions"])}
+            residency = {"residency": "simulated"} if config.prunes else pinned
 
         def check_resident(data: npt.NDArray[np.uint8]) -> None:
             if hashlib.sha256(data.data).hexdigest() != bundle.header["files"]["resident.bin"]["sha256"]:
@@ -154,19 +194,16 @@ class Engine:
                     f"{bundle.path}/resident.bin does not match its checksum: the bundle is damaged, pack it again"
                 )
 
-        options = plan.options | vectors | residency
+        options = plan.options | settled.vectors | residency
         decoder = _core.Decoder(bundle.header, str(bundle.path), options, check_resident)
         sha256 = None if calibration is None else calibration.sha256
-        engine = cls(bundle, config, plan, decoder, mean_densities(densities), sha256)
-        engine.notes += notes
+        engine = cls(bundle, config, plan, decoder, mean_densities(settled.densities), sha256)
+        if settled.why:
+            engine.notes.append(f"auto is {config.method}: {settled.why}")
         if config.kv != "f16":
             engine.notes.append(f"keys and values are kept as {config.kv}")
         if config.method == "planes":
-            fetch, fetch_glu = config.fetches
-            whole = f", layers {', '.join(map(str, config.whole))} whole" if config.whole else ""
-            engine.notes.append(
-                f"planes: a token fetches {fetch:g} of the input and {fetch_glu:g} of the GLU units{whole}"
-            )
+            engine.notes.append(config.fetches_told(plan.fetched_shares))
         if config.split is not None:
             engine.notes.append("slots are shared out over the regions by given weights, not uniformly")
         if config.prunes and config.cache == "static" and config.cold:
@@ -390,6 +427,19 @@ class Engine:
             f"layers.{region['layer']}.{region['kind']}": np.array(values) / len(tokens)
             for region, values in zip(self.bundle.header["regions"], sums, strict=True)
         }
+
+    def region_inputs(
+        self, token: int, *, is_prompt: bool = False
+    ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+        """One token as `logits` takes it, or of a prompt as `prefill` does, and what its regions were driven by.
+
+        Returns:
+            Logits [vocab]; by region the magnitudes of its inputs, [n_columns], exact.
+        """
+        self._decoder.start_energies()
+        logits = self.prefill([token]) if is_prompt else self.logits([token])[0]
+        # A square of an fp32 number is exact in fp64, and so is its root.
+        return logits, [np.sqrt(np.array(squares)).astype(np.float32) for squares in self._decoder.energies()]
 
     def score(self, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
         """Negative log-likelihood of tokens[1:], every token through its own mask and cache step, [T - 1].

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dipper.bundle import Bundle
 from dipper.errors import ConfigError, DipperError
 from dipper.files import write_json
 from dipper.records import EvalRecord, Traffic, engine_fields, header_sha256, method_fields
@@ -732,7 +733,7 @@ def evaluate_bundle(
             "model_sha256": header_sha256(bundle),
             "tokens_sha256": ids_sha256(windows, bos_id),
             "window": window,
-            "methods": [_scoring(config) for config in configs],
+            "methods": [_scoring(config, bundle) for config in configs],
             "seed": seed,
         },
     )
@@ -757,10 +758,20 @@ def evaluate_bundle(
     return record
 
 
-def _scoring(config: EngineConfig) -> dict[str, Any]:
-    """The options that can change a score; reader, kernels and threads cannot."""
-    same = ("threads", "reader", "isa", "trace", "cold")
+def _scoring(config: EngineConfig, bundle: str | Path) -> dict[str, Any]:
+    """The options that can change a score; reader, kernels and threads cannot.
+
+    What depends on a disk measured now is what came of it, so that no result is continued by another method.
+    """
+    same = ("threads", "reader", "isa", "trace", "cold", "device_profile")
+    measured: dict[str, Any] = {}
+    if config.method == "auto" or config.io_budget is not None or isinstance(config.whole, str):
+        from dipper.engine import settle
+
+        settled = settle(Bundle.open(bundle), config)
+        config = settled.config
+        measured = {"fetch_units": settled.plan.options["fetch"]} if config.io_budget is not None else {}
     options = {name: value for name, value in asdict(config).items() if name not in same}
     if config.calibration is not None:
         options["calibration"] = hashlib.sha256(Path(config.calibration).read_bytes()).hexdigest()
-    return options
+    return options | measured

@@ -44,6 +44,7 @@ from dipper.evaluate import (
 from dipper.methods import MethodConfig
 from dipper.records import EvalRecord, Traffic, peak_rss_bytes, provenance
 from dipper.sparsify import Sparsified, find_glus, sparsify_
+from dipper.split_weights import Splits
 from dipper.tasks import Pair, run_tasks
 from dipper.torch_model import LoadedModel, load_model
 
@@ -126,7 +127,8 @@ def open_sparse(
     loaded = load_model(given, device=device, dtype=DTYPES[dtype or "fp32"], context=context)
     windows = None if text is None else calibration_windows(loaded, text.text)
     beside = None if adapter is None else _load_adapter(adapter, loaded)
-    with sparsify_(loaded.model, config, calibration=windows, fitted=fitted, adapter=beside) as sparsity:
+    splits = Splits(loaded.codes) if config.name == "planes" else None
+    with sparsify_(loaded.model, config, calibration=windows, fitted=fitted, adapter=beside, splits=splits) as sparsity:
         yield Opened(
             loaded,
             sparsity,
@@ -388,7 +390,7 @@ class TorchScorer:
 def _method_fields(config: Any) -> dict[str, Any]:
     """The keys that name a method, as `records.method_fields` does for the engine's."""
     named = ("name", "density", "gamma", "cache", *(("densities",) if config.name in ("dip", "dip-ca") else ()))
-    is_dip, is_dense = config.name in ("dip", "dip-ca"), config.name == "dense"
+    is_dip, is_dense = config.name in ("dip", "dip-ca"), config.name in ("dense", "planes", "resident")
     own = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     d_in, d_glu = (is_dip and config.densities) or (config.density, config.density)
     density = (2 * d_in + d_glu) / 3 if is_dip else config.density

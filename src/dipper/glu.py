@@ -250,6 +250,15 @@ class Model:
             weights[start : start + len(rows.codes)] = dequantise(part.grid, rows)
         return weights
 
+    def coded(self, name: str) -> tuple[Grid, CodedRows]:
+        """The grid of a matrix, and all of its codes and scales.
+
+        Raises:
+            CheckpointError: as `dequantise`.
+        """
+        part = self.parts[name]
+        return part.grid, part.rows(0, part.shape[0])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 __all__ = [
     "CodedRows",
     "Grid",
+    "base_weights",
     "bf16_to_f32",
     "block_scales",
     "can_split",
@@ -178,8 +179,11 @@ def dequantise(grid: Grid, rows: CodedRows) -> F32:
     if grid.codes == "bf16":
         return bf16_to_f32(rows.codes)
     weights = rows.codes.astype(np.float32)
-    if grid.is_float:
-        return weights
+    return weights if grid.is_float else _scaled(grid, weights, rows)
+
+
+def _scaled(grid: Grid, weights: F32, rows: CodedRows) -> F32:
+    """Codes ``[n, C]`` as fp32 numbers -> weights, in place; the scales are those of ``rows``."""
     if grid.zero_point:
         weights -= np.float32(grid.zero_point)
     s, m = _scale_and_offset(grid, rows.scales)
@@ -247,6 +251,20 @@ def split_planes(codes: str, base_bits: int) -> tuple[Planes, Planes]:
         )
     base = tuple((bits, shift + residual_bits) for bits, shift in _PARTS[base_bits])
     return _PARTS[residual_bits], base
+
+
+def base_weights(grid: Grid, rows: CodedRows, base_bits: int) -> F32:
+    """What columns weigh without their residuals: fp32 weights ``[n, C]`` whose residual is its middle, (2^r - 1) / 2.
+
+    Args:
+        grid: of the rows; its codes can be split with ``base_bits``.
+        rows: codes ``[n, C]`` and scales.
+        base_bits: bits of the base.
+    """
+    top = (1 << (grid.bits - base_bits)) - 1
+    codes = (rows.codes & np.uint8(0xFF ^ top)).astype(np.float32)
+    codes += np.float32(top / 2)
+    return _scaled(grid, codes, rows)
 
 
 def residual_squares(grid: Grid, rows: CodedRows, base_bits: int) -> F64:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -32,13 +32,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dipper.cache import ColumnCache, n_selected, scan_many
+from dipper.cache import ColumnCache, n_selected, scan_many, scan_refine
 from dipper.errors import ConfigError
+from dipper.layout import base_bits_by_kind, columns_per_unit, unit_size
+from dipper.requantise import bits_per_weight, requantise
 from dipper.selector import SELECTIONS, ColumnMean, Selector, top_k_mask
+from dipper.split_weights import SplitMatrix, quantised_split
 
-__all__ = ["METHODS", "Glu", "Meter", "Method", "MethodConfig", "PrunedLinear"]
+__all__ = ["METHODS", "CachedMethod", "Glu", "Meter", "Method", "MethodConfig", "PrunedLinear"]
 
 F32 = npt.NDArray[np.float32]
+
+# Options that one method alone has.
+_OWN_OPTIONS = {
+    **dict.fromkeys(("base_bits", "fetch", "fetch_glu", "whole", "unit_bytes", "deferred"), "planes"),
+    "bits": "resident",
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,14 @@ class MethodConfig:
         rank: of predictors and low-rank parts, as a share of the hidden size.
         pattern: of fixed masks: "unstructured" or "2:4".
         linears: TEAL and WINA: "mlp", or "all" for the attention's projections too.
+        base_bits: `planes`: upper bits of every code that are resident, of input and of GLU columns. 0: a column that
+            is not refined is dropped, as by DIP. Codes without that many bits or more are used whole.
+        fetch, fetch_glu: `planes`: share of the units of residuals that a token reads, as in `budget.EngineConfig`;
+            `fetch` None: as many as `density` asks for.
+        whole: `planes`: layers of which everything is used.
+        unit_bytes: `planes`: about what a unit has, as for `pack`; None: units of one column.
+        deferred: `planes`: a token is refined by what the token before it chose, and by what was cached before that.
+        bits: `resident`: of a code of input and of GLU columns, 1 to 8.
     """
 
     name: str = "dip"
@@ -76,6 +93,13 @@ class MethodConfig:
     rank: float = 0.125
     pattern: str = "unstructured"
     linears: str = "mlp"
+    base_bits: tuple[int, int] = (2, 3)
+    fetch: float | None = None
+    fetch_glu: float | None = None
+    whole: tuple[int, ...] = ()
+    unit_bytes: int | None = None
+    deferred: bool = False
+    bits: tuple[int, int] = (4, 4)
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
@@ -89,6 +113,9 @@ class MethodConfig:
             raise ConfigError(f"gamma is {self.gamma:g}, but must be above 0 and at most 1")
         if self.capacity is not None and not 0 <= self.capacity <= 1:
             raise ConfigError(f"capacity is {self.capacity:g}, but must be a share of the columns, 0 to 1")
+        for option, owner in _OWN_OPTIONS.items():
+            if self.name != owner and getattr(self, option) != type(self).__dataclass_fields__[option].default:
+                raise ConfigError(f"{option} is an option of {owner}, and the method is {self.name}")
         METHODS[self.name].check(self)
 
     @property
@@ -106,6 +133,7 @@ class Glu:
         down: [D, I].
         act: of the gate.
         gate_bias, up_bias: [I] or None; down_bias: [D] or None.
+        split: gives "gate", "up" or "down" as base and residual; None: quantised to 4 bits when that is asked for.
     """
 
     gate: Tensor
@@ -115,6 +143,7 @@ class Glu:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    split: Callable[[str, int], SplitMatrix] | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -141,7 +170,12 @@ class Glu:
 
 
 class Meter:
-    """Weights touched: shares of each matrix, summed over tokens on the device they were counted on."""
+    """Weights touched: shares of each matrix, summed over tokens on the device they were counted on.
+
+    Attributes:
+        selected, hits: columns (units of `planes`) that caches were asked for, and had.
+        missed: those that came from flash, of the input and of the GLU region.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -152,12 +186,18 @@ class Meter:
         self._sum: Tensor | float = 0.0
         self.selected = 0
         self.hits = 0
-        self.missed_share = 0.0
+        self.missed = [0, 0]
+        self._missed_share: float | None = None
 
     def add(self, n_tokens: int, share: Tensor | float) -> None:
         """`share`: of the layer's weight bits, the mean of these tokens."""
         self.n_tokens += n_tokens
         self._sum = self._sum + share * n_tokens
+
+    def miss(self, which: int, n: int, share: float) -> None:
+        """n columns or units of the input (which = 0) or the GLU region (1) come from flash: this share of the bits."""
+        self.missed[which] += n
+        self._missed_share = (self._missed_share or 0.0) + share
 
     @property
     def touched(self) -> float:
@@ -171,8 +211,8 @@ class Meter:
 
     @property
     def flash_share(self) -> float | None:
-        """Share of the MLP's weight bits that a token reads from flash: those of missed columns."""
-        return self.missed_share / self.n_tokens if self.selected else None
+        """Share of the MLP's weight bits that a token reads from flash; None where nothing says what is on flash."""
+        return None if self._missed_share is None else self._missed_share / self.n_tokens
 
 
 class Method(ABC):
@@ -216,8 +256,8 @@ class Method(ABC):
             )
         if config.gamma is not None and cls is not DipCacheAware:
             raise ConfigError(f"gamma is dip-ca's alone, and the method is {cls.name}")
-        if config.capacity is not None and not issubclass(cls, Dip):
-            raise ConfigError(f"column caches are simulated for dip and dip-ca, and the method is {cls.name}")
+        if config.capacity is not None and not issubclass(cls, CachedMethod):
+            raise ConfigError(f"column caches are simulated for dip, dip-ca and planes, and the method is {cls.name}")
 
     @classmethod
     def needs_data(cls, config: MethodConfig) -> bool:
@@ -786,7 +826,59 @@ class RSparse(Teal):
         return y
 
 
-class Dip(Method):
+@dataclass
+class _Sequence:
+    """The tokens of one sequence that are no padding: where they stand [T], their values [T, n], their cache."""
+
+    at: Tensor
+    rows: F32
+    cache: ColumnCache
+
+
+class CachedMethod(Method):
+    """Rules that follow sequences, with column caches that go on from call to call."""
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        self._caches: list[tuple[ColumnCache, ColumnCache]] = []
+        self.used: Tensor | None = None  # [batch, tokens] bool: tokens that are not padding; None: all
+
+    @abstractmethod
+    def _cache(self, which: int) -> ColumnCache:
+        """The cache of the input (which = 0) or the GLU region (1) before a sequence."""
+
+    def reset(self) -> None:
+        """A new sequence begins: its caches are as before any token."""
+        self._caches = []
+
+    def _check_order(self, values: Tensor) -> None:
+        if values.ndim != 3:
+            raise ConfigError(
+                f"a column cache follows sequences, and layer {self.layer} got inputs of shape {tuple(values.shape)}, "
+                "not [batch, tokens, columns]: experts see tokens without their order, use a method without caches"
+            )
+
+    def _sequences(self, values: Tensor, which: int) -> list[_Sequence]:
+        """values [batch, tokens, n] of a region as its sequences, on the host."""
+        self._check_order(values)
+        if not self._caches:
+            self._caches = [(self._cache(0), self._cache(1)) for _ in range(len(values))]
+        if len(self._caches) != len(values):
+            raise ConfigError(
+                f"a batch of {len(values)} follows one of {len(self._caches)} without reset(): caches belong to "
+                "sequences"
+            )
+        host = values.detach().float().cpu().numpy()
+        used = torch.ones(values.shape[:2], dtype=torch.bool)
+        if self.used is not None and self.used.shape == used.shape:
+            used = self.used.cpu()
+        return [
+            _Sequence(mask.nonzero()[:, 0], rows[mask.numpy()], pair[which])
+            for mask, rows, pair in zip(used, host, self._caches, strict=True)
+        ]
+
+
+class Dip(CachedMethod):
     """Dynamic Input Pruning (arXiv 2412.01380, section 4): top-k of |x| for gate and up together, of |h| for down.
 
     h is formed from the pruned inputs. With `capacity` a column cache per region and sequence is simulated beside it;
@@ -805,8 +897,6 @@ class Dip(Method):
         self._is_fitted = False
         share = config.capacity or 0.0
         self.slots = tuple(math.floor(share * s.n + 0.5) for s in self._selectors)  # of each sequence's two caches
-        self._caches: list[tuple[ColumnCache, ColumnCache]] = []
-        self.used: Tensor | None = None  # [batch, tokens] bool: tokens that are not padding; None: all
 
     def _norms(self) -> tuple[Tensor, Tensor]:
         """Of the input columns, gate's and up's together as one record holds them [D], and of the GLU columns [I]."""
@@ -886,9 +976,6 @@ class Dip(Method):
         for selector in self._selectors:
             selector.fit()
 
-    def reset(self) -> None:
-        self._caches = []
-
     def forward(self, x: Tensor) -> Tensor:
         inputs = self.masks(self.scores(x, 0), 0)
         h = self.glu.hidden(self._kept(x, inputs, 0))
@@ -909,36 +996,20 @@ class Dip(Method):
 
     def _closed_loop(self, scores: Tensor, which: int) -> Tensor:
         """The native scan over each sequence, its caches going on from call to call."""
-        if scores.ndim != 3:
-            raise ConfigError(
-                f"a column cache follows sequences, and layer {self.layer} got inputs of shape {tuple(scores.shape)}, "
-                "not [batch, tokens, columns]: experts see tokens without their order, use a method without caches"
-            )
         n = scores.shape[-1]
         selector = self._selectors[which]
         k = n_selected(selector.density, n)
-        if not self._caches:
-            self._caches = [(self._cache(0), self._cache(1)) for _ in range(len(scores))]
-        if len(self._caches) != len(scores):
-            raise ConfigError(
-                f"a batch of {len(scores)} follows one of {len(self._caches)} without reset(): caches belong to "
-                "sequences"
-            )
-        used = self.used if self.used is not None and self.used.shape == scores.shape[:2] else None
-        host = scores.detach().float().cpu().numpy()
-        rows = [host[b] if used is None else host[b][used[b].cpu().numpy()] for b in range(len(host))]
-        caches = [pair[which] for pair in self._caches]
+        sequences = self._sequences(scores, which)
         mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
         per_column = (2 if which == 0 else 1) / (3 * n)  # a column's share of the MLP's weights
-        for b, (selected, hits) in enumerate(scan_many(rows, k, self._gamma, caches)):
-            chosen = torch.from_numpy(selected).to(scores.device).long()  # [tokens, k]
-            if used is None:
-                mask[b].scatter_(-1, chosen, True)
-            else:
-                mask[b, used[b].nonzero(), chosen] = True
+        scanned = scan_many([s.rows for s in sequences], k, self._gamma, [s.cache for s in sequences])
+        for b, (sequence, (selected, hits)) in enumerate(zip(sequences, scanned, strict=True)):
+            at, columns = sequence.at.to(mask.device), torch.from_numpy(selected).to(mask.device)
+            mask[b, at] = mask[b, at].scatter(-1, columns.long(), True)
             self.meter.selected += selected.size
             self.meter.hits += int(hits.sum())
-            self.meter.missed_share += (selected.size - int(hits.sum())) * per_column
+            missed = selected.size - int(hits.sum())
+            self.meter.miss(which, missed, missed * per_column)
         return mask
 
     def _cache(self, which: int) -> ColumnCache:
@@ -1129,6 +1200,266 @@ class DipRescale(_DipFitted):
         return functional.linear(self._kept(h, glu, 1), self.glu.down * down_scale[:, None], self.glu.down_bias)
 
 
+class _RefinedRegion:
+    """One region of `planes`: its matrices as base and residual, its units, and what a column's bits are.
+
+    Args:
+        matrices: of the region, in a record's order.
+        base_bits: as `MethodConfig`.
+        unit_bytes: as `MethodConfig`.
+    """
+
+    def __init__(self, matrices: Sequence[SplitMatrix], base_bits: int, unit_bytes: int | None) -> None:
+        self.matrices = matrices
+        self.n = int(matrices[0].whole.shape[1])
+        self.refines = all(m.can_split for m in matrices)
+        self.code_bits = sum(m.code_bits for m in matrices)  # of a column
+        self.residual_bits = sum(m.residual_bits for m in matrices) if self.refines else 0
+        record_bytes = sum(m.record_bytes for m in matrices)
+        self.per_unit = 1 if unit_bytes is None else columns_per_unit(record_bytes, self.n, unit_bytes)
+        self.unit_bytes = record_bytes if unit_bytes is None else unit_size(record_bytes, self.per_unit)
+        self.n_units = -(-self.n // self.per_unit)
+        self.norm = torch.from_numpy(np.sqrt(sum(m.squares for m in matrices)).astype(np.float32))  # [n]
+        self.norm = self.norm.to(matrices[0].whole.device)
+        self.drops = base_bits == 0
+        self.n_fetch = 0
+
+    def scores(self, x: Tensor) -> Tensor:
+        """fp32 [..., n_units] of inputs [..., n]: what `cache.refine` ranks."""
+        squares = (x.float() * self.norm).square()
+        short = self.n_units * self.per_unit - self.n
+        return functional.pad(squares, (0, short)).unflatten(-1, (self.n_units, self.per_unit)).sum(-1)
+
+    def columns(self, units: Tensor) -> Tensor:
+        """bool [..., n] of units [..., n_units]."""
+        return units if self.per_unit == 1 else units.repeat_interleave(self.per_unit, -1)[..., : self.n]
+
+    def product(self, x: Tensor, refined: Tensor | None, which: int, bias: Tensor | None) -> Tensor:
+        """Matrix `which` times x [..., n], columns that are not refined by their base; None: all are refined."""
+        matrix = self.matrices[which]
+        if refined is None:
+            return functional.linear(x, matrix.whole, bias)
+        y = functional.linear(x * refined, matrix.whole, bias)
+        return y if matrix.base is None else y + functional.linear(x * ~refined, matrix.base)
+
+
+class Planes(CachedMethod):
+    """Columns refined, not dropped: upper bits of all codes resident, the lower ones of the units that matter read.
+
+    What `planes` is in the engine (docs/architecture.md): units are ranked by the error that their residuals remove,
+    the best `fetch` of them that are not cached are read, and cached ones are used as well. Without `capacity` nothing
+    is cached, and all tokens are taken at once on their device; with it the native choice runs against a cache of units
+    for each sequence, which begins, as the engine's does, with the first ones. Codes are those of the source, or its
+    weights quantised to 4 bits. `deferred` measures what it would cost to read a token's units while the token before
+    it is computed.
+    """
+
+    name = "planes"
+    summary = "upper bits of all weights, the lower ones of the units whose residuals matter most"
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        self.is_whole = layer in config.whole
+        split = glu.split or quantised_split(glu.gate, glu.up, glu.down)
+        base = base_bits_by_kind(config.base_bits)
+        self.regions = (
+            _RefinedRegion([split("gate", base[0]), split("up", base[0])], base[0], config.unit_bytes),
+            _RefinedRegion([split("down", base[1])], base[1], config.unit_bytes),
+        )
+        self._own = [list(region.matrices) for region in self.regions]
+        self._first = ((glu.gate, glu.up), (glu.down,))
+        gate, up, down = (m.whole for region in self.regions for m in region.matrices)
+        super().__init__(config, replace(glu, gate=gate, up=up, down=down), layer)
+        self.total_bits = sum(region.n * region.code_bits for region in self.regions)
+        self._set_fetches(config)
+        share = config.capacity or 0.0
+        self.slots = tuple(int(share * region.n_units) for region in self.regions)  # of each sequence's two caches
+        self._last: list[Tensor | None] = [None, None]  # deferred: units [batch, n_units] that the last token fetched
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """Its own options, and none of those that would have no effect."""
+        super().check(config)
+        base_bits_by_kind(config.base_bits)
+        for name in ("fetch", "fetch_glu"):
+            value = getattr(config, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value:g}, but must be a share of the units, 0 to 1")
+        if config.fetch is not None and config.density != 1:
+            raise ConfigError("fetch and density both say how much planes reads: give one")
+        if config.fetch is None and config.fetch_glu is not None:
+            raise ConfigError("fetch_glu needs fetch: give both")
+        if any(layer < 0 for layer in config.whole) or len(set(config.whole)) != len(config.whole):
+            raise ConfigError(f"whole layers are {config.whole}: give each once, counted from 0")
+        if config.select not in (None, "topk") or config.norms or config.compensate:
+            raise ConfigError("planes ranks units by what their residuals remove: drop select, norms and compensate")
+
+    def take_weights(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """Bases change by as much as the weights do: codes stay, and what was added to them is held apart."""
+        weights = ((gate, up), (down,))
+        for region, own, first, now in zip(self.regions, self._own, self._first, weights, strict=True):
+            changes = [w - w0 for w, w0 in zip(now, first, strict=True)]
+            region.matrices = [
+                replace(m, whole=m.whole + change, base=None if m.base is None else m.base + change)
+                for m, change in zip(own, changes, strict=True)
+            ]
+        (gate_whole, up_whole), (down_whole,) = ([m.whole for m in region.matrices] for region in self.regions)
+        super().take_weights(gate_whole, up_whole, down_whole)
+
+    def set_density(self, density: float) -> None:
+        """Of bases and residuals together."""
+        self._set_fetches(replace(self.config, density=density))
+
+    def _set_fetches(self, config: MethodConfig) -> None:
+        for region, share in zip(self.regions, self._fetches(config), strict=True):
+            region.n_fetch = int(share * region.n_units + 0.5)
+
+    def _fetches(self, config: MethodConfig) -> tuple[float, float]:
+        """Shares of the units of both regions that a token reads."""
+        if config.fetch is not None:
+            return config.fetch, config.fetch if config.fetch_glu is None else config.fetch_glu
+        residual = sum(region.n * region.residual_bits for region in self.regions)
+        least = 1 - residual / self.total_bits
+        if self.is_whole or residual == 0:
+            return 1.0, 1.0
+        if config.density < least:
+            raise ConfigError(
+                f"planes holds {least:.3f} of layer {self.layer}'s weight bits as bases, and density is "
+                f"{config.density:g}: ask for more, or for fewer base_bits"
+            )
+        return ((config.density - least) / (1 - least),) * 2
+
+    def _cache(self, which: int) -> ColumnCache:
+        cache = ColumnCache(self.regions[which].n_units, self.slots[which], self.config.cache, self.config.decay)
+        cache.pin(np.arange(self.slots[which]))
+        return cache
+
+    def reset(self) -> None:
+        super().reset()
+        self._last = [None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs, glu = self.regions
+        refined = self.refined(x, 0)
+        gate = inputs.product(x, refined, 0, self.glu.gate_bias)
+        h = self.glu.act(gate) * inputs.product(x, refined, 1, self.glu.up_bias)
+        refined_glu = self.refined(h, 1)
+        shares = [self._touched(refined, 0), self._touched(refined_glu, 1)]
+        self.meter.add(x.numel() // x.shape[-1], sum(shares))
+        return glu.product(h, refined_glu, 0, self.glu.down_bias)
+
+    def _touched(self, refined: Tensor | None, which: int) -> Tensor | float:
+        """The region's part of the layer's weight bits that these tokens touch."""
+        region = self.regions[which]
+        share = 1.0 if refined is None else _share(refined)
+        return region.n * (region.code_bits - (1 - share) * region.residual_bits) / self.total_bits
+
+    def refined(self, x: Tensor, which: int) -> Tensor | None:
+        """Columns that are used with their residuals, bool [..., n] of inputs [..., n]; None: the region is whole."""
+        region = self.regions[which]
+        if self.is_whole or not region.refines:
+            return None
+        if self.config.capacity is not None:
+            return region.columns(self._closed_loop(x, which))
+        fetched = torch.zeros((*x.shape[:-1], region.n_units), dtype=torch.bool, device=x.device)
+        if region.n_fetch:
+            fetched = top_k_mask(region.scores(x), region.n_fetch)
+        self._read(which, fetched)
+        return region.columns(self._late(fetched, which) if self.config.deferred else fetched)
+
+    def _read(self, which: int, fetched: Tensor) -> None:
+        """Meters units [..., n_units] that are read."""
+        region = self.regions[which]
+        n_units = fetched[..., :-1].sum()  # the last may have fewer columns
+        last = fetched[..., -1].sum()
+        columns = n_units * region.per_unit + last * (region.n - (region.n_units - 1) * region.per_unit)
+        share = float(columns) * region.residual_bits / self.total_bits
+        self.meter.miss(which, int(n_units + last), share)
+
+    def _late(self, fetched: Tensor, which: int) -> Tensor:
+        """What each token's predecessor fetched, bool as fetched [batch, tokens, n_units]; the first token has none."""
+        self._check_order(fetched)
+        before = self._last[which]
+        first = torch.zeros_like(fetched[:, :1]) if before is None else before[:, None]
+        self._last[which] = fetched[:, -1]
+        return torch.cat((first, fetched[:, :-1]), 1)
+
+    def _closed_loop(self, x: Tensor, which: int) -> Tensor:
+        """Units that are refined, bool [batch, tokens, n_units], each sequence against its cache."""
+        region = self.regions[which]
+        sequences = self._sequences(x, which)
+        cached = torch.zeros((*x.shape[:2], region.n_units), dtype=torch.bool)
+        fetched = torch.zeros_like(cached)
+        norm = region.norm.cpu().numpy()
+        for b, sequence in enumerate(sequences):
+            done = scan_refine(sequence.rows, norm, None, region.per_unit, sequence.cache, region.n_fetch)
+            cached[b, sequence.at] = torch.from_numpy(done.cached)
+            fetched[b, sequence.at] = torch.from_numpy(done.fetched)
+            self.meter.selected += int(done.demanded.sum())
+            self.meter.hits += int(done.hits.sum())
+        self._read(which, fetched)
+        units = cached | (self._late(fetched, which) if self.config.deferred else fetched)
+        return units.to(x.device)
+
+
+class Resident(Method):
+    """No flash at all: the MLP requantised to fewer bits, the rival of whatever streams in the same DRAM.
+
+    Groups of 32 with an 8-bit scale and offset each (`dipper.requantise`), searched for the least error weighted by the
+    second moments of the inputs on calibration text.
+    """
+
+    follows_weights = False
+    name = "resident"
+    summary = "all weights in DRAM, in fewer bits"
+
+    def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
+        super().__init__(config, glu, layer)
+        self._moments: list[Tensor] = []  # fp64 sums of squares, [D] and [I]
+        self._n_tokens = 0
+
+    @classmethod
+    def check(cls, config: MethodConfig) -> None:
+        """It uses everything; bits say how well."""
+        super().check(config)
+        if config.density != 1 or config.compensate or config.norms or config.select is not None:
+            raise ConfigError("resident uses every weight: drop density, select, norms and compensate, give bits")
+        if len(config.bits) != 2 or not all(1 <= b <= 8 for b in config.bits):
+            raise ConfigError(f"bits is {config.bits}: give those of input and of GLU columns, 1 to 8 each")
+
+    @classmethod
+    def needs_data(cls, config: MethodConfig) -> bool:
+        return True
+
+    @property
+    def held_bits(self) -> float:
+        """Of the layer's weights with their scales."""
+        shapes = (self.glu.gate.shape, self.glu.up.shape, self.glu.down.shape)
+        bits = (self.config.bits[0], *self.config.bits)
+        return float(sum(r * c * bits_per_weight(b, c) for (r, c), b in zip(shapes, bits, strict=True)))
+
+    def collect(self, x: Tensor) -> None:
+        squares = [v.reshape(-1, v.shape[-1]).double().square().sum(0) for v in (x, self.glu.hidden(x))]
+        self._moments = [a + b for a, b in zip(self._moments, squares, strict=True)] if self._moments else squares
+        self._n_tokens += x.numel() // x.shape[-1]
+
+    def fit(self) -> None:
+        inputs, hidden = (moments / self._n_tokens for moments in self._moments)
+        bits, bits_glu = self.config.bits
+        self.glu = replace(
+            self.glu,
+            gate=requantise(self.glu.gate, bits, inputs),
+            up=requantise(self.glu.up, bits, inputs),
+            down=requantise(self.glu.down, bits_glu, hidden),
+        )
+        self._moments = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._n_tokens == 0:
+            raise ConfigError("resident was not calibrated: give calibration text")
+        self._count(x, 1.0)
+        return self.glu.dense(x)
+
+
 class PrunedLinear:
     """One linear layer outside the MLP whose small inputs are dropped: TEAL's and WINA's "all linear layers".
 
@@ -1188,5 +1519,7 @@ METHODS: dict[str, type[Method]] = {
         DipCacheAware,
         DipLowRank,
         DipRescale,
+        Planes,
+        Resident,
     )
 }

@@ -33,12 +33,12 @@ from dipper.device import Compute, Device, Dram, Flash
 from dipper.doctor import drop_page_cache, machine, measure_dram
 from dipper.engine import Engine
 from dipper.errors import ConfigError
+from dipper.probe import DEPTH, sustained_reads_per_s
 from dipper.simulator import model_parts
 from dipper.sources import default_cache_dir
 
 __all__ = ["measure_profile", "this_machine"]
 
-DEPTH = 64  # the engine's
 READS = (1, 4, 16, 64, 256, 1024)
 REQUEST_BYTES = (4 << 10, 16 << 10, 64 << 10, 256 << 10)
 MAX_BATCH_BYTES = 16 << 20
@@ -181,16 +181,8 @@ def _spread_offsets(
 
 
 def _sustained(reader: Any, size: int, rng: np.random.Generator) -> float:
-    """Reads a second without a pause, once what an idle disk lets through at once is used up."""
-    n = max(DEPTH, MAX_BATCH_BYTES // size // 2)
-    done: list[float] = []  # when each batch ended; wall time, since a limit counts the gaps between them too
-    started = time.perf_counter()
-    while not done or done[-1] < SUSTAINED_S or len(done) < 4:
-        offsets = rng.integers(0, reader.file_bytes // size, n, dtype=np.uint64) * np.uint64(size)
-        reader.read_batch(offsets, size)
-        done.append(time.perf_counter() - started)
-    first = len(done) // 4
-    return n * (len(done) - 1 - first) / (done[-1] - done[first])
+    n_batch = max(DEPTH, MAX_BATCH_BYTES // size // 2)
+    return sustained_reads_per_s(reader, size, rng, n_batch=n_batch, seconds=SUSTAINED_S)
 
 
 # ------------------------------------------------------------------------------------------------ compute

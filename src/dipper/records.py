@@ -409,6 +409,8 @@ class SimRecord:
     sustained_s: float  # what the disk's limits in the long run ask for
     n_prompt: int
     n_tokens: int
+    fetch: float | None = None  # planes: shares of the input and of the GLU units that a token reads
+    fetch_glu: float | None = None
     workload: dict[str, Any]  # kind: recorded, live, replayed, generated or dense; and where it is from
     notes: list[str] = field(default_factory=list)
     provenance: Provenance | None = None

@@ -2,7 +2,8 @@
 
 Counts come from a `Workload`, seconds from a `Device`, with the engine's overlap: a pruned region waits for what its
 reads take longer than its products, plus the products of its last block; dense streaming, whose reads depend on
-nothing, takes the longer of all reads and all products. Nothing here reads a disk or a clock.
+nothing, takes the longer of all reads and all products. A refined region waits as a pruned one does, and where other
+regions stream beside it a token takes as long as all reads together at least. Nothing here reads a disk or a clock.
 
     workload = ModelWorkload(bundle, prompt, n_tokens=128)
     settings = [Setting.plan_for(bundle, EngineConfig(density=0.6, mlp_dram=share)) for share in ("40%", "60%")]
@@ -28,7 +29,16 @@ from .errors import BudgetError
 from .records import LEDGER, SimRecord, provenance
 from .workload import Setting, Traffic, Workload, embedding_reads
 
-__all__ = ["Prediction", "check_fits", "miss_curve_split", "model_parts", "predict", "sim_record", "touched_bytes"]
+__all__ = [
+    "Prediction",
+    "check_fits",
+    "miss_curve_split",
+    "model_parts",
+    "predict",
+    "products_s",
+    "sim_record",
+    "touched_bytes",
+]
 
 LAST_BLOCK = 32  # columns whose products follow the last read
 
@@ -81,7 +91,8 @@ def model_parts(bundle: Bundle) -> dict[str, Any]:
     return {
         **parts,
         "n_columns": np.array([r["n_columns"] for r in regions]),
-        "column_bytes": np.array([r["record_bytes"] for r in regions]),
+        "column_bytes": np.array([r["record_bytes"] + _base_bytes(r) for r in regions]),  # bases included
+        "base_bytes": np.array([_base_bytes(r) for r in regions]),
         "column_weights": np.array([sum(m["rows"] for m in r["matrices"]) for r in regions]),
         "scale_bytes": np.array(
             [sum(s["bytes"] for m in r["matrices"] for n, s in m["scales"].items() if n != "tier") for r in regions]
@@ -91,6 +102,11 @@ def model_parts(bundle: Bundle) -> dict[str, Any]:
         },
         "macs": bundle.mlp_weights + parts["attention"][0],  # of a token in prefill, the head aside
     }
+
+
+def _base_bytes(region: dict[str, Any]) -> int:
+    """Of a column's base."""
+    return 0 if region["base"] is None else int(region["base"]["record_bytes"])
 
 
 def touched_bytes(
@@ -137,17 +153,23 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
     kv = _kv_read_bytes(setting.bundle, parts, positions, setting.config.kv)
     ledger = dict.fromkeys(LEDGER, 0.0)
     compute = device.compute
-    attention_s = float(_products_s(device, compute.attention_gweights_per_s, *parts["attention"]))
+    attention_s = float(products_s(device, compute.attention_gweights_per_s, *parts["attention"]))
     ledger["attention"] = n_tokens * (attention_s + kv / (1e9 * device.dram.gbps))
-    ledger["head"] = n_tokens * float(_products_s(device, compute.head_gweights_per_s, *parts["head"]))
+    ledger["head"] = n_tokens * float(products_s(device, compute.head_gweights_per_s, *parts["head"]))
     ledger["rest"] = n_tokens * 1e-6 * compute.token_us
     if traffic is None:
         io_s, n_reads, n_bytes = _dense(setting, device, parts, n_tokens, ledger)
+    elif setting.config.method == "planes":
+        io_s, n_reads, n_bytes = _refined(setting, traffic, device, parts, ledger)
     else:
         io_s, n_reads, n_bytes = _sparse(traffic, device, parts, ledger)
     sustained_s = device.flash.sustained_s(n_reads, n_bytes)
     ledger["wait"] += max(0.0, sustained_s - sum(ledger.values()))
     used = parts["n_columns"] if traffic is None else traffic.selected.mean(axis=0)
+    if traffic is not None and setting.config.method == "planes":
+        # Bytes of columns, as whole ones: all bases and the residuals used.
+        bases = parts["base_bytes"] / parts["column_bytes"]
+        used = parts["n_columns"] * bases + _refined_columns(setting, traffic).mean(axis=0) * (1 - bases)
     dram = sum(touched_bytes(setting.bundle, parts, used, positions, setting.config.kv).values())
     return Prediction(
         n_tokens=n_tokens,
@@ -160,7 +182,7 @@ def predict(setting: Setting, traffic: Traffic | None, device: Device, *, n_prom
     )
 
 
-def _products_s(device: Device, gweights_per_s: float | None, weights: npt.ArrayLike, n_bytes: npt.ArrayLike) -> _F64:
+def products_s(device: Device, gweights_per_s: float | None, weights: npt.ArrayLike, n_bytes: npt.ArrayLike) -> _F64:
     """Seconds of products: as fast as the processor multiplies and DRAM gives the bytes."""
     rate = gweights_per_s or device.compute.gemv_gweights_per_s
     return np.maximum(np.asarray(weights) / (1e9 * rate), np.asarray(n_bytes) / (1e9 * device.dram.gbps))
@@ -171,7 +193,7 @@ def _sparse(
 ) -> tuple[float, float, float]:
     """Adds a pruned decode to the ledger; (seconds of its reads alone, reads, bytes)."""
     compute: Compute = device.compute
-    gemv = 1e-6 * compute.region_us + _products_s(
+    gemv = 1e-6 * compute.region_us + products_s(
         device,
         None,
         traffic.selected * parts["column_weights"],
@@ -193,6 +215,55 @@ def _sparse(
     return float(io.sum() + rows.sum()), totals["reads"], totals["flash_bytes"]
 
 
+def _refined_columns(setting: Setting, traffic: Traffic) -> _F64:
+    """Columns [T, regions] that are used with their residuals: cached and fetched ones, or all of what is used whole.
+
+    A cache of planes is full from the start, and a last unit with fewer columns counts as the others do.
+    """
+    regions = setting.bundle.header["regions"]
+    n_columns = np.array([r["n_columns"] for r in regions])
+    per_unit = np.array([r["columns_per_unit"] for r in regions])
+    used = np.minimum((np.array(setting.capacity) + traffic.misses) * per_unit, n_columns)
+    columns: _F64 = np.where(np.array(setting.plan.options["refined"], bool), used, n_columns).astype(np.float64)
+    return columns
+
+
+def _refined(
+    setting: Setting, traffic: Traffic, device: Device, parts: dict[str, Any], ledger: dict[str, float]
+) -> tuple[float, float, float]:
+    """Adds a decode of planes to the ledger; (seconds of its reads alone, reads, bytes).
+
+    Products with bases are made for all columns, those with residuals for the refined ones, at the speed of as many
+    weights each; a region without bases has no others.
+    """
+    compute, n_columns, columns = device.compute, parts["n_columns"], _refined_columns(setting, traffic)
+    has_base, refined = parts["base_bytes"] > 0, np.array(setting.plan.options["refined"], bool)
+    weights = (n_columns * has_base + columns) * parts["column_weights"]
+    n_bytes = n_columns * parts["base_bytes"] + columns * (parts["column_bytes"] - parts["base_bytes"])
+    gemv = 1e-6 * compute.region_us + products_s(device, None, weights, n_bytes + parts["scale_bytes"])  # [T, regions]
+    io = np.where(refined, device.flash.batch_s(traffic.reads, traffic.flash_bytes), 0.0)
+    last = gemv * np.minimum(1.0, LAST_BLOCK / n_columns)
+    ledger["gemv"] += float(gemv.sum())
+    ledger["wait"] += float(np.where(io > 0, np.maximum(0.0, io + last - gemv), 0.0).sum())
+    select = refined * (
+        1e-6 * compute.select_us_per_region
+        + 1e-9 * (compute.select_ns_per_column * n_columns + compute.select_ns_per_miss * traffic.misses)
+    )
+    unit_bytes = np.array([region["unit_bytes"] for region in setting.bundle.header["regions"]])
+    copied = (traffic.admissions * unit_bytes).sum()
+    ledger["select"] += float(select.sum()) + (copied / (1e9 * compute.copy_gbps) if compute.copy_gbps else 0.0)
+    n_reads = traffic.reads.sum() + traffic.n_tokens * traffic.stream_reads
+    ledger["submit"] += 1e-6 * compute.submit_us_per_read * float(n_reads)
+    rows = device.flash.batch_s(traffic.embedding_reads, traffic.embedding_bytes)
+    ledger["rest"] += float(rows.sum())
+    stream_s = traffic.n_tokens * device.flash.stream_s(traffic.stream_reads, traffic.stream_bytes)
+    io_s = float(io.sum() + rows.sum()) + (stream_s if traffic.stream_reads else 0.0)
+    if traffic.stream_reads:  # it runs on beside the other reads, which have the same disk
+        ledger["wait"] += max(0.0, io_s - sum(ledger.values()))
+    totals = traffic.totals
+    return io_s, totals["reads"], totals["flash_bytes"]
+
+
 def _dense(
     setting: Setting, device: Device, parts: dict[str, Any], n_tokens: int, ledger: dict[str, float]
 ) -> tuple[float, float, float]:
@@ -200,7 +271,7 @@ def _dense(
     n_columns = parts["n_columns"]
     gemv = (
         1e-6 * device.compute.region_us * len(n_columns)
-        + _products_s(
+        + products_s(
             device, None, n_columns * parts["column_weights"], n_columns * parts["column_bytes"] + parts["scale_bytes"]
         ).sum()
     )
@@ -222,7 +293,7 @@ def _ttft_s(setting: Setting, device: Device, parts: dict[str, Any], n_prompt: i
     for first in range(0, n_prompt, setting.block_tokens):
         n = min(setting.block_tokens, n_prompt - first)
         seconds += max(io_s, n * parts["macs"] / (1e9 * device.compute.gemm_gmacs_per_s))
-    return seconds + float(_products_s(device, device.compute.head_gweights_per_s, *parts["head"]))
+    return seconds + float(products_s(device, device.compute.head_gweights_per_s, *parts["head"]))
 
 
 def _joules(device: Device, dram_bytes: float, flash_bytes: float) -> float | None:
@@ -267,7 +338,7 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
         d_in=config.densities[0] if config.prunes else None,
         d_glu=config.densities[1] if config.prunes else None,
         gamma=config.effective_gamma if config.prunes else None,
-        cache=setting.cache if config.prunes else None,
+        cache=setting.cache if config.selects else None,
         split="given" if config.split is not None else "uniform",
         tok_per_s=found.tok_per_s,
         tok_per_s_flat=flat.tok_per_s,
@@ -286,7 +357,10 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
         sustained_s=found.sustained_s,
         n_prompt=workload.n_prompt,
         n_tokens=found.n_tokens,
+        fetch=config.fetches[0] if config.method == "planes" else None,
+        fetch_glu=config.fetches[1] if config.method == "planes" else None,
         workload=described,
+        notes=[config.fetches_told()] if config.method == "planes" else [],
         provenance=provenance(setting.bundle.path),
     )
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from dipper.calibration import Calibration
 from dipper.errors import ConfigError
-from dipper.methods import METHODS, Dip, Glu, Method, MethodConfig, PrunedLinear
+from dipper.methods import METHODS, CachedMethod, Dip, Glu, Method, MethodConfig, PrunedLinear
+from dipper.split_weights import Splits
 
 __all__ = ["Adapter", "Sparsified", "find_glus", "sparsify_"]
 
@@ -266,7 +267,7 @@ class Sparsified:
         mask = kwargs.get("attention_mask")
         used = None if mask is None or mask.ndim != 2 else mask[:, n_past:].bool()
         for rule in self.rules:
-            if isinstance(rule, Dip):
+            if isinstance(rule, CachedMethod):
                 rule.used = used
 
     # -- figures
@@ -316,6 +317,7 @@ def _rules_of(
     sites: Iterable[_Site],
     densities: Sequence[tuple[float, ...]] | None,
     adapter: Adapter | None,
+    splits: Splits | None,
 ) -> Iterator[list[Method]]:
     layer = 0
     for site in sites:
@@ -323,9 +325,12 @@ def _rules_of(
         for glu in site.glus:
             own = config if densities is None else replace(config, densities=densities[layer])
             if adapter is not None:
-                with torch.no_grad():
-                    gate, up, down = _adapted_weights(site, adapter)
-                glu = replace(glu, gate=gate, up=up, down=down)
+                glu = replace(glu)  # the rule's own: the site's stays dense
+                if not METHODS[config.name].follows_weights:  # the others take weights as they run
+                    with torch.no_grad():
+                        glu.gate, glu.up, glu.down = _adapted_weights(site, adapter)
+            if splits is not None and not site.is_experts:
+                glu = replace(glu, split=splits.of_layer(layer, glu.gate, glu.up, glu.down))
             rules.append(METHODS[config.name](own, glu, layer))
             layer += 1
         yield rules
@@ -388,6 +393,7 @@ def sparsify_(
     densities: Sequence[tuple[float, ...]] | None = None,
     fitted: Calibration | None = None,
     adapter: Adapter | None = None,
+    splits: Splits | None = None,
 ) -> Sparsified:
     """Makes the GLU MLPs of a model use fewer weights, in place.
 
@@ -400,6 +406,7 @@ def sparsify_(
         fitted: what `calibrate` found for `config.density`: densities by layer, norms and means, as the engine takes
             them; `dip` and `dip-ca` alone, and their `norms` and `compensate` are then the file's.
         adapter: changes the weights of the MLPs; rules see the changed ones, `paused` the model's own.
+        splits: `planes`: the model's matrices as base and residual; None: its weights quantised to 4 bits.
 
     Returns:
         The handle: meters, `reset`, `undo`; a context manager.
@@ -411,10 +418,14 @@ def sparsify_(
     n_layers = sum(len(site.glus) for site in sites)
     if densities is not None and len(densities) != n_layers:
         raise ConfigError(f"densities for {len(densities)} layers were given, and the model has {n_layers} GLU layers")
+    if config.whole and max(config.whole) >= n_layers:
+        raise ConfigError(
+            f"layer {max(config.whole)} is to be whole, and the model has none: give layers of 0..{n_layers - 1}"
+        )
     linears = [] if config.linears == "mlp" else list(_attention_linears(model, config))
     if adapter is not None and any(site.is_experts for site in sites):
         raise ConfigError("the experts of this model are stacked in one parameter, which no adapter is for")
-    rules = list(_rules_of(config, sites, densities, adapter))
+    rules = list(_rules_of(config, sites, densities, adapter, splits))
     sparse = Sparsified(model, config, sites, rules, linears, adapter)
     try:
         if fitted is not None:

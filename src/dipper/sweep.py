@@ -17,11 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dipper.budget import EngineConfig, parse_bytes, rss_bytes
-from dipper.bundle import Bundle
+from dipper.budget import DEFAULT_FETCH, EngineConfig, parse_bytes, rss_bytes
+from dipper.bundle import UNIT_BYTES, Bundle
 from dipper.device import Device
 from dipper.errors import BudgetError, ConfigError
 from dipper.figures import panels
+from dipper.layout import BaseBits
 from dipper.records import LEDGER, SimRecord
 from dipper.simulator import check_fits, miss_curve_split, sim_record
 from dipper.workload import GeneratedWorkload, ModelWorkload, Setting, TraceWorkload, Workload
@@ -29,7 +30,9 @@ from dipper.workload import GeneratedWorkload, ModelWorkload, Setting, TraceWork
 __all__ = ["Sweep", "draw_sweep", "has_weights", "open_model", "open_workload", "run_sweep"]
 
 SPLITS = ("uniform", "miss-curve")
-_ONLY_PRUNED = ("density", "d_in", "d_glu", "gamma", "cache", "split", "cold", "cache_decay")
+_ONLY_PRUNED = ("density", "d_in", "d_glu", "gamma", "split")
+_ONLY_CACHED = ("cache", "cold", "cache_decay")
+_ONLY_PLANES = ("fetch", "fetch_glu", "whole")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Sweep:
         methods, densities, gammas, caches, dram, mlp_dram, capacity: as the options of `dipper run`; `capacity` is the
             share of every region's columns that is cached, instead of a budget.
         d_in, d_glu: one split of the density, instead of `densities`.
+        fetches: of planes.
+        fetch_glu, whole: of planes, at every fetch.
         splits: of the slots over regions: of `SPLITS`, or a file with a JSON list of weights by region.
         cold: the prompt does not warm the caches.
         host: DRAM of the process before any weight, such as "100MB"; None: this process's for a real bundle, else 0.
@@ -49,6 +54,9 @@ class Sweep:
     densities: tuple[float, ...] = (0.7,)
     d_in: float | None = None
     d_glu: float | None = None
+    fetches: tuple[float, ...] = (DEFAULT_FETCH,)
+    fetch_glu: float | None = None
+    whole: tuple[int, ...] = ()
     gammas: tuple[float, ...] = (0.5,)
     caches: tuple[str, ...] = ("lfu",)
     dram: tuple[str | None, ...] = (None,)
@@ -76,20 +84,24 @@ class Sweep:
         """EngineConfig's options of every combination, `cache` and `split` beside them; no two alike."""
         split_density = (None,) if self.d_in is not None else self.densities
         product = itertools.product(
-            self.methods, split_density, self.gammas, self.caches, self.dram, self.mlp_dram,
+            self.methods, split_density, self.fetches, self.gammas, self.caches, self.dram, self.mlp_dram,
             self.capacity or (None,), self.splits,
         )  # fmt: skip
         rows = []
-        for method, density, gamma, cache, dram, mlp_dram, capacity, split in product:
+        for method, density, fetch, gamma, cache, dram, mlp_dram, capacity, split in product:
             row: dict[str, Any] = {"method": method, "dram": dram, "mlp_dram": mlp_dram, "capacity": capacity}
             row |= {"density": density, "d_in": self.d_in, "d_glu": self.d_glu, "cache": cache, "split": split}
             row |= {"gamma": gamma if method == "dip-ca" else None, "cold": self.cold or None}
-            if method not in ("dip", "dip-ca"):
-                row = {name: value for name, value in row.items() if name not in (*_ONLY_PRUNED, "capacity")}
+            row |= {"fetch": fetch, "fetch_glu": self.fetch_glu, "whole": self.whole or None}
+            prunes = method in ("dip", "dip-ca")
+            dropped = [] if prunes else [*_ONLY_PRUNED, "capacity"]
+            dropped += [] if prunes or method == "planes" else _ONLY_CACHED
+            dropped += [] if method == "planes" else _ONLY_PLANES
+            row = {name: value for name, value in row.items() if name not in dropped}
             if method == "dense-resident":
                 row["mlp_dram"] = None
-            if method == "dip-ca" and cache in ("none", "belady"):
-                continue  # neither has a meaning below gamma 1; `dip` shows them
+            if method in ("dip-ca", "planes") and cache in ("none", "belady"):
+                continue  # neither has a meaning where choices depend on the cache; `dip` shows them
             if split == "miss-curve" and method in ("dip", "dip-ca") and (cache == "none" or capacity == 0):
                 continue  # there are no slots to share out; `uniform` shows it
             if self.capacity and method not in ("dip", "dip-ca"):
@@ -104,7 +116,8 @@ class Sweep:
         if not rows:
             raise ConfigError(
                 f"methods {', '.join(self.methods)} with caches {', '.join(self.caches)} leave nothing to simulate: "
-                "dip-ca needs a cache other than none and belady, miss-curve needs slots, --capacity a column cache"
+                "dip-ca and planes need a cache other than none and belady, miss-curve needs slots, --capacity a "
+                "column cache"
             )
         return rows
 
@@ -130,8 +143,15 @@ def _given_split(path: str) -> tuple[float, ...]:
 # ------------------------------------------------------------------------------------------------ inputs
 
 
-def open_model(name: str, *, bits: int | None = None, other_bits: int | None = None) -> Bundle:
-    """A bundle, or the layout of a model whose shape is published.
+def open_model(
+    name: str,
+    *,
+    bits: int | None = None,
+    other_bits: int | None = None,
+    base_bits: BaseBits | None = None,
+    unit_bytes: int | None = None,
+) -> Bundle:
+    """A bundle, or the layout of a model whose shape is published; its bits are as in `published_bundle`.
 
     Raises:
         BundleError: a folder that is no bundle.
@@ -140,10 +160,12 @@ def open_model(name: str, *, bits: int | None = None, other_bits: int | None = N
     from dipper.published import published_bundle
 
     if Path(name).exists():
-        if (bits, other_bits) != (None, None):
+        if (bits, other_bits, base_bits, unit_bytes) != (None,) * 4:
             raise ConfigError(f"--bits is for models of which only the shape is known; {name} has its own")
         return Bundle.open(name)
-    return published_bundle(name, bits=bits or 4, other_bits=other_bits or 8)
+    return published_bundle(
+        name, bits=bits or 4, other_bits=other_bits or 8, base_bits=base_bits or 0, unit_bytes=unit_bytes or UNIT_BYTES
+    )
 
 
 def has_weights(bundle: Bundle) -> bool:
@@ -257,7 +279,7 @@ def run_sweep(
                 if on_skip is None:
                     raise
                 on_skip(f"{device.name}, {_told(options)}: {error}")
-        pruned = [setting for setting, _ in settings if setting.config.prunes]
+        pruned = [setting for setting, _ in settings if setting.config.selects]
         counts = dict(zip(map(id, pruned), workload.traffic(pruned), strict=True))
         for setting, split in settings:
             record = sim_record(workload, setting, counts.get(id(setting)), device)
@@ -356,6 +378,8 @@ def _label(record: SimRecord) -> str:
     words = [record.method]
     if record.density is not None:
         words.append(f"{record.density:.2f}")
+    if record.fetch is not None:
+        words.append(f"{record.fetch:g} : {record.fetch_glu:g}")
     if record.method == "dip-ca":
         words.append(f"γ {record.gamma:g}")
     if record.cache is not None:

@@ -252,7 +252,7 @@ def sim_table(records: Sequence[SimRecord]) -> str:
         rows.append(
             [
                 r.device,
-                r.method,
+                r.method if r.fetch is None else f"{r.method} {r.fetch:g} : {r.fetch_glu:g}",
                 _or_none(r.density, "{:.2f}"),
                 _or_none(r.gamma if r.method == "dip-ca" else None, "{:g}"),
                 r.cache or _NONE,

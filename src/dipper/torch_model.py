@@ -27,7 +27,7 @@ from dipper.bundle import Bundle
 from dipper.checkpoint import open_checkpoint, read_hf_config
 from dipper.errors import CheckpointError, ConfigError
 from dipper.glu import HF_TYPES, ModelConfig, architecture_of, read_model
-from dipper.grid import F32
+from dipper.grid import F32, CodedRows, Grid
 from dipper.sources import pull
 from dipper.tokenizer import Tokenizer
 
@@ -55,6 +55,8 @@ class LoadedModel:
         fingerprint: sha256 that names the weights: of a bundle's header, of a checkpoint's files, or, for a folder that
             only transformers reads, of its config.json and the headers of its safetensors.
         tokenizer: the whole tokenizer, for decoding, chat templates and end-of-text ids.
+        codes: grid, codes and scales of ``layers.N.gate|up|down`` as the source has them, read when asked; None for a
+            folder that only transformers reads.
     """
 
     model: transformers.PreTrainedModel
@@ -63,6 +65,7 @@ class LoadedModel:
     name: str
     fingerprint: str
     tokenizer: Tokenizer | None = None
+    codes: Callable[[str], tuple[Grid, CodedRows]] | None = None
 
     def calibration_fields(self) -> dict[str, Any]:
         """The `model` of a calibration made on this model (`calibration.Calibration`)."""
@@ -155,7 +158,13 @@ def _one_line(error: BaseException) -> str:
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def _loaded(model: transformers.PreTrainedModel, tokenizer: Tokenizer, name: str, fingerprint: str) -> LoadedModel:
+def _loaded(
+    model: transformers.PreTrainedModel,
+    tokenizer: Tokenizer,
+    name: str,
+    fingerprint: str,
+    codes: Callable[[str], tuple[Grid, CodedRows]] | None = None,
+) -> LoadedModel:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_bos=False)
 
@@ -166,6 +175,7 @@ def _loaded(model: transformers.PreTrainedModel, tokenizer: Tokenizer, name: str
         name=name,
         fingerprint=fingerprint,
         tokenizer=tokenizer,
+        codes=codes,
     )
 
 
@@ -175,7 +185,7 @@ def _load_bundle(
     bundle = Bundle.open(path)
     tokenizer = Tokenizer.open(path)
     model = hf_model_from_bundle(bundle, context=context, attention=attention, device=device, dtype=dtype)
-    return _loaded(model, tokenizer, bundle.model.name, bundle.header["header_sha256"])
+    return _loaded(model, tokenizer, bundle.model.name, bundle.header["header_sha256"], bundle.coded)
 
 
 def _load_checkpoint(
@@ -196,7 +206,7 @@ def _load_checkpoint(
         device=device,
         dtype=dtype,
     )
-    return _loaded(model, tokenizer, config.name, checkpoint.sha256())
+    return _loaded(model, tokenizer, config.name, checkpoint.sha256(), source.coded)
 
 
 def hf_model_from_bundle(

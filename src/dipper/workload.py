@@ -2,7 +2,7 @@
 
     recorded    masks of the real model at gamma = 1, recorded once a density: exact for any cache and device, since
                 there masks do not depend on the cache
-    live        the real model run closed-loop under the very cache (gamma < 1): exact for that cache
+    live        the real model run closed-loop under the very cache (gamma < 1, planes): exact for that cache
     replayed    recorded scores ranked again under another cache, although the activations would have changed: an
                 approximation
     generated   scores of a generator fitted to real models, for models whose weights are not at hand
@@ -18,7 +18,7 @@ engine would have, exactly.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +29,8 @@ import numpy.typing as npt
 
 from . import _core
 from .budget import EngineConfig, Plan, plan_run
-from .bundle import Bundle
-from .cache import ColumnCache, next_uses, scan
+from .bundle import Bundle, residual_name
+from .cache import ColumnCache, next_uses, scan, scan_refine
 from .engine import Engine
 from .errors import ConfigError
 from .trace import read_trace
@@ -104,10 +104,22 @@ class Setting:
         cache = config.cache if cache is None else cache
         if cache not in CACHES:
             raise ConfigError(f"cache '{cache}' is unknown: choose {', '.join(CACHES)}")
-        if config.method in ("auto", "planes"):
+        if config.method == "auto":
             raise ConfigError(
-                f"{config.method} is not simulated: choose --method dense-resident, dense-stream, dip or dip-ca"
+                "auto is not simulated: choose --method dense-resident, dense-stream, dip, dip-ca or planes"
             )
+        if config.method == "planes" and all(region["base"] is None for region in bundle.header["regions"]):
+            raise ConfigError(
+                f"planes refines columns that are split in base and residual, and {bundle.path} has none: pack it, or "
+                "lay its shape out, with --base-bits"
+            )
+        if config.method == "planes" and cache in ("none", "belady"):
+            raise ConfigError(
+                f"cache {cache} with planes: what is refined depends on the cache, and slots are what the budget "
+                "leaves; use lru, lfu, lfu-decay or static"
+            )
+        if config.method == "planes" and capacity_share is not None:
+            raise ConfigError("planes caches units in what its bases leave: give a budget, not a share of the columns")
         if cache == "belady" and config.effective_gamma < 1:
             raise ConfigError(
                 f"belady with gamma {config.effective_gamma}: masks then depend on the cache, so there is no future "
@@ -162,11 +174,12 @@ class Traffic:
     """What every token did to every region: counts [T, regions], exact integers.
 
     Attributes:
-        selected: columns of the mask.
+        selected: columns of the mask; of planes the units demanded, the fetched ones and cached ones as good.
         hits: of them, cached before the token.
-        admissions: columns that entered a cache.
+        admissions: columns (units) that entered a cache.
         reads, flash_bytes: asked of the disk for the misses.
         embedding_reads, embedding_bytes: [T], of untied input embeddings.
+        stream_reads, stream_bytes: of each token, for regions of planes that are used whole and not held.
     """
 
     selected: npt.NDArray[np.int64]
@@ -176,6 +189,8 @@ class Traffic:
     flash_bytes: npt.NDArray[np.int64]
     embedding_reads: npt.NDArray[np.int64]
     embedding_bytes: npt.NDArray[np.int64]
+    stream_reads: int = 0
+    stream_bytes: int = 0
 
     @property
     def misses(self) -> npt.NDArray[np.int64]:
@@ -194,8 +209,8 @@ class Traffic:
             "selected": int(self.selected.sum()),
             "hits": int(self.hits.sum()),
             "misses": int(self.misses.sum()),
-            "reads": int(self.reads.sum() + self.embedding_reads.sum()),
-            "flash_bytes": int(self.flash_bytes.sum() + self.embedding_bytes.sum()),
+            "reads": int(self.reads.sum() + self.embedding_reads.sum()) + self.n_tokens * self.stream_reads,
+            "flash_bytes": int(self.flash_bytes.sum() + self.embedding_bytes.sum()) + self.n_tokens * self.stream_bytes,
         }
 
 
@@ -263,11 +278,82 @@ def _replay_scores(setting: Setting, region: int, prompt: _F32, scores: _F32) ->
     return {**counts, "selected": np.full(len(scores), k)}
 
 
-def _stack(columns: Sequence[dict[str, Any]], embedding: tuple[Any, Any]) -> Traffic:
-    """Counts by region -> [T, regions]."""
-    names = ("selected", "hits", "admissions", "reads", "flash_bytes")
-    stacked = {name: np.stack([np.asarray(c[name], np.int64) for c in columns], axis=1) for name in names}
-    return Traffic(**stacked, embedding_reads=embedding[0], embedding_bytes=embedding[1])
+_COUNTS = ("selected", "hits", "admissions", "reads", "flash_bytes")
+
+
+def _stack(columns: Sequence[dict[str, Any]], embedding: tuple[Any, Any], setting: Setting | None = None) -> Traffic:
+    """Counts by region -> [T, regions]; setting: of planes, whose plan says what is streamed."""
+    stacked = {name: np.stack([np.asarray(c[name], np.int64) for c in columns], axis=1) for name in _COUNTS}
+    streamed = (0, 0) if setting is None else (setting.plan.token_stream_reads, setting.plan.token_stream_bytes)
+    return Traffic(
+        **stacked, embedding_reads=embedding[0], embedding_bytes=embedding[1],
+        stream_reads=streamed[0], stream_bytes=streamed[1],
+    )  # fmt: skip
+
+
+class _RefinedRegion:
+    """A region of `planes`: its cache, what each token chooses against it, and the reads that this causes.
+
+    Args:
+        setting: of planes.
+        region: its index; where it is not refined, every count is 0.
+    """
+
+    def __init__(self, setting: Setting, region: int) -> None:
+        if setting.config.read_cost is not None:
+            raise ConfigError("reads of runs of units are not simulated: leave the read cost out, or run the engine")
+        self._entry = setting.bundle.header["regions"][region]
+        self._is_refined = bool(setting.plan.options["refined"][region])
+        self._cold = setting.config.cold
+        self._layout = {**_layout(setting, region), "record_bytes": self._entry["unit_bytes"]}
+        self._n_fetch = setting.plan.options["fetch"][region]
+        self._rows: list[tuple[int, ...]] = []
+        if not self._is_refined:
+            return
+        self._norm = _residual_norms(setting.bundle, self._entry)
+        n_units = -(-self._entry["n_columns"] // self._entry["columns_per_unit"])
+        self._cache = ColumnCache(n_units, setting.capacity[region], setting.cache, setting.config.cache_decay)
+        self._cache.pin(np.arange(setting.capacity[region]))  # what a run begins with
+
+    def warm(self, x: _F32) -> None:
+        """Tokens [T, n] of the prompt, which count nothing."""
+        if self._is_refined and not self._cold:
+            self._scan(x, lambda demanded: self._cache.step(demanded, counted=False))
+
+    def count(self, x: _F32) -> None:
+        """Decoded tokens [T, n]."""
+        if self._is_refined:
+            self._scan(x, self._step)
+        else:
+            self._rows += [(0,) * len(_COUNTS)] * len(x)
+
+    def counts(self) -> dict[str, Any]:
+        """By token, of all that were counted."""
+        return dict(zip(_COUNTS, np.array(self._rows, np.int64).reshape(-1, len(_COUNTS)).T, strict=True))
+
+    def _scan(self, x: _F32, step: Callable[[_I32], Any]) -> None:
+        order = self._entry["order"]
+        per_unit = self._entry["columns_per_unit"]
+        scan_refine(x, self._norm, order, per_unit, self._cache, self._n_fetch, step=step)
+
+    def _step(self, demanded: _I32) -> None:
+        done: dict[str, Any] = dict(_core.replay_masks(demanded[None], **self._layout, cache=self._cache, counted=True))
+        self._rows.append((len(demanded), *(int(done[name][0]) for name in _COUNTS[1:])))
+
+
+def _refine_scores(setting: Setting, region: int, prompt: _F32, scores: _F32) -> dict[str, Any]:
+    """Counts of one region of planes from its inputs' magnitudes [P, n] and [T, n]."""
+    refined = _RefinedRegion(setting, region)
+    refined.warm(prompt)
+    refined.count(scores)
+    return refined.counts()
+
+
+def _residual_norms(bundle: Bundle, region: dict[str, Any]) -> _F32:
+    """What inputs are multiplied by; of a shape without weights all alike, which ranks nearly as well (docs/log.md)."""
+    if not (bundle.path / "resident.bin").exists():
+        return np.ones(region["n_columns"], np.float32)
+    return bundle.dequantise(residual_name(region))
 
 
 def embedding_reads(setting: Setting, tokens: npt.NDArray[Any] | None, n_tokens: int) -> tuple[Any, Any]:
@@ -383,6 +469,7 @@ class ModelWorkload:
         if self.n_prompt < 1 or self.n_tokens < 1:
             raise ConfigError(f"{self.n_prompt} prompt tokens and {self.n_tokens} after them: each must be at least 1")
         self._recorded: dict[tuple[Any, ...], _Recording] = {}
+        self._refined: dict[tuple[Any, ...], Traffic] = {}
 
     def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
         """Counts under each setting, exact."""
@@ -392,6 +479,11 @@ class ModelWorkload:
         try:
             for setting in settings:
                 key = self._key(setting)
+                if setting.config.method == "planes":
+                    if key not in self._refined:
+                        self._refined[key] = self._run_planes(setting)
+                    result.append(self._refined[key])
+                    continue
                 if key not in self._recorded:
                     engine, self._recorded[key] = self._run(engine, setting)
                 result.append(self._recorded[key].traffic(setting))
@@ -405,18 +497,46 @@ class ModelWorkload:
         """What a run's masks depend on: at gamma 1 on the density, and on which rotary factors the context asks for."""
         config = setting.config
         positions = tuple(r.long is not None and config.context > r.original_context for r in setting.bundle.model.rope)
+        if config.method == "planes":
+            made = (tuple(setting.plan.options[name]) for name in ("refined", "fetch", "pinned", "capacity"))
+            return ("planes", *made, positions, setting.cache, config.cache_decay, config.cold, setting.alignment)
         if setting.gamma == 1:
             return (setting.k, positions)
         cache = (setting.cache, config.cache_decay, setting.capacity, config.cold, setting.block_tokens)
         return (setting.k, positions, setting.gamma, *cache)
 
     def describe(self, setting: Setting) -> dict[str, Any]:
-        """`recorded` at gamma 1, `live` below."""
+        """`recorded` at gamma 1, `live` below and of planes."""
+        is_live = setting.gamma < 1 or setting.config.method == "planes"
         return {
-            "kind": "recorded" if setting.gamma == 1 else "live",
+            "kind": "live" if is_live else "recorded",
             "model": self.bundle.model.name,
             "tokens": "greedy" if self.text is None else "text",
         }
+
+    def _run_planes(self, setting: Setting) -> Traffic:
+        """One run under a setting of planes: the engine tells what drives each region, and the caches here follow.
+
+        Token by token, since the engine tells of a block only sums; nothing is read from flash.
+        """
+        options = {**setting.plan.options, "cache": setting.cache}
+        if self.threads is not None:
+            options["n_threads"] = self.threads
+        plan = replace(setting.plan, options=options)
+        regions = [_RefinedRegion(setting, r) for r in range(len(setting.bundle.header["regions"]))]
+        ids = []
+        with Engine.open(self.bundle.path, setting.config, simulated=True, plan=plan) as engine:
+            for token in self.prompt:
+                logits, inputs = engine.region_inputs(token, is_prompt=True)
+                for region, x in zip(regions, inputs, strict=True):
+                    region.warm(x[None])
+            for t in range(self.n_tokens):
+                ids.append(int(logits.argmax()) if self.text is None else self.text[t])
+                logits, inputs = engine.region_inputs(ids[-1])
+                for region, x in zip(regions, inputs, strict=True):
+                    region.count(x[None])
+        counts = [region.counts() for region in regions]
+        return _stack(counts, embedding_reads(setting, np.array(ids), self.n_tokens), setting)
 
     def _run(self, engine: Engine | None, setting: Setting) -> tuple[Engine, _Recording]:
         """One closed-loop run under a setting; nothing is read from flash."""
@@ -537,9 +657,14 @@ class GeneratedWorkload:
         counts: list[list[dict[str, Any]]] = [[] for _ in settings]
         for region, (prompt, decoded) in enumerate(self._scores()):
             for setting, column in zip(settings, counts, strict=True):
-                column.append(_replay_scores(setting, region, prompt, decoded))
+                replay = _refine_scores if setting.config.method == "planes" else _replay_scores
+                column.append(replay(setting, region, prompt, decoded))
         return [
-            _stack(column, embedding_reads(setting, None, self.n_tokens))
+            _stack(
+                column,
+                embedding_reads(setting, None, self.n_tokens),
+                setting if setting.config.method == "planes" else None,
+            )
             for setting, column in zip(settings, counts, strict=True)
         ]
 
