@@ -43,6 +43,7 @@ from dipper.evaluate_torch import Opened, answer_tasks, mlp_bytes, perplexity_to
 from dipper.files import whole_file, write_json
 from dipper.methods import MethodConfig
 from dipper.sparsify import find_glus, sparsify_
+from dipper.split_weights import Splits
 from dipper.torch_model import LoadedModel, load_model
 
 SCHEMA = "dipper-compensation/1"
@@ -125,6 +126,7 @@ class Bench:
         self._states: dict[str, list[torch.Tensor]] = {}  # of adapters trained in this run
         given = Path(args.model) if Path(args.model).exists() else args.model
         self.loaded = load_model(given, device=args.device)
+        self.splits = Splits(self.loaded.codes, keep=True)
         self.texts = Texts(self.loaded, args.data, config, args.quick)
         self.mlp_bytes = mlp_bytes(args.model, self.loaded.model)
         self.n_weights = sum(3 * glu.gate.numel() for site in find_glus(self.loaded.model) for glu in site.glus)
@@ -165,7 +167,8 @@ class Bench:
     def score(self, method: MethodConfig, adapter: Adapter | None = None, **options: Any) -> dict[str, Any]:
         """Perplexities of both texts under a method, and what it holds beside the model."""
         few = method.capacity is not None
-        with sparsify_(self.loaded.model, method, calibration=self.texts.shown, adapter=adapter) as sparse:
+        shown, splits = self.texts.shown, self.splits
+        with sparsify_(self.loaded.model, method, calibration=shown, adapter=adapter, splits=splits) as sparse:
             opened = Opened(self.loaded, sparse, source=str(self.args.model), mlp_bytes=self.mlp_bytes)
             cell: dict[str, Any] = {"method": {"name": method.name, "density": method.density}, **options}
             for name, ids in self.texts.scored.items():
@@ -207,7 +210,7 @@ class Bench:
             else:
                 result = distill(
                     self.loaded, self.texts.windows, self.texts.held_out,
-                    DistillConfig(method=method, **train), adapter=adapter, progress=_say,
+                    DistillConfig(method=method, **train), adapter=adapter, progress=_say, splits=self.splits,
                 )  # fmt: skip
                 self.content["cells"].pop(f"train:{name}", None)
                 self.cell(f"train:{name}", lambda: {"train": train, "curve": result.as_dict(), "best": result.best})
@@ -226,10 +229,15 @@ class Bench:
                 pass
         return self._states[name]
 
+    def options_of(self, listed: dict[str, Any]) -> tuple[str, dict[str, Any], list[float]]:
+        """Name, options and densities of a method of the configuration."""
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in listed.items() if k != "densities"}
+        return listed["name"], options, listed.get("densities", self.config["densities"])
+
     def training_of(self, name: str) -> dict[str, Any]:
         """How a method of the configuration is trained: at densities drawn between the least and the greatest."""
-        options = next(m for m in self.config["methods"] if m["name"] == name)
-        densities = sorted(self.config["densities"])
+        _, options, densities = self.options_of(next(m for m in self.config["methods"] if m["name"] == name))
+        densities = sorted(densities)
         moving = {} if len(densities) == 1 else {"densities": (densities[0], densities[-1])}
         return {"method": MethodConfig(**options, density=densities[0]), **moving}
 
@@ -255,8 +263,8 @@ class Bench:
 
     def methods(self) -> None:
         """Every method without and with its adapter."""
-        for options in self.config["methods"]:
-            name, densities = options["name"], self.config["densities"]
+        for listed in self.config["methods"]:
+            name, options, densities = self.options_of(listed)
             at = {d: MethodConfig(**options, density=d) for d in densities}
             for density, method in at.items():
                 self.cell(f"{name}@{density}", lambda m=method: self.score(m))

@@ -208,6 +208,7 @@ def distill(
     resume: bool = False,
     fitted: Calibration | None = None,
     calibration: Sequence[Tensor] | None = None,
+    splits: Splits | None = None,
     adapter: Adapter | None = None,
     progress: Progress | None = None,
 ) -> Distilled:
@@ -222,6 +223,7 @@ def distill(
         resume: go on from the checkpoint in `out`.
         fitted: DIP's densities by layer, norms and means (`sparsify_`).
         calibration: windows for rules that look at text first (`sparsify_`).
+        splits: of `planes`; None: made of the source's codes.
         adapter: one to go on training, already attached; None: a new one.
         progress: called after each step.
 
@@ -238,7 +240,8 @@ def distill(
     try:
         if config.snap_int4:
             adapter.snap_to_int4()
-        splits = Splits(loaded.codes) if config.method.name == "planes" else None
+        if config.method.name == "planes" and splits is None:
+            splits = Splits(loaded.codes)
         with (
             sparsify_(
                 loaded.model, config.method, calibration=calibration, fitted=fitted, adapter=adapter, splits=splits
