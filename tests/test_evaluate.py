@@ -16,6 +16,7 @@ from dipper.evaluate import (
     evaluate_bundle,
     perplexity,
     read_text,
+    recovered,
     relative_change,
     wikitext_rows_joined,
 )
@@ -275,3 +276,16 @@ def test_errors_of_nll_and_perplexity_belong_together():
     assert result.stderr == pytest.approx(result.nll_stderr * result.perplexity, rel=0.01)
     assert result.against_dense("kl") == (None, None)
     assert result.dense() is None
+
+
+def test_recovered_share_of_a_loss():
+    counts = [10, 10, 10]
+    dense, sparse = [10.0, 11.0, 12.0], [13.0, 14.0, 15.0]
+    assert recovered(dense, sparse, dense, counts) == {"recovered": 1.0, "recovered_stderr": 0.0}
+    assert recovered(dense, sparse, sparse, counts) == {"recovered": 0.0, "recovered_stderr": 0.0}
+    found = recovered(dense, sparse, [11.0, 13.5, 12.5], counts)
+    low, high, between = (math.exp(sum(nll) / 30) for nll in (dense, sparse, [11.0, 13.5, 12.5]))
+    assert found["recovered"] == pytest.approx((high - between) / (high - low))
+    assert 0 < found["recovered_stderr"] < 0.5
+    assert recovered(sparse, dense, dense, counts) == {"recovered": None, "recovered_stderr": None}
+    assert recovered([10.0], [13.0], [12.0], [10])["recovered_stderr"] is None

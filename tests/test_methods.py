@@ -443,3 +443,21 @@ def test_unknown_options_are_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             MethodConfig(**options)
+
+
+def test_what_is_fitted_to_the_dropped_part_brings_outputs_back():
+    weights, x = glu(), torch.randn(1, 512, D) @ torch.randn(D, D) / D**0.5  # inputs that depend on each other
+    dense = weights.dense(x)
+    errors = {}
+    for name, rank, density in (("dip", 0.1, 0.6), ("dip-rescale", 0.1, 0.6), ("dip-lowrank", 0.1, 0.6)):
+        low_rank = (
+            max(1, round(rank * D)) * (2 * D + 3 * weights.intermediate_size) / (3 * D * weights.intermediate_size)
+        )
+        more = low_rank if name == "dip-lowrank" else 0.0  # the same columns for all
+        made = METHODS[name](MethodConfig(name, density=density + more, rank=rank), weights, 0)
+        made.collect(x)
+        made.fit()
+        errors[name] = float((made(x) - dense).square().mean())
+        assert made.meter.touched == pytest.approx(density + more, abs=0.02)
+    assert errors["dip-lowrank"] < 0.95 * errors["dip"]
+    assert errors["dip-rescale"] < errors["dip"]
