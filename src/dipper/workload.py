@@ -310,7 +310,7 @@ class _RefinedRegion:
         self._rows: list[tuple[int, ...]] = []
         if not self._is_refined:
             return
-        self._norm = _residual_norms(setting.bundle, self._entry)
+        self._norm = residual_norms(setting.bundle, self._entry)
         n_units = -(-self._entry["n_columns"] // self._entry["columns_per_unit"])
         self._cache = ColumnCache(n_units, setting.capacity[region], setting.cache, setting.config.cache_decay)
         self._cache.pin(np.arange(setting.capacity[region]))  # what a run begins with
@@ -349,7 +349,7 @@ def _refine_scores(setting: Setting, region: int, prompt: _F32, scores: _F32) ->
     return refined.counts()
 
 
-def _residual_norms(bundle: Bundle, region: dict[str, Any]) -> _F32:
+def residual_norms(bundle: Bundle, region: dict[str, Any]) -> _F32:
     """What inputs are multiplied by; of a shape without weights all alike, which ranks nearly as well (docs/log.md)."""
     if not (bundle.path / "resident.bin").exists():
         return np.ones(region["n_columns"], np.float32)
