@@ -59,10 +59,10 @@ struct Refinement {
 // A read brings a run of neighbouring units and costs run_cost + the units in it, in the cost of one unit's bytes. A
 // token may spend what n_fetch reads of one unit each cost, n_fetch (1 + run_cost), and takes the runs that remove most
 // error for that: of sum(scores that are not cached) - price * cost the best choice, at the lowest price (of 12
-// halvings of its logarithm) that keeps within it. With run_cost 0, or where every price gains less, the n_fetch best units
-// that are not cached, ties to the lower; fewer where fewer are not cached. Demanded are units that are fetched or
-// cached and worth a read of their own at that price; without a price, that score as well as the worst that is fetched.
-// A NaN in x is a ConfigError.
+// halvings of its logarithm) that keeps within it. With run_cost 0, or where every price gains less, the n_fetch best
+// units that are not cached, ties to the lower; fewer where fewer are not cached. Demanded are units that are fetched
+// or cached and worth a read of their own at that price; without a price, that score as well as the worst that is
+// fetched. A NaN in x is a ConfigError.
 void refine(const float* x, const float* norm, std::span<const int32_t> order, int32_t columns_per_unit,
             const uint8_t* cached, int32_t n_fetch, float run_cost, Refinement& out);
 // The most units that such reads bring.
