@@ -3,7 +3,7 @@
     python experiments/planes.py [--keep] RESULT.json...
 
 Each RESULT is the JSON line of `benchmarks/bench_planes.py ... --ppl FILE`, alone or as the last line of a file, or
-what `dipper sensitivity` wrote, which gives the order of layers for `--whole auto:N`. Of each model, base and
+what `dipper sensitivity` wrote, which gives the order of layers for `--whole auto:N`. Of each setting and
 budget the last result given is kept; with --keep also what the file has of others.
 """
 
@@ -50,12 +50,17 @@ def table_of(models: Models, name: str, sha256: str) -> dict[str, Any]:
     return models.setdefault(sha256, {"name": name, "source_sha256": sha256, "orders": {}, "points": {}})
 
 
+def setting_of(made: dict[str, Any]) -> str:
+    """A point without what was measured of it."""
+    return json.dumps({name: made[name] for name in made if name not in ("increase", "stderr", "tokens")})
+
+
 def kept() -> Models:
     """What the file has."""
     models: Models = {}
     for old in tomli.loads(OUT.read_text(encoding="utf-8")).get("models", []):
         table = table_of(models, old["name"], old["source_sha256"])
-        table["points"] = {(*made["base_bits"], made["bits"]): made for made in old["points"]}
+        table["points"] = {setting_of(made): made for made in old["points"]}
         table["orders"] = {tuple(made["base_bits"]): made for made in old.get("orders", [])}
     return models
 
@@ -69,7 +74,7 @@ def add_points(models: Models, result: dict[str, Any]) -> None:
             of_model = row["model"] == Path(source["bundle"]).name and row["method"] == "planes"
             if of_model and row.get("relative") is not None:
                 made = point(row, result)
-                table["points"][(*made["base_bits"], made["bits"])] = made
+                table["points"][setting_of(made)] = made
 
 
 def add_order(models: Models, found: dict[str, Any]) -> None:
