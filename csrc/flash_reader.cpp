@@ -9,6 +9,7 @@
 #include <bit>
 #include <cerrno>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -691,6 +692,19 @@ uint64_t max_staging_bytes(uint64_t n_records, uint32_t record_bytes, uint64_t r
   const uint64_t worst_start = alignment - std::gcd(record_bytes, alignment);
   const auto up = [alignment](uint64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
   return std::min(n_records * up(worst_start + record_bytes), up(region_bytes));
+}
+
+uint64_t max_run_bytes(uint64_t n_units, float run_cost, uint32_t unit_bytes, uint64_t region_bytes,
+                       uint32_t alignment) {
+  const uint64_t single = max_staging_bytes(n_units, unit_bytes, region_bytes, alignment);
+  if (run_cost == 0.0f || n_units == 0) return single;
+  // R runs of U units: U + R run_cost <= n (1 + run_cost), and they are widened by `ends` each at most. Of U unit_bytes
+  // + R ends the most is at R = n, or, where starting a read costs more than the ends, at R = 0.
+  const uint64_t ends = 2 * (alignment - std::gcd(unit_bytes, alignment));
+  const double together = static_cast<double>(n_units) * (1.0 + run_cost) * unit_bytes;
+  const uint64_t most = std::max(static_cast<uint64_t>(std::ceil(together)), n_units * (unit_bytes + ends));
+  const auto up = [alignment](uint64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
+  return std::max(single, std::min(up(most), up(region_bytes)));
 }
 
 }  // namespace dipper

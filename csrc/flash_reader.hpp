@@ -96,4 +96,9 @@ void plan_records(uint64_t region_offset, uint32_t record_bytes, std::span<const
 // Most staging that any n_records of a region of region_bytes can need; the region starts at a multiple of alignment.
 uint64_t max_staging_bytes(uint64_t n_records, uint32_t record_bytes, uint64_t region_bytes, uint32_t alignment);
 
+// The same for runs of units that together cost no more than n_units reads of one unit each, a read costing run_cost
+// more than its units, in units' bytes (`refine`); run_cost 0: for the units alone.
+uint64_t max_run_bytes(uint64_t n_units, float run_cost, uint32_t unit_bytes, uint64_t region_bytes,
+                       uint32_t alignment);
+
 }  // namespace dipper

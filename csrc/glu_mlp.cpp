@@ -61,12 +61,9 @@ MlpMemory plan_mlp_memory(const Model& model, const MlpOptions& options) {
     if (options.refines(static_cast<int32_t>(r))) {
       memory.pinned += aligned(region.bases_bytes());
       memory.slots += static_cast<uint64_t>(options.capacity[r]) * region.unit_bytes;
-      const auto single = static_cast<uint64_t>(options.fetch[r]);
-      const auto together =
-          static_cast<uint64_t>(max_units_read(options.fetch[r], options.run_cost[r], region.n_units()));
       memory.staging =
-          std::max({memory.staging, max_staging_bytes(single, region.unit_bytes, region.units_bytes(), kAlign),
-                    std::min(aligned(together * region.unit_bytes) + kAlign, region.units_bytes())});
+          std::max(memory.staging, max_run_bytes(static_cast<uint64_t>(options.fetch[r]), options.run_cost[r],
+                                                 region.unit_bytes, region.units_bytes(), kAlign));
       memory.bookkeeping += ColumnCache::bytes(region.n_units(), options.capacity[r]);
     }
     if (options.residency == Residency::kCached) {

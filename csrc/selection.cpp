@@ -262,12 +262,6 @@ float choose_runs(const uint8_t* cached, int32_t n_fetch, float run_cost, float 
 
 }  // namespace
 
-int32_t max_units_read(int32_t n_fetch, float run_cost, int32_t n_units) {
-  if (n_fetch == 0) return 0;
-  const double limit = static_cast<double>(n_fetch) * (1.0 + run_cost) - run_cost;
-  return static_cast<int32_t>(std::min<double>(limit, n_units));
-}
-
 void refine(const float* x, const float* norm, std::span<const int32_t> order, int32_t columns_per_unit,
             const uint8_t* cached, int32_t n_fetch, float run_cost, Refinement& out) {
   const size_t n_columns = order.size();

@@ -65,9 +65,6 @@ struct Refinement {
 // fetched. A NaN in x is a ConfigError.
 void refine(const float* x, const float* norm, std::span<const int32_t> order, int32_t columns_per_unit,
             const uint8_t* cached, int32_t n_fetch, float run_cost, Refinement& out);
-// The most units that such reads bring.
-int32_t max_units_read(int32_t n_fetch, float run_cost, int32_t n_units);
-
 // Closed-loop masks of a whole sequence: for each of n_tokens rows of scores [n_tokens, n], select, then step the
 // cache. masks [n_tokens, k]; hits [n_tokens] (may be null; zeros without a cache). cache may be null when gamma == 1.
 // factors [n] as top_k.

@@ -6,7 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dipper import _core
+from dipper.cache import refine
 from dipper.device import Flash
 from dipper.errors import ConfigError
 from dipper.reads import PAGE, IoBudget, Reads, fetched_reads, run_cost, streamed_reads
@@ -115,3 +119,17 @@ def test_runs_cost_no_more_than_as_many_single_reads(unit_bytes):
     assert 12500 * runs.n + runs.bytes <= 100 * (12500 + unit_bytes + 2 * PAGE)
     assert fetched_reads(made, 100, 550, cost) == fetched_reads(made, 50)  # all that are not cached
     assert fetched_reads(made, 0, 0, cost) == Reads()
+
+
+@given(
+    unit_bytes=st.integers(1, 200).map(lambda n: 64 * n),
+    n_units=st.integers(1, 200),
+    read_cost=st.one_of(st.integers(0, 9000), st.just(10**6)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_runs_take_more_than_the_staging_that_is_planned(unit_bytes, n_units, read_cost, seed):
+    made, rng = region(unit_bytes, n_units), np.random.default_rng(seed)
+    cost = float(np.float32(run_cost(made, read_cost)))
+    n_fetch, cached = int(rng.integers(0, n_units + 1)), rng.random(n_units) < rng.random()
+    read = refine(rng.standard_normal(n_units), np.ones(n_units), None, 1, cached, n_fetch, cost).read
+    assert counted(made, read.astype(int))[1] <= _core.max_run_bytes(n_fetch, cost, unit_bytes, made["bytes"])

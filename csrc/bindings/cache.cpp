@@ -236,7 +236,6 @@ void bind_cache(nb::module_& m) {
         nb::arg("cache") = nb::none(), nb::arg("counted") = true);
   m.def("refine", &refine, nb::arg("x").noconvert(), nb::arg("norm").noconvert(), nb::arg("order").noconvert(),
         nb::arg("columns_per_unit"), nb::arg("cached").noconvert(), nb::arg("n_fetch"), nb::arg("run_cost"));
-  m.def("max_units_read", &dipper::max_units_read, nb::arg("n_fetch"), nb::arg("run_cost"), nb::arg("n_units"));
   m.def("next_uses", &next_uses, nb::arg("masks").noconvert(), nb::arg("n_columns"));
   m.def("replay_masks", &replay_masks, nb::arg("masks").noconvert(), nb::arg("offset"), nb::arg("record_bytes"),
         nb::arg("alignment"), nb::arg("cache"), nb::arg("counted") = true,

@@ -169,6 +169,8 @@ void bind_reader(nb::module_& m) {
         "'n_ranges_needed': of each record, 'staging_bytes'}.");
   m.def("max_staging_bytes", &dipper::max_staging_bytes, "n_records"_a, "record_bytes"_a, "region_bytes"_a,
         "alignment"_a = 4096, "Most staging bytes that any n_records of a region can need.");
+  m.def("max_run_bytes", &dipper::max_run_bytes, "n_units"_a, "run_cost"_a, "unit_bytes"_a, "region_bytes"_a,
+        "alignment"_a = 4096, "Most staging bytes that runs of units for the cost of n_units single reads can need.");
   m.def("dram_read_gbps", &dipper::dram_read_gbps, "n_threads"_a, "bytes"_a, "seconds"_a = 0.4,
         nb::call_guard<nb::gil_scoped_release>(),
         "DRAM read bandwidth in GB/s (1e9 bytes): n_threads read a buffer of `bytes` for about `seconds`; the median "

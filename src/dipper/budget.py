@@ -238,7 +238,7 @@ class EngineConfig:
         fetch, fetch_glu = planned if planned is not None and self.io_budget else self.fetches
         why = f" by an io budget of {self.io_budget}" if self.io_budget else ""
         runs = "" if self.read_cost is None else f", in runs by a read cost of {self.read_cost} bytes"
-        whole = f", layers {', '.join(map(str, self.whole))} whole" if self.whole else ""
+        whole = f", layers {', '.join(map(str, self.whole_layers))} whole" if self.whole else ""
         shares = f"{fetch:.3g} of the input and {fetch_glu:.3g} of the GLU units"
         return f"planes: a token fetches {shares}{why}{runs}{whole}"
 
@@ -397,7 +397,14 @@ class Planner:
         made = self.refine_by([0] * len(n_units), options, room)
         fetch = self.affordable(budget, made)
         while self.cost(budget, made := self.refine_by(fetch, options, room)) > budget.limit:
-            fetch = [9 * m // 10 for m in fetch]
+            fewer = [min(m, max(1, 9 * m // 10)) for m in fetch]
+            if fewer == fetch:
+                needed = budget.told(self.cost(budget, made))
+                raise BudgetError(
+                    f"--io-budget {budget.text} refines nothing: with staging for a unit of every region a token takes "
+                    f"{needed}; raise it to {needed}"
+                )
+            fetch = fewer
         return made
 
     def io_budget(self) -> IoBudget:
@@ -621,8 +628,12 @@ class Planner:
             self.regions, options["pinned"], options["refined"], options["fetch"], options["run_cost"], strict=True
         )
         return sum(
-            0 if pinned else _fetched_bytes(region, m, run_cost) if refined else _aligned(_region_bytes(region))
-            for region, pinned, refined, m, run_cost in each
+            0
+            if pinned
+            else _core.max_run_bytes(m, cost, region["unit_bytes"], region["bytes"])
+            if refined
+            else _aligned(_region_bytes(region))
+            for region, pinned, refined, m, cost in each
         )
 
     def streamed(self, options: dict[str, Any]) -> dict[str, int]:
@@ -667,16 +678,6 @@ def _region_bytes(region: dict[str, Any]) -> int:
     """Units and bases as they lie on flash, the gap between them included."""
     base = region["base"]
     return int(region["bytes"] if base is None else base["offset"] - region["offset"] + base["bytes"])
-
-
-def _fetched_bytes(region: dict[str, Any], n_fetch: int, run_cost: float) -> int:
-    """What a token's reads of a split region take at most: of single units, whole 4096s around each, or of one run."""
-    unit_bytes = region["unit_bytes"]
-    n_units = region["bytes"] // unit_bytes
-    worst_start = 4096 - math.gcd(unit_bytes, 4096)
-    single = n_fetch * _aligned(worst_start + unit_bytes)
-    together = _core.max_units_read(n_fetch, run_cost, n_units) * unit_bytes
-    return min(max(single, _aligned(worst_start + together)), _aligned(region["bytes"]))
 
 
 def _spread(sizes: Sequence[int], room: int) -> list[int]:

@@ -152,11 +152,16 @@ class IoBudget:
         return f"{math.ceil(10 * cost / scale - 1e-9) / 10:.1f}{unit}"
 
     def share_out(self, regions: Sequence[dict[str, Any]], left: float) -> list[int]:
-        """Units that each of these regions fetches, the same share of all that take part, for `left` at most."""
+        """Units that each of these regions fetches, the same share of all that take part, for `left` at most.
+
+        At least a unit of each, where `left` does for that.
+        """
         n_units = [takes_part(region) * -(-region["bytes"] // region["unit_bytes"]) for region in regions]
 
+        least = int(self.cost(regions, [min(n, 1) for n in n_units]) <= left)
+
         def shared(share: float) -> list[int]:
-            return [int(share * n + 1e-9) for n in n_units]
+            return [min(n, max(least, int(share * n + 1e-9))) for n in n_units]
 
         low, high = 0.0, 1.0
         if self.cost(regions, n_units) <= left:

@@ -330,6 +330,9 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
         totals = traffic.totals
     looked_up = totals["hits"] + totals["misses"]
     described = {"kind": "dense"} if traffic is None else workload.describe(setting)
+    shares: tuple[float | None, float | None] = (None, None)
+    if config.method == "planes":
+        shares = setting.plan.fetched_shares if config.io_budget else config.fetches
     return SimRecord(
         model=setting.bundle.model.name,
         device=device.name,
@@ -357,10 +360,10 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
         sustained_s=found.sustained_s,
         n_prompt=workload.n_prompt,
         n_tokens=found.n_tokens,
-        fetch=config.fetches[0] if config.method == "planes" else None,
-        fetch_glu=config.fetches[1] if config.method == "planes" else None,
+        fetch=shares[0],
+        fetch_glu=shares[1],
         workload=described,
-        notes=[config.fetches_told()] if config.method == "planes" else [],
+        notes=[config.fetches_told(setting.plan.fetched_shares)] if config.method == "planes" else [],
         provenance=provenance(setting.bundle.path),
     )
 

@@ -120,6 +120,8 @@ class Setting:
             )
         if config.method == "planes" and capacity_share is not None:
             raise ConfigError("planes caches units in what its bases leave: give a budget, not a share of the columns")
+        if config.read_cost is not None:
+            raise ConfigError("reads of runs of units are not simulated: leave the read cost out, or run the engine")
         if cache == "belady" and config.effective_gamma < 1:
             raise ConfigError(
                 f"belady with gamma {config.effective_gamma}: masks then depend on the cache, so there is no future "
@@ -300,8 +302,6 @@ class _RefinedRegion:
     """
 
     def __init__(self, setting: Setting, region: int) -> None:
-        if setting.config.read_cost is not None:
-            raise ConfigError("reads of runs of units are not simulated: leave the read cost out, or run the engine")
         self._entry = setting.bundle.header["regions"][region]
         self._is_refined = bool(setting.plan.options["refined"][region])
         self._cold = setting.config.cold
