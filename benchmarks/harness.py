@@ -189,11 +189,11 @@ def greedy(engine: Any, prompt: Sequence[int], n: int, *, fresh: bool = True) ->
 
 def touched_bytes(engine: Any, n_before: int, n: int) -> float:
     """Bytes of DRAM that each of n tokens after `n_before` must read, on average."""
-    from dipper import simulator
+    from dipper import touched
 
     bundle, positions = engine.bundle, n_before + np.arange(1, max(n, 1) + 1)
-    parts, used = simulator.model_parts(bundle), engine.plan.options["k"]
-    return sum(simulator.touched_bytes(bundle, parts, used, positions, engine.config.kv).values())
+    parts, used = touched.model_parts(bundle), engine.plan.options["k"]
+    return sum(touched.touched_bytes(bundle, parts, used, positions, engine.config.kv).values())
 
 
 class Shelf:

@@ -9,7 +9,7 @@ from dipper.bench import BenchCase, measure_apart, run_bench, with_disk_probe
 from dipper.bundle import Bundle, pack
 from dipper.engine import Engine, EngineConfig
 from dipper.errors import BundleError, ConfigError, FlashError
-from dipper.simulator import model_parts, touched_bytes
+from dipper.touched import model_parts, touched_bytes
 from fakes import FakeEngine
 from test_records import record
 

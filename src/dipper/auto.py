@@ -24,6 +24,7 @@ from .budget import EngineConfig, Plan, plan_run
 from .bundle import REGION_MATRICES, Bundle
 from .device import Device
 from .errors import BudgetError, ConfigError
+from .forecast import forecast
 from .probe import device_for
 
 __all__ = ["LOSS", "Choice", "base_bits", "choose", "named_layers"]
@@ -168,8 +169,6 @@ def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) 
     )
     if not stream.plan.token_bytes:
         return replace(stream, why="all of the MLP fits")
-    from .forecast import forecast  # here: the simulator, whose times it takes, is built on the engine
-
     device = device_for(bundle.path, config.device_profile)
     planes_s, stream_s = (forecast(bundle, choice.plan, device).token_s for choice in (planes, stream))
     expected = (

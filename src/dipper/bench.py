@@ -214,7 +214,7 @@ def _with_touched(runs: Measurement, engine: Engine) -> Measurement:
     import numpy as np
 
     from dipper.doctor import measure_dram
-    from dipper.simulator import model_parts, touched_bytes
+    from dipper.touched import model_parts, touched_bytes
 
     bundle, plan = engine.bundle, engine.plan
     parts = model_parts(bundle)

@@ -17,7 +17,7 @@ from .bundle import Bundle
 from .device import Device
 from .dram_plan import RegionPlan
 from .reads import Reads
-from .simulator import LAST_BLOCK, model_parts, products_s
+from .touched import LAST_BLOCK, model_parts, products_s
 
 __all__ = ["Forecast", "forecast"]
 

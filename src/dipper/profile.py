@@ -34,8 +34,8 @@ from dipper.doctor import drop_page_cache, machine, measure_dram
 from dipper.engine import Engine
 from dipper.errors import ConfigError
 from dipper.probe import DEPTH, sustained_reads_per_s
-from dipper.simulator import model_parts
 from dipper.sources import default_cache_dir
+from dipper.touched import model_parts
 
 __all__ = ["measure_profile", "this_machine"]
 
