@@ -15,6 +15,7 @@ BIN := .venv/bin
 TORCH_SPEC ?= torch==2.13.0
 TORCH_OPTIONS ?=
 TRANSFORMERS_SPEC ?= transformers>=5
+TRAIN_SPEC ?= 'peft>=0.18' 'accelerate>=1.10'
 # Pinned: versions of clang-format do not agree on a layout.
 CLANG_FORMAT_SPEC ?= clang-format==18.1.8
 
@@ -40,6 +41,7 @@ setup: .venv/.setup
 ifneq ($(TORCH_SPEC),)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH_OPTIONS) '$(TORCH_SPEC)'
 	$(BIN)/python -c 'import transformers' 2>/dev/null || $(BIN)/python -m pip install -q '$(TRANSFORMERS_SPEC)'
+	$(BIN)/python -c 'import peft, accelerate' 2>/dev/null || $(BIN)/python -m pip install -q $(TRAIN_SPEC)
 endif
 	touch $@
 

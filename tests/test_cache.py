@@ -694,7 +694,7 @@ def test_closed_loop_of_planes_equals_the_definition(n, per_unit, policy, shares
     done = scan_refine(x, norm, order, per_unit, cache, n_fetch)
     for t, row in enumerate(x):
         held = [unit in reference.slots for unit in range(n_units)]
-        _, fetched, demanded = reference_refine(row, norm, order, per_unit, held, n_fetch)
+        _, _, fetched, demanded = reference_refine(row, norm, order, per_unit, held, n_fetch)
         hits, _, _ = reference.step(demanded)
         assert done.cached[t].tolist() == held
         assert np.flatnonzero(done.fetched[t]).tolist() == fetched
