@@ -183,8 +183,8 @@ void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t*
 
 namespace {
 
-constexpr double kPriceOctaves =
-    64.0;  // how far from that of the best single units the price of runs is sought, factor
+// The price of runs is sought from that of the best single units over this factor to that times it.
+constexpr double kPriceRange = 64.0;
 constexpr int kPriceSteps = 12;
 
 struct Runs {
@@ -230,7 +230,7 @@ float choose_runs(const uint8_t* cached, int32_t n_fetch, float run_cost, float 
   for (const int32_t u : out.fetched) single_gain += out.gains[static_cast<size_t>(u)];
   const double single_price =
       static_cast<double>(std::min(least, std::numeric_limits<float>::max())) / (1.0 + run_cost);
-  double low = single_price / kPriceOctaves, high = single_price * kPriceOctaves;
+  double low = single_price / kPriceRange, high = single_price * kPriceRange;
   double price = 0.0;  // the lowest that keeps within the budget; 0: none yet
   bool ends_in = false;
   for (int i = 0; i < kPriceSteps; ++i) {

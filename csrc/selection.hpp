@@ -42,7 +42,7 @@ void top_k_keys(std::span<const uint32_t> keys, int32_t k, SelectionScratch& scr
 void top_k(std::span<const float> scores, int32_t k, float gamma, const uint8_t* cached, SelectionScratch& scratch,
            int32_t* out, const float* factors = nullptr);
 
-// Which residuals of a split region a token fetches (docs/architecture.md, Refinement).
+// Which residuals of a split region a token fetches (docs/architecture.md, A token in planes).
 struct Refinement {
   std::vector<float> scores;      // [n_units]
   std::vector<int32_t> read;      // units, ascending: what the reads bring, with cached ones that lie between
@@ -65,6 +65,7 @@ struct Refinement {
 // fetched. A NaN in x is a ConfigError.
 void refine(const float* x, const float* norm, std::span<const int32_t> order, int32_t columns_per_unit,
             const uint8_t* cached, int32_t n_fetch, float run_cost, Refinement& out);
+
 // Closed-loop masks of a whole sequence: for each of n_tokens rows of scores [n_tokens, n], select, then step the
 // cache. masks [n_tokens, k]; hits [n_tokens] (may be null; zeros without a cache). cache may be null when gamma == 1.
 // factors [n] as top_k.

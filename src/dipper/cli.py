@@ -285,7 +285,10 @@ def sensitivity(
 
     check_target(out)
     _check_context(bundle, f"--window {window}", window, "a smaller one")
-    progress = lambda done, total, found: _say(f"{done}/{total} {found}")  # noqa: E731
+
+    def progress(done: int, total: int, found: str) -> None:
+        _say(f"{done}/{total} {found}")
+
     found = measure_sensitivity(bundle, text, window=window, limit=tokens, threads=threads, progress=progress)
     write_json(out, found)
     print(out)
