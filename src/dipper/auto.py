@@ -115,8 +115,8 @@ def _order_in(path: Path, bundle: Bundle) -> list[int]:
     return list(order)
 
 
-def measured_point(bundle: Bundle, bits_per_weight: float) -> dict[str, Any] | None:
-    """Of the measured settings that lose no more than `LOSS` in at most this much DRAM the one with the most of it."""
+def measured_points(bundle: Bundle, bits_per_weight: float) -> list[dict[str, Any]]:
+    """The measured settings that lose no more than `LOSS` in at most this much DRAM, of those with the most of it."""
     points = [
         point
         for point in _measured().get(bundle.header["source"].get("sha256", ""), [])
@@ -124,7 +124,8 @@ def measured_point(bundle: Bundle, bits_per_weight: float) -> dict[str, Any] | N
         and point["increase"] <= LOSS
         and point["bits"] <= bits_per_weight + 0.01
     ]
-    return max(points, key=lambda p: (p["bits"], -p["increase"]), default=None)
+    most = max((point["bits"] for point in points), default=0.0)
+    return sorted((p for p in points if p["bits"] == most), key=lambda p: float(p["increase"]))
 
 
 def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) -> Choice:
@@ -154,23 +155,31 @@ def choose(bundle: Bundle, config: EngineConfig, host_bytes: int | None = None) 
     stream = planned("dense-stream", "")
     if not any(base_bits(bundle)):
         return replace(stream, why="the model does not fit, and its columns are not split (dipper pack --base-bits)")
-    point = measured_point(bundle, stream.plan.mlp_limit_bits(bundle.mlp_weights))
-    if point is None:
+    points = measured_points(bundle, stream.plan.mlp_limit_bits(bundle.mlp_weights))
+    if not points:
         return replace(
             stream, why=f"no setting of planes is known to lose at most {100 * LOSS:.1f} % here in this much DRAM"
         )
-    planes = planned(
-        "planes",
-        f"measured: perplexity {100 * point['increase']:+.1f} % at {point['bits']:.2f} bits per MLP weight",
-        fetch=point["fetch"],
-        fetch_glu=point["fetch_glu"],
-        read_cost=point.get("read_cost"),
-        whole=tuple(point["whole"]),
-    )
     if not stream.plan.token_bytes:
         return replace(stream, why="all of the MLP fits")
     device = device_for(bundle.path, config.device_profile)
-    planes_s, stream_s = (forecast(bundle, choice.plan, device).token_s for choice in (planes, stream))
+
+    def token_s(choice: Choice) -> float:
+        return forecast(bundle, choice.plan, device).token_s
+
+    refined = [
+        planned(
+            "planes",
+            f"measured: perplexity {100 * point['increase']:+.1f} % at {point['bits']:.2f} bits per MLP weight",
+            fetch=point["fetch"],
+            fetch_glu=point["fetch_glu"],
+            read_cost=point.get("read_cost"),
+            whole=tuple(point["whole"]),
+        )
+        for point in points
+    ]
+    planes = min(refined, key=token_s)  # of equals the one that loses least
+    planes_s, stream_s = token_s(planes), token_s(stream)
     expected = (
         f"{1e3 * planes_s:.0f} ms a token expected, {1e3 * stream_s:.0f} of dense streaming, on a disk of "
         f"{told(device)}"
