@@ -200,6 +200,15 @@ def test_of_several_points_the_one_with_the_most_dram(split, measured):
     assert choose(split, with_budget(split, 4), 0).config.fetch == 0.05
 
 
+def test_of_points_with_as_much_dram_the_fastest_and_of_equals_the_one_that_loses_least(split, measured):
+    slow, fast = {"fetch": 0.08, "increase": 0.005}, {"fetch": 0.02, "increase": 0.015}
+    for points in ((slow, fast), (fast, slow)):
+        measured(*points)
+        assert choose(split, with_budget(split, 4.0), 0).config.fetch == 0.02
+    measured({"increase": 0.015}, {"increase": 0.005}, {"increase": 0.01})
+    assert choose(split, with_budget(split, 4.0), 0).why.startswith("measured: perplexity +0.5 %")
+
+
 def test_planes_that_read_nearly_as_much_are_not_worth_it(split, measured):
     config = with_budget(split, 4)
     stream = plan_run(split, dataclasses.replace(config, method="dense-stream"), 0)
