@@ -1,7 +1,7 @@
 """What compensation brings back of the accuracy that pruning costs: LoRA under masks, and rivals without training.
 
     python experiments/compensation.py experiments/configs/compensation.toml MODEL --data DATA \\
-        -o experiments/results/compensation-MODEL.json [--device cuda] [--only train:dip] [--state FOLDER]
+        -o experiments/results/compensation-MODEL.json [--device cuda] [--only methods:planes] [--state FOLDER]
     python experiments/compensation.py experiments/configs/compensation.toml smollm2.gguf --data DATA -o q.json --quick
 
 MODEL is whatever `load_model` takes, DATA a folder with text/, wikitext-2-raw/ and eval/. Trained on C4, Wikipedia and
@@ -262,9 +262,12 @@ class Bench:
     # -- groups of cells
 
     def methods(self) -> None:
-        """Every method without and with its adapter."""
+        """Every method, or those of `--only methods:NAME`, without and with its adapter."""
+        named = [part[len("methods:") :] for part in self.args.only or [] if part.startswith("methods:")]
         for listed in self.config["methods"]:
             name, options, densities = self.options_of(listed)
+            if named and name not in named:
+                continue
             at = {d: MethodConfig(**options, density=d) for d in densities}
             for density, method in at.items():
                 self.cell(f"{name}@{density}", lambda m=method: self.score(m))
@@ -363,7 +366,7 @@ class Bench:
         """All groups, or those asked for."""
         self.cell("dense", lambda: self.score(MethodConfig("dense")))
         for name in ("methods", "own_gain", "residents", "tasks", "caches"):
-            if not self.args.only or name in self.args.only:
+            if not self.args.only or any(part.split(":")[0] == name for part in self.args.only):
                 getattr(self, name)()
         curves = {n[6:]: c["curve"] for n, c in self.content["cells"].items() if n.startswith("train:")}
         if self.args.figure is not None and curves:
@@ -390,7 +393,9 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="folder that keeps trained adapters")
     parser.add_argument("--figure", type=Path, help="curves, as .svg, .png or .pdf")
     parser.add_argument(
-        "--only", action="append", help="methods, own_gain, residents, tasks or caches; may be repeated"
+        "--only",
+        action="append",
+        help="methods, methods:NAME, own_gain, residents, tasks or caches; may be repeated",
     )
     parser.add_argument("--steps", type=int, help="other than the configuration says")
     parser.add_argument("--quick", action="store_true", help="few tokens and steps: whether it works")
