@@ -374,6 +374,7 @@ COMPENSATION = {
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_groups_of_compensation(tmp_path, torch_model, data):
     pytest.importorskip("peft")
     at = context(tmp_path, torch_model, data=data, batch=1)
@@ -391,6 +392,7 @@ def test_groups_of_compensation(tmp_path, torch_model, data):
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_groups_that_are_none(tmp_path, torch_model, data):
     pytest.importorskip("peft")
     at = context(tmp_path, torch_model, data=data)

@@ -198,8 +198,8 @@ class Bench:
         dense = self.cells["dense"]
         for text in ("wikitext", "c4"):
             n = min(len(c[text]["window_nll"]) for c in (dense, sparse, cell))
-            nll = [c[text]["window_nll"][:n] for c in (dense, sparse, cell)]
-            cell[text] |= recovered(*nll, cell[text]["window_tokens"][:n])
+            first, second, third = (c[text]["window_nll"][:n] for c in (dense, sparse, cell))
+            cell[text] |= recovered(first, second, third, cell[text]["window_tokens"][:n])
         return cell
 
     # -- training
