@@ -12,15 +12,19 @@ from dipper.records import LEDGER, BenchRow, EvalRecord, RunRecord, SimRecord, S
 
 if TYPE_CHECKING:
     from dipper.compare import Row
+    from dipper.reproduce import Check, Listed, Summary
 
 __all__ = [
     "align",
     "bench_table",
+    "checks_table",
     "compare_table",
     "eval_table",
     "evals_table",
+    "experiments_table",
     "inspect_table",
     "ledger_table",
+    "reproduced_table",
     "run_table",
     "sim_table",
     "tasks_table",
@@ -397,3 +401,44 @@ def inspect_table(description: dict[str, Any], verified: bool) -> str:
     rows.append(("MLP", f"{description['bits_per_mlp_weight']:.2f} bits per weight, scales included"))
     rows.append(("checksums", "every byte read and right" if verified else "not read (--no-verify)"))
     return _pairs(rows)
+
+
+# ------------------------------------------------------------------------------------------------ experiments
+
+
+def experiments_table(listed: Sequence[Listed]) -> str:
+    """Experiments: what each answers to, takes and needs, and how much of it there is of each model."""
+    return "\n\n".join(_experiment(one) for one in listed)
+
+
+def _experiment(one: Listed) -> str:
+    e = one.experiment
+    told = [f"answers to: {e.published}"] if e.published else []
+    told.append(f"about {e.minutes:g} minutes a model{f' ({e.on})' if e.on else ''}")
+    needs = [f"{extra} (not installed)" if extra in one.lacking else extra for extra in e.needs]
+    told += [f"needs {', '.join(needs)}"] if needs else []
+    width = max((len(model) for model in one.models), default=0)
+    lines = [f"{e.name}: {e.title}", *(f"  {line}" for line in told)]
+    for model, counts in one.models.items():
+        states = [f"{counts[name]} {name}" for name in ("stale", "missing", "orphaned") if counts[name]]
+        done = f"{counts['done']} of {counts['n']} done"
+        lines.append(f"  {model.ljust(width)}  {', '.join([done, *states])}")
+    return "\n".join(lines)
+
+
+def reproduced_table(summaries: Sequence[Summary]) -> str:
+    """What a run measured, an experiment and model a row."""
+    rows = [["experiment", "model", "results", "cells", "measured", "kept", "stale", "failed", "seconds"]]
+    for one in summaries:
+        numbers = [one.wanted, one.measured, one.kept, one.stale, len(one.failed)]
+        rows.append([one.experiment, one.model, str(one.path), *map(str, numbers), f"{one.seconds:.1f}"])
+    return align(rows, left=3)
+
+
+def checks_table(checks: Sequence[Check]) -> str:
+    """What a check found, an experiment and model a row."""
+    rows = [["experiment", "model", "checked", "the same", "otherwise", "no result"]]
+    for one in checks:
+        n_wrong = len(one.differences)
+        rows.append([one.experiment, one.model, *map(str, (one.checked, one.checked - n_wrong, n_wrong, one.missing))])
+    return align(rows, left=2)
