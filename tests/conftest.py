@@ -9,9 +9,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dipper.errors import SourceError
 from dipper.sources import pull
+
+# How fast a machine draws examples says nothing about dipper.
+settings.register_profile("dipper", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dipper")
 
 REQUIRED = os.environ.get("DIPPER_REQUIRE_MODELS") == "1"
 
