@@ -15,6 +15,7 @@ BIN := .venv/bin
 TORCH_SPEC ?= torch==2.13.0
 TORCH_OPTIONS ?=
 TRANSFORMERS_SPEC ?= transformers>=5
+RAY_SPEC ?= ray>=2.40
 TRAIN_SPEC ?= 'peft>=0.18' 'accelerate>=1.10'
 # Pinned: versions of clang-format do not agree on a layout.
 CLANG_FORMAT_SPEC ?= clang-format==18.1.8
@@ -77,6 +78,7 @@ test-python: .venv/.torch
 	$(BIN)/python -m pytest -q -m 'not slow'
 
 test-slow: .venv/.torch
+	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install -q '$(RAY_SPEC)'
 	$(BIN)/python -m pytest -q -m slow
 
 lint: setup

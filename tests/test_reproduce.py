@@ -420,6 +420,7 @@ def cluster(monkeypatch):
 rays_own = pytest.mark.filterwarnings("ignore")  # warnings of what Ray will change
 
 
+@pytest.mark.slow  # starts a cluster
 @rays_own
 def test_ray_finds_what_one_process_finds_though_a_worker_is_killed(lab, tmp_path, cluster):
     lab.write(TROUBLE.replace("HOW", "die"))
@@ -435,6 +436,7 @@ def test_ray_finds_what_one_process_finds_though_a_worker_is_killed(lab, tmp_pat
     assert "here" not in {line[2] for line in lab.log()}
 
 
+@pytest.mark.slow  # starts a cluster
 @rays_own
 def test_ray_loses_a_machine(lab, cluster):
     lab.write(SQUARES.replace('kind = "fake"', 'kind = "fake"\nsleep = 0.5'))
