@@ -249,7 +249,7 @@ def run_ray(tasks: Sequence[Task], address: str) -> Done:
             ) from None
     waiting: dict[Any, int] = {}
     try:
-        _check_cluster(ray.nodes(), tasks)  # type: ignore[no-untyped-call]
+        _check_cluster(ray.nodes(), tasks)
         # Retries are this module's, the same for all executors.
         remote = ray.remote(max_retries=0)(measure_cell)
         for number, task in enumerate(tasks):

@@ -635,7 +635,9 @@ def _counted_by(setting: Setting) -> tuple[Any, ...]:
     """All that the counts of given scores depend on: no speed of a device is among it."""
     config, options = setting.config, setting.plan.options
     refined = config.method == "planes"
-    planes = [tuple(config.whole), *(tuple(options[name]) for name in ("refined", "fetch", "pinned"))] if refined else []
+    planes = (
+        [tuple(config.whole), *(tuple(options[name]) for name in ("refined", "fetch", "pinned"))] if refined else []
+    )
     cache = (setting.cache, config.cache_decay, tuple(setting.capacity), config.cold, setting.block_tokens)
     return (config.method, setting.k, setting.gamma, *cache, setting.alignment, *planes)
 
