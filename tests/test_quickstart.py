@@ -20,7 +20,7 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     model = tiny.write_gguf(
         tmp_path / "tiny.gguf", vocabulary=tiny.bpe_keys(), vocab_size=264, max_position_embeddings=1024
     )
-    (tmp_path / "wiki.test.raw").write_text("a text of some words, " * 60, encoding="utf-8")
+    (tmp_path / "wiki.test.raw").write_text("a text of some words, " * 110, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL))
     assert code.count('"smollm2"') == 3
