@@ -1,4 +1,4 @@
-"""Results of `dipper eval` side by side: what each method costs, at how many bytes.
+"""Results of `dipper eval` and `dipper reproduce` side by side: what each method costs, at how many bytes.
 
     evals, answers = read_results(paths)
     rows = compare_evals(evals)
@@ -51,7 +51,7 @@ class Row:
 
 
 def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[EvalRecord], list[dict[str, Any]]]:
-    """Reads what `dipper eval --out` kept.
+    """Reads what `dipper eval --out` and `dipper reproduce` kept.
 
     Returns:
         Perplexities and answers to tasks.
@@ -68,24 +68,24 @@ def read_results(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[EvalReco
             raise ConfigError(f"{path} cannot be read as a result ({type(error).__name__}: {error}).") from None
         if schema == "dipper-eval/1":
             evals.append(EvalRecord.from_dict(held))
-        elif schema == "dipper-grid/1":
-            evals += [_of_grid(row) for row in held["results"]]
+        elif schema == "dipper-experiment/1":
+            evals += [_of_cell(cell) for cell in held["cells"] if cell["kind"] == "perplexity"]
+            answers += [cell["result"] for cell in held["cells"] if cell["kind"] == "tasks"]
         elif schema == "dipper-tasks/1":
             answers.append(held)
         elif schema == "dipper-part/1":
             raise ConfigError(f"{path} is of a run that did not end; start it again with the same --out to finish it.")
         else:
-            raise ConfigError(f"{path} is {schema}, not a result of `dipper eval`.")
+            raise ConfigError(f"{path} is {schema}, not a result of `dipper eval` or `dipper reproduce`.")
     return evals, answers
 
 
-def _of_grid(row: Mapping[str, Any]) -> EvalRecord:
-    """A row of `experiments/grid.py`, with the setting's own words as options: `fitted` is no option of a method."""
-    record = EvalRecord.from_dict(row["record"])
-    setting = json.loads(row["setting"])
-    if "fitted" not in setting:
-        return record
-    return replace(record, density=setting["fitted"], options={**record.options, "fitted": True})
+def _of_cell(cell: Mapping[str, Any]) -> EvalRecord:
+    """A cell of an experiment. A fitted rule is told from that at equal densities."""
+    fields = dict(cell["result"])
+    is_fitted = fields.pop("fit", None) is not None
+    record = EvalRecord.from_dict(fields)
+    return replace(record, options={**record.options, "fitted": True}) if is_fitted else record
 
 
 def compare_evals(records: Sequence[EvalRecord], seed: int = 0) -> list[Row]:

