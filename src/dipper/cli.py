@@ -28,6 +28,7 @@ from dipper.options import (
     ENGINE,
     ENGINE_BUT_METHOD,
     LOGGED,
+    MEASURED,
     SAMPLED,
     STUDENT,
     SWEPT,
@@ -1218,6 +1219,71 @@ def _planned(plan: str, bundle: Path, given: dict[str, Any]) -> dict[str, Any]:
         for line in done.stdout.split("\n\n")[0].splitlines():
             _say(line)
         return load_config(kept, BundleFile.open(bundle))
+
+
+# ------------------------------------------------------------------------------------------------ reproduce
+
+
+@app.command()
+@with_options(asked=MEASURED)
+def reproduce(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Experiments.", show_default=False)
+    ] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="All experiments.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="Show what there is, and measure nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure again what has a result, compare, and write nothing.")
+    ] = False,
+    experiments: Annotated[Path, typer.Option(help="Folder of configs, results and figures.", metavar="DIR")] = Path(
+        "experiments"
+    ),
+    asked: Given,
+    timed: Annotated[
+        bool | None, typer.Option("--timed/--no-timed", help="Only what is timed, or only what is not.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what the results of experiments lack, for one model or several, and draw their figures.
+
+    Results are kept in DIR/results after every cell: what is interrupted goes on with the same command.
+
+    \b
+    Examples:
+      dipper reproduce --list
+      dipper reproduce density --model smollm2 --data DATA --device cuda
+      dipper reproduce --all --model mine=model.gguf --jobs 4
+      dipper reproduce density --check --kind perplexity
+    """
+    from dipper import reproduce as run
+    from dipper.experiment import find, load_all
+    from dipper.records import json_line
+    from dipper.tables import checks_table, experiments_table, reproduced_table
+
+    if show:
+        listed = run.list_experiments(experiments)
+        told = {"schema": "dipper-experiments/1", "experiments": [one.as_dict() for one in listed]}
+        print(json_line(told) if as_json else experiments_table(listed))
+        return
+    if every == bool(names):
+        raise ConfigError("name experiments, or give --all: `dipper reproduce --list` shows what there is.")
+    chosen = load_all(experiments) if every else [find(experiments, name) for name in names or ()]
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()}
+    request = run.Request(timed=timed, **{name: value for name, value in given.items() if value is not None})
+    with _progress() as progress:
+        if check:
+            checks = run.check(chosen, experiments, request, say=_say, progress=progress)
+            told = {"schema": "dipper-check/1", "checks": [one.as_dict() for one in checks]}
+            shown, wrong = checks_table(checks), run.disagreements(checks)
+        else:
+            done = run.reproduce(chosen, experiments, request, say=_say, progress=progress, trace=debug)
+            told = {"schema": "dipper-reproduce/1", "results": [one.as_dict() for one in done]}
+            shown, wrong = reproduced_table(done), run.failures(done)
+    print(json_line(told) if as_json else shown)
+    if wrong is not None:
+        raise DipperError(wrong)
 
 
 # ------------------------------------------------------------------------------------------------ what verbs share

@@ -293,6 +293,46 @@ WORKLOAD: Group = {
     "threads": Threads,
     "seed": (Annotated[int, typer.Option(help="Of generated scores.", metavar="N")], 0),
 }
+# What `dipper reproduce` measures, and where: fields of `Request`, whose defaults hold.
+MEASURED: Group = {
+    "models": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="smollm2, a Hugging Face id, a path, or NAME=PATH; may be repeated (default: the experiment's).",
+            metavar="NAME",
+        ),
+    ],
+    "data": Annotated[
+        Path | None,
+        typer.Option(envvar="DIPPER_DATA", help="Folder of texts and tasks (or DIPPER_DATA).", metavar="DIR"),
+    ],
+    "device": Annotated[
+        str | None, typer.Option(help="cpu or cuda, for what computes in PyTorch (cpu).", metavar="NAME")
+    ],
+    "batch": Annotated[int | None, typer.Option(help="Windows at once (8).", metavar="N")],
+    "threads": Annotated[
+        int | None, typer.Option(help="Of a cell (default: all cores, shared by the jobs).", metavar="N")
+    ],
+    "jobs": Annotated[int | None, typer.Option(help="Processes on this machine (1).", metavar="N")],
+    "ray": Annotated[
+        str | None,
+        typer.Option(help="On the Ray cluster at this address, or the one that runs here.", metavar="auto|ADDRESS"),
+    ],
+    "kinds": Annotated[
+        list[str] | None, typer.Option("--kind", help="Only cells of this kind; may be repeated.", metavar="NAME")
+    ],
+    "refresh": Annotated[
+        str | None, typer.Option(help="Measure again: stale (the code has changed since), or all.", metavar="WHICH")
+    ],
+    "retries": Annotated[
+        int | None, typer.Option(help="How often a cell that failed is tried again (1).", metavar="N")
+    ],
+    "quick": Annotated[bool, typer.Option("--quick", help="Only the first cell of every block.")],
+    "workdir": Annotated[
+        Path | None, typer.Option(help="Where bundles are kept (default: in dipper's cache).", metavar="DIR")
+    ],
+}
 
 
 def with_options(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:

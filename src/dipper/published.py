@@ -23,7 +23,7 @@ from dipper.grid import Grid, quantised_grid
 from dipper.layout import BaseBits, is_mlp, layout
 from dipper.rope import RopeConfig
 
-__all__ = ["names", "published_bundle"]
+__all__ = ["names", "published_bundle", "title"]
 
 _VECTORS = ("attn_norm", "mlp_norm", "final_norm")
 _BIASES = ("q_bias", "k_bias", "v_bias")
@@ -37,6 +37,11 @@ def _models() -> dict[str, dict[str, Any]]:
 def names() -> tuple[str, ...]:
     """The models there are."""
     return tuple(_models())
+
+
+def title(name: str) -> str:
+    """What its publisher calls a model of `names()`."""
+    return str(_models()[name]["hf"]).partition("/")[2]
 
 
 def published_bundle(

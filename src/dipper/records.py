@@ -146,7 +146,9 @@ def _checkout() -> tuple[str | None, bool | None]:
     if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
         return None, None
     commit = _git(root, "rev-parse", "HEAD")
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    # What measurements write is not what they are made with.
+    written = [f":(exclude)experiments/{folder}" for folder in ("results", "figures")]
+    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return commit, None if commit is None or status is None else bool(status)
 
 

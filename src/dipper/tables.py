@@ -12,15 +12,19 @@ from dipper.records import LEDGER, BenchRow, EvalRecord, RunRecord, SimRecord, S
 
 if TYPE_CHECKING:
     from dipper.compare import Row
+    from dipper.reproduce import Check, Listed, Summary
 
 __all__ = [
     "align",
     "bench_table",
+    "checks_table",
     "compare_table",
     "eval_table",
     "evals_table",
+    "experiments_table",
     "inspect_table",
     "ledger_table",
+    "reproduced_table",
     "run_table",
     "sim_table",
     "tasks_table",
@@ -397,3 +401,41 @@ def inspect_table(description: dict[str, Any], verified: bool) -> str:
     rows.append(("MLP", f"{description['bits_per_mlp_weight']:.2f} bits per weight, scales included"))
     rows.append(("checksums", "every byte read and right" if verified else "not read (--no-verify)"))
     return _pairs(rows)
+
+
+# ------------------------------------------------------------------------------------------------ experiments
+
+
+def experiments_table(listed: Sequence[Listed]) -> str:
+    """Experiments with what there is of them, a model a row; stale: the code has changed since."""
+    rows = [
+        ["name", "answers to", "title", "model", "cells", "done", "stale", "missing", "orphaned", "minutes", "needs"]
+    ]
+    for one in listed:
+        e = one.experiment
+        minutes = f"{e.minutes:g}, {e.on}" if e.on else f"{e.minutes:g}"
+        needs = ", ".join(f"{extra} (not installed)" if extra in one.lacking else extra for extra in e.needs)
+        for i, (model, counts) in enumerate(one.models.items()):
+            about = [e.name, e.published or _NONE, e.title] if i == 0 else ["", "", ""]
+            rest = [minutes, needs or _NONE] if i == 0 else ["", ""]
+            numbers = [str(counts[name]) for name in ("n", "done", "stale", "missing", "orphaned")]
+            rows.append([*about, model, *numbers, *rest])
+    return align(rows, left=4)
+
+
+def reproduced_table(summaries: Sequence[Summary]) -> str:
+    """What a run measured, an experiment and model a row."""
+    rows = [["experiment", "model", "results", "cells", "measured", "kept", "stale", "failed", "seconds"]]
+    for one in summaries:
+        numbers = [one.wanted, one.measured, one.kept, one.stale, len(one.failed)]
+        rows.append([one.experiment, one.model, str(one.path), *map(str, numbers), f"{one.seconds:.1f}"])
+    return align(rows, left=3)
+
+
+def checks_table(checks: Sequence[Check]) -> str:
+    """What a check found, an experiment and model a row."""
+    rows = [["experiment", "model", "checked", "the same", "otherwise", "no result"]]
+    for one in checks:
+        n_wrong = len(one.differences)
+        rows.append([one.experiment, one.model, *map(str, (one.checked, one.checked - n_wrong, n_wrong, one.missing))])
+    return align(rows, left=2)
