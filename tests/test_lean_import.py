@@ -22,7 +22,15 @@ def cli(*args):
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["run", "--help"], ["bench", "-h"], ["energies", "-h"], ["rnu"], ["run", "--no-such"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["bench", "-h"],
+        ["reproduce", "-h"],
+        ["energies", "-h"],
+        ["rnu"],
+        ["run", "--no-such"],
+    ],
 )
 def test_help_and_usage_errors_import_no_library(args):
     loaded = modules_after(cli(*args))

@@ -179,9 +179,20 @@ class _Worker:
             self.process.join()
 
 
+_STOP = (signal.SIGINT, signal.SIGTERM)
+
+
+def _stop(*_: Any) -> None:
+    """Ends a worker as Ctrl-C would, and with it what its cell has started; once: it may be told twice."""
+    for number in _STOP:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def _serve(pipe: Connection) -> None:
     """A worker's life: tasks in, outcomes out, until the other end closes."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cell has started is ended with it
+    for number in _STOP:
+        signal.signal(number, _stop)
     try:
         while True:
             pipe.send(measure_cell(pipe.recv()))
@@ -249,14 +260,23 @@ def run_ray(tasks: Sequence[Task], address: str) -> Done:
             try:
                 outcome = ray.get(done)
             except ray.exceptions.RayError as error:
-                lines = str(error).strip().splitlines() or [""]
-                outcome = Outcome(error=f"its process or machine died ({type(error).__name__}: {lines[0]})")
+                outcome = Outcome(error=_ray_error(error), trace=str(error))
             yield waiting.pop(done), outcome
     finally:
         for left in waiting:
             ray.cancel(left, force=True)
         if ours:
             ray.shutdown()
+
+
+def _ray_error(error: Exception) -> str:
+    """What became of a task that gave no outcome."""
+    from ray.exceptions import RayTaskError
+
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, RayTaskError):  # the worker lives: what ends its traceback is why it could not even begin
+        return f"it could not be started there ({lines[-1].strip()})"
+    return f"its process or machine died ({type(error).__name__}: {lines[0].strip()})"
 
 
 def _check_cluster(nodes: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> None:

@@ -383,7 +383,7 @@ class Results:
             return cls(path, content)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is damaged or no result of `dipper reproduce` ({type(error).__name__}: {error}): move it away"
             ) from None

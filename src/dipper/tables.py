@@ -407,20 +407,23 @@ def inspect_table(description: dict[str, Any], verified: bool) -> str:
 
 
 def experiments_table(listed: Sequence[Listed]) -> str:
-    """Experiments with what there is of them, a model a row; stale: the code has changed since."""
-    rows = [
-        ["name", "answers to", "title", "model", "cells", "done", "stale", "missing", "orphaned", "minutes", "needs"]
-    ]
-    for one in listed:
-        e = one.experiment
-        minutes = f"{e.minutes:g}, {e.on}" if e.on else f"{e.minutes:g}"
-        needs = ", ".join(f"{extra} (not installed)" if extra in one.lacking else extra for extra in e.needs)
-        for i, (model, counts) in enumerate(one.models.items()):
-            about = [e.name, e.published or _NONE, e.title] if i == 0 else ["", "", ""]
-            rest = [minutes, needs or _NONE] if i == 0 else ["", ""]
-            numbers = [str(counts[name]) for name in ("n", "done", "stale", "missing", "orphaned")]
-            rows.append([*about, model, *numbers, *rest])
-    return align(rows, left=4)
+    """Experiments: what each answers to, takes and needs, and how much of it there is of each model."""
+    return "\n\n".join(_experiment(one) for one in listed)
+
+
+def _experiment(one: Listed) -> str:
+    e = one.experiment
+    told = [f"answers to: {e.published}"] if e.published else []
+    told.append(f"about {e.minutes:g} minutes a model{f' ({e.on})' if e.on else ''}")
+    needs = [f"{extra} (not installed)" if extra in one.lacking else extra for extra in e.needs]
+    told += [f"needs {', '.join(needs)}"] if needs else []
+    width = max((len(model) for model in one.models), default=0)
+    lines = [f"{e.name}: {e.title}", *(f"  {line}" for line in told)]
+    for model, counts in one.models.items():
+        states = [f"{counts[name]} {name}" for name in ("stale", "missing", "orphaned") if counts[name]]
+        done = f"{counts['done']} of {counts['n']} done"
+        lines.append(f"  {model.ljust(width)}  {', '.join([done, *states])}")
+    return "\n".join(lines)
 
 
 def reproduced_table(summaries: Sequence[Summary]) -> str:
