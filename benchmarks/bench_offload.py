@@ -13,6 +13,7 @@ times; figures are medians. Needs root, and a cgroup v1 memory or v2 controller.
     llama.cpp   --llama default: the file mapped, as it comes; but tensors whose kernels want another order are copied
                 to memory that cannot be evicted. --llama no-repack: all stays mapped. no-mmap: all is copied
     accelerate  the weights in bfloat16 (converted once, unlimited), offloaded to disk; where --accelerate-python has it
+    airllm      the same weights, a file a layer (split once, unlimited), on the CPU; where --airllm-python is given
 
 `token_ms` and `tok_per_s` are the decode's alone, `start_s` is from the start of the process to the first token.
 `read_mb` is read from storage per decoded token: by the process (/proc/PID/io), and `device_mb` by everybody from the
@@ -65,7 +66,12 @@ SECTOR_BYTES = 512  # of /sys/dev/block/*/stat, whatever the device's own
 # Of the room beside an idle process, what accelerate may fill with weights; the rest is what it computes with.
 ACCELERATE_SHARE = 0.5
 
-IMPORTS = {"dipper": "dipper.engine", "llama.cpp": "llama_cpp", "accelerate": "accelerate, transformers, torch"}
+IMPORTS = {
+    "dipper": "dipper.engine",
+    "llama.cpp": "llama_cpp",
+    "accelerate": "accelerate, transformers, torch",
+    "airllm": "airllm",
+}
 # v1 and v2: limit, limit with swap, the file that counts kills.
 GROUP_FILES = (
     ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.oom_control"),
@@ -80,7 +86,7 @@ GROUP_FILES = (
 class Entrant:
     """One engine with its setting."""
 
-    engine: str  # dipper, llama.cpp, accelerate
+    engine: str  # a name of IMPORTS
     setting: str
     command: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()  # what it reads
@@ -125,14 +131,33 @@ def serve_accelerate(folder: str, offload: str, cpu_bytes: str, threads: str) ->
         offload_folder=offload,
     )
     places = list(getattr(model, "hf_device_map", {}).values())
-    note = f"{places.count('disk')} of {len(places)} parts on disk"
+    decode_with(model, folder, f"{places.count('disk')} of {len(places)} parts on disk")
+
+
+def serve_airllm(folder: str, threads: str) -> None:
+    """The same of a model that AirLLM loads layer by layer, for every token anew."""
+    import torch
+
+    torch.set_num_threads(int(threads))
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
+        from airllm import AutoModel
+
+        model = AutoModel.from_pretrained(folder, device="cpu")
+    decode_with(model, folder, "a layer at a time")
+
+
+def decode_with(model: Any, folder: str, note: str) -> None:
+    """Answers for a model that is called as those of transformers are."""
+    import torch
+
     print(json.dumps({"ready": folder, "notes": [note]}), flush=True)
     cache = None
 
     @torch.inference_mode()
     def next_of(ids: list[int]) -> int:
         nonlocal cache
-        out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with contextlib.redirect_stdout(sys.stderr):
+            out = model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
         return int(out.logits[0, -1].argmax())
 
@@ -393,6 +418,8 @@ def dipper_entrants(plain: Path, split: Path | None, context: int, limit_bytes: 
             setting += f" {args.fetch:g}"
             setting += "" if args.fetch_glu is None else f":{args.fetch_glu:g}"
             setting += f" whole {args.whole}" if args.whole else ""
+            config |= {} if args.read_cost is None else {"read_cost": args.read_cost}
+            setting += "" if args.read_cost is None else f" read cost {args.read_cost}"
         if method in ("dip", "dip-ca"):
             config |= {"density": args.density}
             setting += f" {args.density:g}"
@@ -426,6 +453,19 @@ def accelerate_entrants(folder: Path | None, why_not: str, limit_bytes: int, idl
     return [Entrant(engine="accelerate", setting="disk", command=command, files=tuple(folder.glob("*.safetensors")))]
 
 
+def airllm_entrants(folder: Path | None, why_not: str, args: Any) -> list[Entrant]:
+    if folder is None or not args.airllm_python:
+        return [Entrant(engine="airllm", setting="layers", absent=f"not run: {why_not or 'no --airllm-python'}")]
+    layers = folder / "splitted_model"  # where AirLLM puts them
+    if not layers.exists():
+        print(f"splitting {folder.name} for AirLLM", file=sys.stderr)
+        script = f"from airllm import AutoModel\nAutoModel.from_pretrained({str(folder)!r}, device='cpu')"
+        if subprocess.run([args.airllm_python, "-c", script], stdout=sys.stderr).returncode != 0:
+            return [Entrant(engine="airllm", setting="layers", absent="not run: AirLLM does not split this model")]
+    command = (args.airllm_python, str(Path(__file__).resolve()), "--serve-airllm", str(folder), str(args.threads))
+    return [Entrant(engine="airllm", setting="layers", command=command, files=tuple(layers.glob("*.safetensors")))]
+
+
 def accelerate_folder(source: Path, args: Any) -> tuple[Path | None, str]:
     """The model as transformers loads it, converted into the workdir once; or why there is none."""
     if not args.accelerate_python:
@@ -454,9 +494,13 @@ def measure(
 
     prompt = prompt_tokens(plain, args.prompt)
     context = len(prompt) + args.tokens + 1
-    pythons = {"dipper": sys.executable, "llama.cpp": args.llama_python, "accelerate": args.accelerate_python}
-    has = {"dipper": True, "llama.cpp": bool(args.llama_python), "accelerate": folder is not None}
-    idle = {engine: idle_bytes(pythons[engine], engine) for engine in IMPORTS if has[engine]}
+    pythons = {
+        "dipper": sys.executable,
+        "llama.cpp": args.llama_python,
+        "accelerate": args.accelerate_python if folder else None,
+        "airllm": args.airllm_python if folder else None,
+    }
+    idle = {engine: idle_bytes(python, engine) for engine, python in pythons.items() if python}
     rows = []
     for limit in args.limit:
         limit_bytes = parse_bytes(limit, source.stat().st_size)
@@ -464,6 +508,7 @@ def measure(
             *dipper_entrants(plain, split, context, limit_bytes, args),
             *llama_entrants(source, context, args),
             *accelerate_entrants(folder, why_not, limit_bytes, idle.get("accelerate", 0), args),
+            *airllm_entrants(folder, why_not, args),
         ]
         late: set[Entrant] = set()
         turns = {e: partial(turn, e, limit_bytes, prompt, late, args) for e in entrants if e.absent is None}
@@ -538,6 +583,7 @@ def main() -> None:
         "--llama", action="append", choices=("default", "no-repack", "no-mmap"), help="[default, no-repack]"
     )
     cli.add_argument("--accelerate-python", help="a Python that has accelerate and transformers [--llama-python]")
+    cli.add_argument("--airllm-python", help="a Python that has airllm")
     cli.add_argument("--bundle", type=Path, help="split bundle of this model, for planes and auto")
     cli.add_argument("--base-bits", metavar="BASE[,BASE]", help="instead of --bundle: pack one at these base bits")
     cli.add_argument("--unit-bytes", type=int, default=4096, help="of the bundle of --base-bits [4096]")
@@ -545,6 +591,7 @@ def main() -> None:
     cli.add_argument("--fetch", type=float, default=0.1, help="of planes [0.1]")
     cli.add_argument("--fetch-glu", type=float, help="of planes [--fetch]")
     cli.add_argument("--whole", metavar="LAYERS", help="of planes, as 2,26")
+    cli.add_argument("--read-cost", type=int, metavar="BYTES", help="of planes [single units]")
     cli.add_argument("--density", type=float, default=0.7, help="of dip and dip-ca [0.7]")
     cli.add_argument("--tokens", type=int, default=16, help="decoded tokens per turn [16]")
     cli.add_argument("--prompt", type=int, default=32, help="tokens of the prompt [32]")
@@ -592,8 +639,10 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--serve", *rest]:
             serve_dipper(*rest)
-        case ["--serve-accelerate", *rest]:  # these two in a Python that need not have dipper
+        case ["--serve-accelerate", *rest]:  # these three in a Python that need not have dipper
             serve_accelerate(*rest)
+        case ["--serve-airllm", *rest]:
+            serve_airllm(*rest)
         case ["--to-transformers", *rest]:
             to_transformers(*rest)
         case _:

@@ -69,6 +69,20 @@ def test_results_come_back_from_files(tmp_path):
     )
 
 
+def test_cells_of_an_experiment(tmp_path):
+    def cell(kind, result):
+        return {"kind": kind, "options": {}, "result": result, "seconds": 1.0, "run": 0, "code": "0"}
+
+    fitted = {**RECORDS[4].as_dict(), "fit": {"densities": [[0.8, 0.5]]}}
+    answer = {"model": "fake", "method": "dip", "density": 0.7, "tasks": {}}
+    cells = [cell("perplexity", RECORDS[4].as_dict()), cell("perplexity", fitted), cell("tasks", answer)]
+    write_json(tmp_path / "a.json", {"schema": "dipper-experiment/1", "cells": [*cells, cell("simulate", {})]})
+    evals, answers = read_results([tmp_path / "a.json"])
+    assert evals == [RECORDS[4], dataclasses.replace(RECORDS[4], options={"fitted": True})]
+    assert [row.method for row in compare_evals(evals)] == ["dip", "dip, fitted"]
+    assert answers == [answer]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -188,15 +188,19 @@ def test_every_window_comes_once_an_epoch():
     assert seen[:12] != seen[12:]
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "best"), [({}, 12), ({"lr": 0.2, "warmup": 1.0}, 4)], ids=["best at the end", "best before"]
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, changes, best):
     def interrupt(done, _total, _loss):
         if done == 6:
             raise KeyboardInterrupt
 
-    whole = run(out=tmp_path / "whole", densities=(0.3, 0.6))
+    whole = run(out=tmp_path / "whole", densities=(0.3, 0.6), **changes)
+    assert whole.best["step"] == best
     with pytest.raises(KeyboardInterrupt):
-        run(out=tmp_path / "cut", densities=(0.3, 0.6), progress=interrupt)
-    resumed = run(out=tmp_path / "cut", densities=(0.3, 0.6), resume=True)
+        run(out=tmp_path / "cut", densities=(0.3, 0.6), **changes, progress=interrupt)
+    resumed = run(out=tmp_path / "cut", densities=(0.3, 0.6), **changes, resume=True)
     assert (resumed.steps, resumed.held_out) == (whole.steps, whole.held_out)
     assert all(torch.equal(a, b) for a, b in zip(resumed.adapter.state(), whole.adapter.state(), strict=True))
     assert not list(tmp_path.rglob("*partial*"))
@@ -228,6 +232,30 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
         Adapter.load(tmp_path / "adapter", loaded(seed=4, num_hidden_layers=3))
     with pytest.raises(ConfigError, match=r"holds no adapter of dipper's"):
         Adapter.load(tmp_path, loaded())
+
+
+def test_models_of_one_size_differ_by_their_norms_and_not_by_their_grid(tmp_path):
+    run(out=tmp_path, steps=1)
+    coarse, other = loaded(), loaded()
+    for linear in coarse.model.model.layers[0].mlp.children():
+        if isinstance(linear, torch.nn.Linear):
+            linear.weight.mul_(32).round_().div_(32)
+    Adapter.load(tmp_path / "adapter", coarse)
+    other.model.model.norm.weight[3] *= 1.01
+    with pytest.raises(
+        ConfigError, match=r"is an adapter for tiny-3 .* and this model is tiny-3 .*: use the model that"
+    ):
+        Adapter.load(tmp_path / "adapter", other)
+
+
+@pytest.mark.parametrize("broken", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("content", [None, b"{"], ids=["absent", "cut"])
+def test_a_damaged_adapter_is_refused(tmp_path, broken, content):
+    run(out=tmp_path, steps=1)
+    file = tmp_path / "adapter" / broken
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"adapter is damaged \(.*\): train the adapter again, or copy it anew"):
+        Adapter.load(tmp_path / "adapter", loaded())
 
 
 @pytest.mark.parametrize(
@@ -310,20 +338,33 @@ def test_from_text_to_a_bundle(tmp_path, capsys):
     assert packed["perplexity"] == pytest.approx(apart["perplexity"], rel=0.02)
     assert main(distil(source, tmp_path)) == 1
     assert "holds a run already" in capsys.readouterr().err
+    other = str(tiny_gguf(tmp_path / "other.gguf", "qwen2"))
+    for command in (["eval", other, *score, "--adapter"], ["merge", other, "-o", str(tmp_path / "no")]):
+        assert main([*command, str(out / "adapter")]) == 1
+        assert "is an adapter for" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(tmp_path):
     source = tiny_gguf(tmp_path / "m.gguf", "llama")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, torch\nfrom dipper.cli import main\ncode = main(sys.argv[1:])\n"
+        "print('the group has ended\\n' * (not torch.distributed.is_initialized()), end='', flush=True)\nsys.exit(code)"
+    )
     curves = []
     for n in (1, 2):
         folder = tmp_path / str(n)
         folder.mkdir()
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(n), "--num_machines", "1"]
-        kinds = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-        command = [sys.executable, *launch, *kinds, "-m", "dipper", *distil(source, folder)]
-        subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        # What `accelerate launch` starts for several GPUs; its own launcher starts one process on CPUs, whatever n.
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+        command = [sys.executable, *launch, str(program), *distil(source, folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True, text=True)
         curves.append(json.loads((folder / "out" / "curve.json").read_text()))
+        assert done.stderr.count("held-out loss") == 1
+        assert done.stdout.count("the group has ended") == n
     one, two = ([s["loss"] for s in curve["steps"]] for curve in curves)
     assert two == pytest.approx(one, rel=1e-4)
 
@@ -344,12 +385,91 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     assert len(run(out=tmp_path, resume=True).steps) == 12
 
 
-def test_out_of_memory_says_what_to_lower(monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_before_its_step():
+    model = loaded()
+    adapter = Adapter.attach(model.model, rank=4)
+    before = adapter.state()
+    adapter.parameters()[0].requires_grad_(True).register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(
+        DipperError,
+        match=r"^The gradient of step 1 is nan: all outputs are finite; there is no checkpoint\. "
+        r"Lower the learning rate \(0\.01\) or use dtype fp32\.$",
+    ):
+        run(model, adapter=adapter)
+    assert all(torch.equal(a, b) for a, b in zip(adapter.state(), before, strict=True))
+
+
+def test_the_window_that_breaks_is_found_among_its_batch():
+    model, windows = loaded(), ids()
+    model.model.model.embed_tokens.weight[0] = float("inf")  # of a token that only one window has
+    windows[config().windows_of(0, len(windows))[2], 5] = 0
+    with pytest.raises(DipperError, match=r"^The loss of step 1 is nan: model\.embed_tokens is the first module"):
+        distill(model, windows, ids()[:8], config())
+
+
+def test_held_out_text_without_a_finite_loss_stops():
+    model, judged = loaded(), ids()[:8].clone()
+    model.model.model.embed_tokens.weight[0] = float("nan")
+    judged[-1, 3] = 0
+    with pytest.raises(
+        DipperError, match=r"^The loss on held-out text after step 0 is nan: model\.embed_tokens is the"
+    ):
+        distill(model, ids(), judged, config())
+
+
+def test_a_broken_state_is_not_saved_over_a_good_one(tmp_path, monkeypatch):
+    step, calls = torch.optim.AdamW.step, []
+
+    def break_third(self, *given):
+        calls.append(step(self, *given))
+        if len(calls) == 3:
+            self.param_groups[0]["params"][-1][0, 0] = float("nan")
+
+    monkeypatch.setattr("torch.optim.AdamW.step", torch.no_grad()(break_third))
+    changes = {"out": tmp_path, "save_every": 1, "eval_every": 12, "densities": (0.3, 0.6)}
+    with pytest.raises(
+        DipperError, match=r"held-out text after step 3 is nan: model\.layers\.1\.mlp is.*last good one"
+    ):
+        run(**changes)
+    assert len(json.loads((tmp_path / "curve.json").read_text())["steps"]) == 2
+    assert run(**changes, resume=True).steps == run(**{**changes, "out": None}).steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "ways"),
+    [
+        ({}, "a micro-batch below 4, recompute, dtype bf16, a shorter window, target layers"),
+        (
+            {"micro_batch": 2, "dtype": "bf16", "recompute": True},
+            "a micro-batch below 2, a shorter window, target layers",
+        ),
+        ({"micro_batch": 1, "dtype": "bf16", "target": "layers"}, "recompute, a shorter window"),
+        ({"target": "text"}, "a micro-batch below 4, recompute, dtype bf16, a shorter window"),
+        (
+            {"method": MethodConfig("dip-ca", density=0.4, gamma=0.5, capacity=0.5), "batch": 1},
+            "dtype bf16, a shorter window, target layers",
+        ),
+    ],
+    ids=["plain", "small", "layers", "text", "caches"],
+)
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_out_of_memory_says_what_to_lower(monkeypatch, where, changes, ways):
     def fail(*_):
+        if where == "cpu":
+            torch.empty(1 << 48)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("dipper.distill._Run._step", fail)
-    with pytest.raises(ConfigError, match=r"use a micro-batch below 4, recompute, a shorter window, target layers"):
+    model = loaded()
+    with pytest.raises(ConfigError) as caught:
+        run(model, **changes)
+    assert str(caught.value) == f"training does not fit into the device's memory: use {ways}"
+    assert not any("lora" in name for name, _ in model.model.named_parameters())
+
+
+def test_errors_that_are_not_memorys_stay_what_they_are(monkeypatch):
+    monkeypatch.setattr("dipper.distill._Run._step", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"size"):
         run()
 
 
@@ -361,6 +481,13 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
         run(out=tmp_path, steps=4, lr=0.1, resume=True)
     with pytest.raises(ConfigError, match=r"its name is 'tiny-3', not 'tiny-5'"):
         run(loaded(seed=5), out=tmp_path, steps=4, resume=True)
+    with pytest.raises(ConfigError, match=r"of another run: its windows is '.*; give the same texts and options, or"):
+        distill(loaded(), ids(seed=1), ids()[:8], config(steps=4), out=tmp_path, resume=True)
+    with pytest.raises(ConfigError, match=r"of another run: its held_out is"):
+        distill(loaded(), ids(), ids()[:7], config(steps=4), out=tmp_path, resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"checkpoint.pt is damaged: remove it and start anew, or copy it again"):
+        run(out=tmp_path, steps=4, resume=True)
     with pytest.raises(ConfigError, match=r"nothing to resume"):
         run(out=tmp_path / "none", steps=4, resume=True)
 

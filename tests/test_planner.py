@@ -106,8 +106,8 @@ def half_of_mlp(bundle):
 # ------------------------------------------------------------------------------------------------ quality
 
 
-def test_the_curves_are_those_of_the_grids(tmp_path, monkeypatch):
-    grids = [f"experiments/results/grid-{name}.json" for name in ("smollm2", "qwen", "gemma3")]
+def test_the_curves_are_those_of_the_results(tmp_path, monkeypatch):
+    grids = [f"experiments/results/density-{name}.json" for name in ("smollm2", "qwen2.5-0.5b", "gemma3-270m")]
     monkeypatch.setattr(sys, "argv", ["quality.py", *(str(ROOT / g) for g in grids), "-o", str(tmp_path / "q.toml")])
     runpy.run_path(str(ROOT / "experiments/quality.py"), run_name="__main__")
     assert (tmp_path / "q.toml").read_text() == (ROOT / "src/dipper/quality.toml").read_text()

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,6 +50,7 @@ __all__ = ["Adapter", "merge", "merge_source", "model_fields"]
 
 SCHEMA = "dipper-adapter/1"
 _NAME = "default"  # peft's, of the only adapter
+_WEIGHTS = "adapter_model.safetensors"  # peft's
 _ADAPTER_BITS = 16  # as they would be held at run time
 
 
@@ -97,7 +99,7 @@ class Adapter:
         """An adapter that `save` wrote, beside the model that it was trained on.
 
         Raises:
-            ConfigError: there is none, or it is for another model.
+            ConfigError: there is none, it is for another model, or its files are damaged.
         """
         folder = Path(path)
         try:
@@ -114,7 +116,12 @@ class Adapter:
                 f"{folder} is an adapter for {_described(made_for)}, and this model is {_described(own)}: use the "
                 "model that it was trained on"
             )
-        adapter = cls(peft.PeftModel.from_pretrained(loaded.model, str(folder)), info)
+        try:
+            load_file(folder / _WEIGHTS)  # first: peft would ask the Hugging Face hub for one that is not there
+            adapter = cls(peft.PeftModel.from_pretrained(loaded.model, str(folder)), info)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{folder} is damaged ({text}): train the adapter again, or copy it anew") from error
         if info.get("training", {}).get("config", {}).get("snap_int4"):
             adapter.snap_to_int4()
         return adapter
@@ -167,7 +174,7 @@ class Adapter:
         """Writes peft's files, in fp16, and `dipper.json`; an adapter that was there is replaced when all is whole."""
         with _whole_folder(path) as folder:
             self._peft.save_pretrained(str(folder), save_embedding_layers=False)
-            weights = folder / "adapter_model.safetensors"
+            weights = folder / _WEIGHTS
             save_file({n: t.half() for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
             (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
             info = {"schema": SCHEMA, "model": model_fields(loaded), "bytes": self.n_bytes, "training": dict(training)}

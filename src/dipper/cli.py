@@ -803,7 +803,7 @@ def distill(
       dipper merge smollm2 smollm2-dip/adapter -o smollm2-merged
     """
     import dipper.torch_model  # noqa: F401 - first, since it says what to install where PyTorch is missing
-    from dipper.distill import DistillConfig, distill_source
+    from dipper.distill import DistillConfig, distill_source, end_processes
     from dipper.methods import MethodConfig
     from dipper.records import json_line
 
@@ -819,6 +819,9 @@ def distill(
             source, text, out, config, held_out=held_out, window=window, device=device, resume=resume, progress=report,
             **files,
         )  # fmt: skip
+    end_processes()
+    if not result.is_main:
+        return
     first, best = result.held_out[0], result.best
     if as_json:
         print(json_line({"schema": "dipper-distill/1", "out": str(out), "first": first, "best": best}))
@@ -831,7 +834,7 @@ def distill(
 
 @contextmanager
 def _training_bar(steps: int) -> Iterator[Any]:
-    """Steps and loss as a bar on stderr; None where stderr is no terminal."""
+    """Steps and loss as a bar on stderr from the first step on; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -839,9 +842,17 @@ def _training_bar(steps: int) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("loss {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("-", total=steps)
-        yield lambda done, total, loss: bar.update(task, completed=done, total=total, description=f"{loss:.4f}")
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("-", total=steps)
+
+    def report(done: int, total: int, loss: float) -> None:
+        bar.start()  # here, since of several processes one alone is to draw
+        bar.update(task, completed=done, total=total, description=f"{loss:.4f}")
+
+    try:
+        yield report
+    finally:
+        bar.stop()
 
 
 @app.command()

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,16 @@ class Bench:
                 }  # fmt: skip
             return {**cell, "extra_bytes": sparse.extra_dram_bits / 8}
 
-    def compensated(self, cell: dict[str, Any], sparse: dict[str, Any]) -> dict[str, Any]:
-        """The cell with the share of the loss that it brings back, on the windows that all three scored."""
+    def compensated(
+        self, sparse: dict[str, Any], method: MethodConfig, adapter: Adapter | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """A method's score, with the share of its loss without compensation, `sparse`, that it brings back."""
+        cell = self.score(method, adapter, **options)
         dense = self.cells["dense"]
         for text in ("wikitext", "c4"):
             n = min(len(c[text]["window_nll"]) for c in (dense, sparse, cell))
-            nll = [c[text]["window_nll"][:n] for c in (dense, sparse, cell)]
-            cell[text] |= recovered(*nll, cell[text]["window_tokens"][:n])
+            first, second, third = (c[text]["window_nll"][:n] for c in (dense, sparse, cell))
+            cell[text] |= recovered(first, second, third, cell[text]["window_tokens"][:n])
         return cell
 
     # -- training
@@ -288,16 +292,13 @@ class Bench:
         _, options, densities = self.options_of(self._listed(name))
         at = {d: MethodConfig(**options, density=d) for d in densities}
         for density, method in at.items():
-            self.cell(f"{name}@{density}", lambda m=method: self.score(m))
+            self.cell(f"{name}@{density}", partial(self.score, method))
         if self.has(*(f"{name}@{d} + lora" for d in densities)):
             return
         with self.trained(name, **self.training_of(name)) as adapter:
             for density, method in at.items():
                 sparse = self.cells[f"{name}@{density}"]
-                self.cell(
-                    f"{name}@{density} + lora",
-                    lambda m=method, s=sparse: self.compensated(self.score(m, adapter), s),
-                )
+                self.cell(f"{name}@{density} + lora", partial(self.compensated, sparse, method, adapter))
 
     def own_gain(self) -> None:
         """The dense model fine-tuned on the same windows by cross-entropy; by KL to itself there is nothing to gain."""
@@ -316,11 +317,11 @@ class Bench:
         as_dip = MethodConfig("dip", density=part["density"])
         more = {"start": "dip", "steps": part["steps"], "batch": part["batch"], "lr": self.lr() / 3}
         with self.trained("dip", **self.training_of("dip")) as adapter:
-            self.cell(names[0], lambda: self.compensated(self.score(method, adapter), sparse))
+            self.cell(names[0], partial(self.compensated, sparse, method, adapter))
         for name, key, trained_as in ((names[1], "dip-more", as_dip), (names[2], "dip-ca", method)):
             if not self.has(name):
                 with self.trained(key, trained_as, **more) as adapter:
-                    self.cell(name, lambda a=adapter: self.compensated(self.score(method, a), sparse))
+                    self.cell(name, partial(self.compensated, sparse, method, adapter))
 
     def residents(self) -> None:
         """Rivals that touch and hold the same bytes: what they hold beside the model is taken off the columns."""
@@ -330,7 +331,7 @@ class Bench:
         d, i = glus[0].hidden_size, glus[0].intermediate_size
 
         def less(n_numbers: float) -> float:
-            return density - n_numbers * ADAPTER_BITS / (3 * d * i * bits)
+            return float(density - n_numbers * ADAPTER_BITS / (3 * d * i * bits))
 
         mean = MethodConfig("dip", density=less(2 * d + 3 * i), compensate=True)
         rescale = MethodConfig("dip-rescale", density=less(2 * i + d))
@@ -341,23 +342,14 @@ class Bench:
             factors = MethodConfig("dip-lowrank", density=less(n) + n / (3 * d * i), rank=r / d)
             rivals.append((f"low rank {r}", factors, 0))
         for name, method, held in rivals:
-            self.cell(
-                f"resident: {name}",
-                lambda m=method, h=held: self.compensated(
-                    self.score(m, held_beside_bytes=h * len(glus) * ADAPTER_BITS / 8), sparse
-                ),
-            )
+            beside = held * len(glus) * ADAPTER_BITS / 8
+            self.cell(f"resident: {name}", partial(self.compensated, sparse, method, held_beside_bytes=beside))
         names = ("resident: lora, merged", "resident: lora, apart")
         if not self.has(*names):
             with self.trained("dip", **self.training_of("dip")) as adapter:
                 for name, d_all in zip(names, (density, less(3 * rank * (d + i))), strict=True):
                     method, beside = MethodConfig("dip", density=d_all), adapter.n_bytes if "apart" in name else 0
-                    self.cell(
-                        name,
-                        lambda m=method, b=beside: self.compensated(
-                            self.score(m, adapter, held_beside_bytes=b), sparse
-                        ),
-                    )
+                    self.cell(name, partial(self.compensated, sparse, method, adapter, held_beside_bytes=beside))
 
     def tasks(self) -> None:
         """Right answers of the dense model, under dip, and with its adapter."""

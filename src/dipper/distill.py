@@ -17,6 +17,7 @@ Needs the `train` extra.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,8 +25,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -52,10 +55,11 @@ try:
 except ImportError as error:
     raise ConfigError(f"accelerate is needed here ({error}): run `pip install 'dipper[train]'`") from error
 
-__all__ = ["DistillConfig", "Distilled", "distill", "distill_source", "draw_curves"]
+__all__ = ["DistillConfig", "Distilled", "distill", "distill_source", "draw_curves", "end_processes"]
 
 TARGETS = ("logits", "layers", "text")
 _LOGITS_AT_ONCE = 1 << 26  # numbers of a chunk of logits: 256 MiB in fp32
+_NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # what torch has no error of its own for
 _CHECKPOINT, _CURVE, _FIGURE, _ADAPTER = "checkpoint.pt", "curve.json", "curve.svg", "adapter"
 
 Progress = Callable[[int, int, float], None]  # steps done, in all, loss
@@ -181,12 +185,14 @@ class Distilled:
         steps: per step {step, loss, lr, density, norm}; loss in nats a token, or relative under "layers".
         held_out: per judgement {step, loss}, at the method's density; step 0 is before training.
         seconds: of the steps, without the judgements.
+        is_main: whether this process is the one of several that writes files and says what came out.
     """
 
     adapter: Adapter
     steps: list[dict[str, float]] = field(default_factory=list)
     held_out: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    is_main: bool = True
 
     @property
     def best(self) -> dict[str, float]:
@@ -243,12 +249,14 @@ def distill(
         if config.method.name == "planes" and splits is None:
             splits = Splits(loaded.codes)
         with (
+            _memory_advice(config),
             sparsify_(
                 loaded.model, config.method, calibration=calibration, fitted=fitted, adapter=adapter, splits=splits
             ) as sparse,
-            _memory_advice(config),
         ):
-            run = _Run(loaded, sparse, adapter, config, Path(out) if out is not None else None)
+            inputs = {"windows": _digest(windows), "held_out": _digest(held_out)}
+            inputs |= {} if fitted is None or fitted.sha256 is None else {"calibration": fitted.sha256}
+            run = _Run(loaded, sparse, adapter, config, inputs, Path(out) if out is not None else None)
             return run.train(windows, held_out, resume, progress)
     except BaseException:
         if new:
@@ -286,13 +294,33 @@ def distill_source(
     if processes.num_processes > 1:
         device = str(processes.device)
     loaded = load_model(Path(source) if Path(source).exists() else source, device=device, context=window)
+    trained, judged = _windows(loaded, texts, held_out, window, config.seed)
+    fitted = None if calibration is None else Calibration.load(calibration)
+    result = distill(loaded, trained, judged, config, out=out, resume=resume, fitted=fitted, progress=progress)
+    if result.is_main and find_spec("matplotlib"):
+        draw_curves({config.method.name: result.as_dict()}, out / _FIGURE)
+    return result
+
+
+def end_processes() -> None:
+    """Ends the group of `accelerate launch`'s processes, if there is one: the last that a program does with it.
+
+    After an error the group is the launcher's, which stops all: to end it from one process could wait for another.
+    """
+    PartialState().destroy_process_group()
+
+
+def _windows(
+    loaded: LoadedModel, texts: Sequence[Path], held_out: Path | None, window: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Ids [N, T] to train on, mixed, and [M, T] to judge by."""
 
     def cut(path: Path) -> list[list[int]]:
         ids = loaded.encode(read_text(path).text)
         return [w for w in cut_windows(ids, window, bos_id=loaded.bos_id) if len(w) == window]
 
     windows = [ids for path in texts for ids in cut(path)]
-    order = np.random.default_rng(config.seed).permutation(len(windows))
+    order = np.random.default_rng(seed).permutation(len(windows))
     n_judged = min(64, max(1, len(windows) // 20)) if held_out is None else 0
     judged = [windows[i] for i in order[:n_judged]] if held_out is None else cut(held_out)
     trained = [windows[i] for i in order[n_judged:]]
@@ -301,25 +329,26 @@ def distill_source(
             f"the texts have {len(windows)} windows of {window} positions to train on and {len(judged)} to judge by: "
             "give more text, or a smaller window"
         )
-    fitted = None if calibration is None else Calibration.load(calibration)
-    result = distill(
-        loaded, torch.tensor(trained), torch.tensor(judged), config, out=out, resume=resume, fitted=fitted,
-        progress=progress,
-    )  # fmt: skip
-    if processes.is_main_process and find_spec("matplotlib"):
-        draw_curves({config.method.name: result.as_dict()}, out / _FIGURE)
-    return result
+    return torch.tensor(trained), torch.tensor(judged)
+
+
+def _digest(ids: Tensor) -> str:
+    """Of windows."""
+    return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 @contextmanager
 def _memory_advice(config: DistillConfig) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        micro = config.micro_batch or config.batch
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
+            raise
+        micro = config.micro_batch or -(-config.batch // PartialState().num_processes)
         ways = [f"a micro-batch below {micro}"] if micro > 1 else []
         ways += [] if config.recompute or config.method.capacity is not None else ["recompute"]
-        ways += ["a shorter window", *([] if config.target == "layers" else ["target layers"])]
+        ways += [] if config.dtype == "bf16" else ["dtype bf16"]
+        ways += ["a shorter window", *(["target layers"] if config.target == "logits" else [])]
         raise ConfigError(f"training does not fit into the device's memory: use {', '.join(ways)}") from error
 
 
@@ -327,9 +356,16 @@ class _Run:
     """One training run: model, optimiser, and what is kept of them."""
 
     def __init__(
-        self, loaded: LoadedModel, sparse: Sparsified, adapter: Adapter, config: DistillConfig, out: Path | None
+        self,
+        loaded: LoadedModel,
+        sparse: Sparsified,
+        adapter: Adapter,
+        config: DistillConfig,
+        inputs: dict[str, str],
+        out: Path | None,
     ) -> None:
         self.loaded, self.sparse, self.adapter, self.config, self.out = loaded, sparse, adapter, config, out
+        self.inputs = inputs  # digests of what a run that goes on must be given again
         self.device = loaded.model.device
         self.processes = PartialState(cpu=self.device.type == "cpu")
         self.body, self.head = split_head(loaded.model)
@@ -337,7 +373,7 @@ class _Run:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.optimiser = torch.optim.AdamW(self.parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        self.result = Distilled(adapter)
+        self.result = Distilled(adapter, is_main=bool(self.processes.is_main_process))
         self.best_state = adapter.state()
         for rule in sparse.rules:
             rule.straight_through = config.straight_through
@@ -348,7 +384,7 @@ class _Run:
 
     def train(self, windows: Tensor, held_out: Tensor, resume: bool, progress: Progress | None) -> Distilled:
         config, result = self.config, self.result
-        if self.out is not None and self._is_main:
+        if self.out is not None and self.result.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
         if resume:
             self._load()
@@ -365,17 +401,14 @@ class _Run:
                 if done % config.eval_every == 0 or done == config.steps:
                     self._judge(held_out)
                 if self.out is not None and (done % config.save_every == 0 or done == config.steps):
+                    self._check(held_out)
                     self._save()
-                if progress is not None and self._is_main:
+                if progress is not None and self.result.is_main:
                     progress(done, config.steps, result.steps[-1]["loss"])
         self.adapter.take_state([matrix.half().float() for matrix in self.best_state])  # as files and `n_bytes` have it
         if self.out is not None:
             self._finish()
         return result
-
-    @property
-    def _is_main(self) -> bool:
-        return bool(self.processes.is_main_process)
 
     def _is_over(self) -> bool:
         """Whether as many judgements as `patience` have passed since the best one."""
@@ -417,7 +450,8 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.parameters, config.clip)
         value, length = float(loss), float(norm)
         if not (math.isfinite(value) and math.isfinite(length)):
-            self._blame(step, value, batch[:1])
+            what = f"loss of step {step + 1} is {value:g}"
+            self._blame(what if not math.isfinite(value) else f"gradient of step {step + 1} is {length:g}", batch)
         self.optimiser.step()
         self.result.seconds += time.perf_counter() - start
         self.result.steps.append({"step": step + 1, "loss": value, "lr": lr, "density": density, "norm": length})
@@ -511,18 +545,32 @@ class _Run:
     def _judge(self, held_out: Tensor) -> None:
         """Loss on held-out text at the method's density; keeps the state if it is the best."""
         config, result = self.config, self.result
-        if config.moves_density:
-            self.sparse.set_density(config.method.density)
+        self._set_judged_density()
         size = config.micro_batch or max(1, config.batch // self.processes.num_processes)
         total = sum(float(self._held_out_loss(ids.to(self.device))) * len(ids) for ids in held_out.split(size))
         loss = total / len(held_out)
         if self.processes.num_processes > 1:  # all must decide alike
             loss = float(reduce(torch.tensor(loss, device=self.device), "mean"))
         if not math.isfinite(loss):
-            self._blame(len(result.steps), loss, held_out[:1])
+            self._blame(f"loss on held-out text after step {len(result.steps)} is {loss:g}", held_out)
         if all(loss < judged["loss"] for judged in result.held_out):
             self.best_state = self.adapter.state()
         result.held_out.append({"step": len(result.steps), "loss": loss})
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _check(self, held_out: Tensor) -> None:
+        """Raises where the state that the last step left, which no loss has judged yet, gives none that is finite."""
+        done = len(self.result.steps)
+        if self.result.held_out[-1]["step"] == done:
+            return
+        self._set_judged_density()
+        loss = float(self._held_out_loss(held_out[:1].to(self.device)))
+        if not math.isfinite(loss):
+            self._blame(f"loss on held-out text after step {done} is {loss:g}", held_out[:1])
+
+    def _set_judged_density(self) -> None:
+        if self.config.moves_density:
+            self.sparse.set_density(self.config.method.density)
 
     def _held_out_loss(self, ids: Tensor) -> Tensor:
         if self.config.target != "layers":
@@ -535,28 +583,30 @@ class _Run:
             self._hidden(ids)
         return torch.stack(losses).mean()
 
-    def _blame(self, step: int, loss: float, ids: Tensor) -> None:
-        """Raises, with the place."""
-        self.sparse.reset()
-        with torch.no_grad():
-            found = broken_module(self.loaded.model, lambda: self._hidden(ids.to(self.device)))
+    def _blame(self, what: str, windows: Tensor) -> None:
+        """Raises, with the first module that breaks on any of the windows."""
+        found = None
+        for ids in windows.split(1):
+            self.sparse.reset()
+            with torch.no_grad():
+                found = found or broken_module(self.loaded.model, partial(self._hidden, ids.to(self.device)))
         where = f"{found} is the first module whose output is not finite" if found else "all outputs are finite"
         kept = "there is no checkpoint"
         if self.out is not None and (self.out / _CHECKPOINT).exists():
             kept = f"{self.out / _CHECKPOINT} holds the last good one"
         raise DipperError(
-            f"The loss of step {step + 1} is {loss:g} or its gradient is not finite: {where}; {kept}. Lower the "
-            f"learning rate ({self.config.lr:g}) or use dtype fp32."
+            f"The {what}: {where}; {kept}. Lower the learning rate ({self.config.lr:g}) or use dtype fp32."
         )
 
     # -- files
 
     def _identity(self) -> dict[str, Any]:
-        return {"config": json.loads(json.dumps(asdict(self.config))), "model": model_fields(self.loaded)}
+        config = json.loads(json.dumps(asdict(self.config)))
+        return {"config": config, "model": model_fields(self.loaded), "inputs": self.inputs}
 
     def _save(self) -> None:
         """A checkpoint that is whole or absent, and the curve beside it."""
-        if not self._is_main:
+        if not self.result.is_main:
             return
         assert self.out is not None
         content = {
@@ -574,14 +624,19 @@ class _Run:
         path = (self.out or Path()) / _CHECKPOINT
         if self.out is None or not path.is_file():
             raise ConfigError(f"{path} is not there, so there is nothing to resume: start without resuming")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, own = json.loads(content["identity"]), self._identity()
-        for part in ("model", "config"):
-            for name in own[part]:
-                if theirs[part].get(name) != own[part][name]:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            theirs, own = json.loads(content["identity"]), self._identity()
+        except (OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+            raise ConfigError(f"{path} is damaged: remove it and start anew, or copy it again") from error
+        for part in ("model", "config", "inputs"):
+            held = theirs.get(part, {})
+            for name in {**held, **own[part]}:
+                was, now = held.get(name), own[part].get(name)
+                if was != now:
                     raise ConfigError(
-                        f"{path} is of another run: its {name} is {theirs[part].get(name)!r}, not {own[part][name]!r}; "
-                        "give the same options, or another folder"
+                        f"{path} is of another run: its {name} is {was!r}, not {now!r}; give the same texts and "
+                        "options, or another folder"
                     )
         self.adapter.take_state(content["adapter"])
         self.best_state = content["best"]
@@ -591,7 +646,7 @@ class _Run:
 
     def _finish(self) -> None:
         """The best adapter, the curve and its figure."""
-        if not self._is_main:
+        if not self.result.is_main:
             return
         assert self.out is not None
         write_json(self.out / _CURVE, self.result.as_dict())

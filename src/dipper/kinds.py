@@ -130,7 +130,8 @@ def method_of(options: Mapping[str, Any]) -> MethodConfig:
     from dipper.calibrate import split_of
     from dipper.methods import MethodConfig
 
-    made = {key: tuple(value) if isinstance(value, list) else value for key, value in options["method"].items()}
+    given: dict[str, Any] = options["method"]
+    made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     density = options.get("density", options.get("fit"))
     if density is not None:
         made["density"] = density
@@ -257,7 +258,7 @@ def _tasks(options: Options, context: Context) -> Result:
     return {**{key: answers[key] for key in kept}, "mlp_bytes": size, "tasks": by_task}
 
 
-def _tasks_data(options: Mapping[str, Any]) -> tuple[str, ...]:
+def _task_files(tasks: Iterable[str]) -> tuple[str, ...]:
     files = {
         "arc_easy": ("arc_easy_test.jsonl",),
         "arc_challenge": ("arc_challenge_test.jsonl",),
@@ -265,7 +266,11 @@ def _tasks_data(options: Mapping[str, Any]) -> tuple[str, ...]:
         "hellaswag": ("hellaswag_val_first2000.jsonl",),
         "lambada_openai": ("lambada_openai_test.jsonl",),
     }
-    return tuple(f"eval/{name}" for task in options["tasks"] for name in files.get(task, ()))
+    return tuple(f"eval/{name}" for task in tasks for name in files.get(task, ()))
+
+
+def _tasks_data(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*_task_files(options["tasks"]), CALIBRATION_TEXT)
 
 
 @lru_cache(maxsize=1)
@@ -308,7 +313,7 @@ def _compensation_data(options: Mapping[str, Any]) -> tuple[str, ...]:
         "text/c4_train_docs_a.jsonl", "text/c4_train_docs_b.jsonl", "text/wikipedia_en_sample.txt",
         "wikitext-2-raw/wiki.train.first5k.txt", "wikitext-2-raw/wiki.valid.raw", "wikitext-2-raw/wiki.test.raw",
     )  # fmt: skip
-    return (*texts, *(_tasks_data({"tasks": options["tasks"]["names"]}) if options["group"] == "tasks" else ()))
+    return (*texts, *(_task_files(options["tasks"]["names"]) if options["group"] == "tasks" else ()))
 
 
 # ------------------------------------------------------------------------------------------------ simulated
@@ -327,12 +332,14 @@ def _simulate(options: Options, context: Context) -> Result:
         context,
         json.dumps({name: options[name] for name in (*_LAID_OUT, *_MASKS) if name in options}, sort_keys=True),
     )
-    swept = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in _SWEPT}
+    # This process's own size is no phone's, and changes from run to run.
+    swept: dict[str, Any] = {"host": "0", **{name: value for name, value in options.items() if name in _SWEPT}}
+    swept = {name: tuple(value) if isinstance(value, list) else value for name, value in swept.items()}
     skipped: list[str] = []
     records = run_sweep(
         bundle,
         workload,
-        Sweep(**{"host": "0", **swept}),  # this process's own size is no phone's, and changes from run to run
+        Sweep(**swept),
         [_device_of(options)],
         context=options.get("context"),
         on_skip=skipped.append,
@@ -472,16 +479,14 @@ def _benchmark(options: Options, context: Context) -> Result:
 
 
 def _filled(argument: str, context: Context) -> str:
-    values = {
-        "{model}": lambda: str(Path(context.model).resolve()) if Path(context.model).exists() else context.model,
-        "{bundle}": lambda: str(bundle_of(context).resolve()),
-        "{data}": lambda: str(context.file(".").resolve()),
-        "{workdir}": lambda: str(context.workdir.resolve()),
-    }
-    for name, value in values.items():
-        if name in argument:
-            argument = argument.replace(name, value())
-    return argument
+    if "{model}" in argument:
+        given = Path(context.model)
+        argument = argument.replace("{model}", str(given.resolve()) if given.exists() else context.model)
+    if "{bundle}" in argument:
+        argument = argument.replace("{bundle}", str(bundle_of(context).resolve()))
+    if "{data}" in argument:
+        argument = argument.replace("{data}", str(context.file(".").resolve()))
+    return argument.replace("{workdir}", str(context.workdir.resolve()))
 
 
 def _benchmark_data(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,405 @@
+"""Kinds of cells: what configurations ask for is accepted, and a cell gives what calling the library gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+import tiny
+from dipper import kinds
+from dipper.bundle import Bundle, pack
+from dipper.device import Device
+from dipper.errors import ConfigError, DipperError
+from dipper.kinds import KINDS, Context
+from dipper.published import names, published_bundle
+from dipper.records import SimRecord
+from dipper.sweep import Sweep, open_workload, run_sweep
+
+CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
+OTHERS = ("rivals.toml",)  # of scripts
+PAPER = ["density", "headline", "dram", "bandwidth", "caches", "cache-aware", "compensation", "split", "thresholds"]
+EXPERIMENTS = [path for path in sorted(CONFIGS.glob("*.toml")) if path.name not in OTHERS]
+
+
+def cells_of(path: Path) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """(kind, options, models that the block is for)."""
+    import itertools
+
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    cells = []
+    for block in content["cells"]:
+        rest = {key: value for key, value in block.items() if key not in ("kind", "models", "each")}
+        each = block.get("each", {})
+        for values in itertools.product(*each.values()):
+            options = {**rest, **dict(zip(each, values, strict=True))}
+            cells.append((block["kind"], options, block.get("models", content["models"])))
+    return cells
+
+
+def context(tmp_path: Path, model: Path | str = "phi-3-mini", **changes: Any) -> Context:
+    return Context(**{"model": str(model), "name": "tiny", "workdir": tmp_path / "work", "threads": 2, **changes})
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+def test_there_are_ten():
+    assert sorted(path.stem for path in EXPERIMENTS) == sorted([*PAPER, "beyond"])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_configurations(path):
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    known = {"title", "published", "caption", "models", "minutes", "on", "needs", "view", "cells"}
+    assert set(content) <= known
+    assert content["title"]
+    assert content["caption"].strip()
+    seen: dict[str, list[str]] = {}
+    for kind, options, models in cells_of(path):
+        KINDS[kind].check(options)
+        key = json.dumps({"kind": kind, **options}, sort_keys=True)
+        assert not set(models) & set(seen.get(key, [])), f"twice: {key}"
+        seen.setdefault(key, []).extend(models)
+        if kind == "simulate":
+            swept = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in kinds._SWEPT}
+            assert Sweep(**swept).options()
+            kinds._device_of(options)
+        if kind == "benchmark":
+            assert (CONFIGS.parents[1] / "benchmarks" / f"{options['script']}.py").is_file()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_rules_of_configurations_can_do_what_is_asked(path):
+    pytest.importorskip("torch")
+    for kind, options, _ in cells_of(path):
+        if kind in ("perplexity", "tasks"):
+            kinds.method_of(options)
+
+
+def test_models_without_weights_are_asked_for_nothing_that_needs_some():
+    for path in EXPERIMENTS:
+        for kind, options, models in cells_of(path):
+            if set(models) & set(names()):
+                assert kind == "simulate", f"{path.name}: {options}"
+
+
+def test_an_unknown_option_names_the_nearest():
+    with pytest.raises(ConfigError, match="a cell of kind perplexity has no option 'densty'; did you mean density"):
+        KINDS["perplexity"].check(["method", "densty"])
+
+
+def test_sources_are_modules_or_files_of_dipper():
+    root = Path(kinds.__file__).parent
+    for kind in KINDS.values():
+        for name in kind.sources:
+            assert (root / (name if "." in name else f"{name}.py")).is_file(), (kind.name, name)
+
+
+# ------------------------------------------------------------------------------------------------ simulate
+
+SIMULATED = {
+    "methods": ["dense-stream", "dip", "dip-ca"], "densities": [0.5], "caches": ["lfu"], "gammas": [0.5],
+    "mlp_dram": ["70%"], "device": "paper-phone", "context": 64, "n_prompt": 8, "n_tokens": 6,
+}  # fmt: skip
+
+
+def without(records: list[SimRecord]) -> list[dict[str, Any]]:
+    return [json.loads(json.dumps({**record.as_dict(), "provenance": None})) for record in records]
+
+
+def test_simulated_as_by_the_library(tmp_path):
+    sweep = Sweep(densities=(0.5,), mlp_dram=("70%",), host="0")
+    bundle = published_bundle("phi-3-mini", bits=4, other_bits=4)
+    workload = open_workload(bundle, n_prompt=8, n_tokens=6, seed=3)
+    expected = run_sweep(bundle, workload, sweep, [Device.load("paper-phone")], context=64)
+    result = KINDS["simulate"].measure({**SIMULATED, "bits": 4, "other_bits": 4, "seed": 3}, context(tmp_path))
+    assert json.loads(json.dumps(result)) == {"records": without(expected), "skipped": []}
+
+
+def test_a_cell_changes_the_device(tmp_path):
+    flat, slow = (
+        KINDS["simulate"].measure({**SIMULATED, **more}, context(tmp_path))["records"]
+        for more in ({}, {"flash_gbps": 2, "cost_per_read_us": 16, "alignment": 4096})
+    )
+    assert slow[0]["tok_per_s"] == pytest.approx(2 * flat[0]["tok_per_s"], rel=0.1)  # dense: few reads, large ones
+    assert slow[1]["tok_per_s"] < flat[1]["tok_per_s"]
+    assert slow[1]["tok_per_s_flat"] > flat[1]["tok_per_s"]
+
+
+def test_what_no_budget_holds_is_told(tmp_path):
+    result = KINDS["simulate"].measure({**SIMULATED, "mlp_dram": ["1%", "70%"]}, context(tmp_path))
+    assert len(result["records"]) == 3
+    assert len(result["skipped"]) == 3
+    assert all("mlp_dram 1%" in told for told in result["skipped"])
+
+
+def test_a_shape_reads_no_text(tmp_path):
+    with pytest.raises(ConfigError, match="phi-3-mini is a shape without weights, which reads no text"):
+        KINDS["simulate"].measure({**SIMULATED, "text": "a.txt"}, context(tmp_path))
+
+
+def test_an_option_that_a_simulation_needs(tmp_path):
+    with pytest.raises(ConfigError, match="kind simulate lacks n_tokens"):
+        KINDS["simulate"].measure({k: v for k, v in SIMULATED.items() if k != "n_tokens"}, context(tmp_path))
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    types = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "Q4_0")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 320, "num_attention_heads": 4}
+    return tiny.write_gguf(tmp_path / "m.gguf", "llama", types, vocabulary=tiny.bpe_keys(), **shape)
+
+
+def test_real_masks_and_a_bundle_packed_once(tmp_path, gguf):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "t.txt").write_text("The sea is wide. " * 20)
+    given = context(tmp_path, gguf, data=tmp_path / "data")
+    options = {**SIMULATED, "text": "t.txt", "mlp_dram": ["12b"]}  # a tiny model has more staging than weights
+    assert KINDS["simulate"].needs_data(options) == ("t.txt",)
+    result = KINDS["simulate"].measure(options, given)
+    bundle = Bundle.open(pack(gguf, tmp_path / "own.dipper"))
+    workload = open_workload(bundle, n_prompt=8, n_tokens=6, text=tmp_path / "data" / "t.txt", threads=2)
+    sweep = Sweep(densities=(0.5,), mlp_dram=("12b",), host="0")
+    expected = run_sweep(bundle, workload, sweep, [Device.load("paper-phone")], context=64)
+    assert json.loads(json.dumps(result))["records"] == without(expected)
+    assert {r["workload"]["kind"] for r in result["records"]} == {"dense", "recorded", "live"}
+    (packed,) = given.workdir.glob("*.dipper")
+    before = packed.stat().st_mtime_ns
+    assert kinds.bundle_of(given) == packed
+    assert packed.stat().st_mtime_ns == before
+
+
+def test_a_split_bundle_is_another(tmp_path, gguf):
+    given = context(tmp_path, gguf)
+    plain, split = kinds.bundle_of(given), kinds.bundle_of(given, base_bits=(2, 2), unit_bytes=4096)
+    assert plain != split
+    assert all(region["base"] is not None for region in Bundle.open(split).header["regions"])
+    assert split == kinds.bundle_of(given, base_bits=(2, 2), unit_bytes=4096)
+    with pytest.raises(ConfigError, match="is a bundle, which cannot be split again"):
+        kinds.bundle_of(context(tmp_path, plain), base_bits=2)
+
+
+# ------------------------------------------------------------------------------------------------ benchmark
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Writes a benchmark where the package looks for them."""
+    root = tmp_path / "checkout"
+    (root / "benchmarks").mkdir(parents=True)
+    (root / "src" / "dipper").mkdir(parents=True)
+    monkeypatch.setattr(kinds, "__file__", str(root / "src" / "dipper" / "kinds.py"))
+
+    def write(text: str) -> None:
+        (root / "benchmarks" / "bench_it.py").write_text(text)
+
+    return write
+
+
+def test_the_last_line_of_a_benchmark(tmp_path, script):
+    script("import json, sys\nprint('a table')\nprint(json.dumps({'results': sys.argv[1:], 'provenance': 1}))\n")
+    (tmp_path / "data").mkdir()
+    options = {"script": "bench_it", "arguments": ["{model}", "{data}/a/b.txt", "--workdir", "{workdir}"]}
+    given = context(tmp_path, data=tmp_path / "data")
+    assert KINDS["benchmark"].needs_data(options) == ("a/b.txt",)
+    expected = ["phi-3-mini", str(tmp_path / "data/a/b.txt"), "--workdir", str(tmp_path / "work")]
+    assert KINDS["benchmark"].measure(options, given) == {"results": expected}
+
+
+def test_a_benchmark_past_its_limit_keeps_its_result(tmp_path, script):
+    script("import sys\nprint('{\"passed\": false}')\nsys.exit(1)\n")
+    assert KINDS["benchmark"].measure({"script": "bench_it"}, context(tmp_path)) == {"passed": False}
+
+
+def test_a_benchmark_that_fails(tmp_path, script):
+    script("import sys\nsys.exit(3)\n")
+    with pytest.raises(DipperError, match=r"bench_it\.py ended with status 3 and without a result"):
+        KINDS["benchmark"].measure({"script": "bench_it"}, context(tmp_path))
+    with pytest.raises(ConfigError, match=r"there is no .*bench_none\.py: benchmarks are run from a checkout"):
+        KINDS["benchmark"].measure({"script": "bench_none"}, context(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def test_data_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=re.escape("a.txt is needed: give the folder that has it as --data")):
+        context(tmp_path).file("a.txt")
+    with pytest.raises(ConfigError, match=r"has no a\.txt"):
+        context(tmp_path, data=tmp_path).file("a.txt")
+
+
+# ------------------------------------------------------------------------------------------------ with PyTorch
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder of nonsense words, enough for two windows of calibration text."""
+    import numpy as np
+
+    rng = np.random.default_rng(1)
+
+    def words(n: int) -> str:
+        return " ".join("".join(rng.choice(list("aeilnorst"), 4)) for _ in range(n))
+
+    folder = tmp_path / "data"
+    for part in ("text", "wikitext-2-raw", "eval"):
+        (folder / part).mkdir(parents=True)
+    for name in ("a", "b"):
+        rows = (json.dumps({"text": words(30)}) for _ in range(210))
+        (folder / f"text/c4_train_docs_{name}.jsonl").write_text("\n".join(rows))
+    (folder / "text/wikipedia_en_sample.txt").write_text(words(400))
+    for name in ("wiki.test.raw", "wiki.valid.raw", "wiki.train.first5k.txt"):
+        (folder / "wikitext-2-raw" / name).write_text(words(400))
+    rows = (json.dumps({"text": f"{words(5)} end{i}"}) for i in range(6))
+    (folder / "eval/lambada_openai_test.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+SCORED = {"tokens": 96, "window": 24, "kl": True, "calibration_windows": 2}
+
+
+@pytest.fixture
+def torch_model(tmp_path: Path) -> Path:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    shape = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320, "num_attention_heads": 4}
+    return tiny.write_gguf(
+        tmp_path / "m.gguf",
+        "llama",
+        vocabulary=tiny.bpe_keys(),
+        num_hidden_layers=2,
+        max_position_embeddings=1100,
+        **shape,
+    )
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": {"name": "dense"}},
+        {"method": {"name": "dip", "densities": [0.6, 0.3]}},
+        {"method": {"name": "dip-ca", "capacity": 0.5, "gamma": 0.5}, "density": 0.5},
+        {"method": {"name": "planes", "base_bits": [2, 3]}, "density": 0.8},
+        {"method": {"name": "teal"}, "density": 0.5},
+    ],
+    ids=lambda options: options["method"]["name"],
+)
+def test_perplexity_as_by_the_library(tmp_path, torch_model, data, options):
+    from dipper.evaluate_torch import evaluate_torch, open_sparse
+
+    result = KINDS["perplexity"].measure({**options, **SCORED}, context(tmp_path, torch_model, data=data))
+    json.dumps(result, allow_nan=False)
+    method = {k: tuple(v) if isinstance(v, list) else v for k, v in options["method"].items()}
+    if "density" in options:
+        method["density"] = options["density"]
+    text = data / "wikitext-2-raw/wiki.test.raw"
+    calibration = data / "text/c4_train_docs_a.jsonl"
+    with open_sparse(torch_model, method, calibration_text=calibration) as opened:
+        expected = evaluate_torch(opened, text, window=24, limit=96, kl=True, batch=8).as_dict()
+    if options["method"]["name"] != "teal":  # which saw other windows
+        for name in ("perplexity", "kl", "touched", "window_nll", "hit_rate", "d_in", "d_glu", "mlp_bytes"):
+            assert result[name] == pytest.approx(expected[name]), name
+    assert result["text"] == "wikitext-2-raw/wiki.test.raw"
+    assert result["provenance"] is None
+    assert str(tmp_path) not in json.dumps(result)
+
+
+@pytest.mark.torch
+def test_a_split_of_a_density(tmp_path, torch_model, data):
+    at = context(tmp_path, torch_model, data=data)
+    split = KINDS["perplexity"].measure({"method": {"name": "dip"}, "density": 0.5, "above": 0.1, **SCORED}, at)
+    assert (split["d_in"], split["d_glu"]) == pytest.approx((0.6, 0.3))
+    given = KINDS["perplexity"].measure({"method": {"name": "dip", "densities": [0.6, 0.3]}, **SCORED}, at)
+    assert split["window_nll"] == given["window_nll"]
+    with pytest.raises(ConfigError, match=r"d_in cannot be 0\.4 above density 0\.5: d_glu leaves"):
+        KINDS["perplexity"].measure({"method": {"name": "dip"}, "density": 0.5, "above": 0.4, **SCORED}, at)
+
+
+@pytest.mark.torch
+def test_a_fitted_rule_says_what_it_is(tmp_path, torch_model, data):
+    at = context(tmp_path, torch_model, data=data)
+    result = KINDS["perplexity"].measure({"method": {"name": "dip"}, "fit": 0.6, **SCORED}, at)
+    json.dumps(result, allow_nan=False)
+    fit = result["fit"]
+    assert len(fit["densities"]) == 2
+    assert sum((2 * d_in + d_glu) / 3 for d_in, d_glu in fit["densities"]) / 2 == pytest.approx(0.6, abs=0.01)
+    assert {"dense", "equal", "split"} <= set(fit["losses"])
+    assert result["touched"] == pytest.approx(0.6, abs=0.03)
+    assert result["density"] == pytest.approx(0.6)
+
+
+@pytest.mark.torch
+def test_tasks_as_by_the_library(tmp_path, torch_model, data):
+    from dipper.evaluate_torch import answer_tasks, open_sparse
+
+    options = {"method": {"name": "dip"}, "density": 0.5, "tasks": ["lambada_openai"], "limit": 4, "seed": 0}
+    assert KINDS["tasks"].needs_data(options) == ("eval/lambada_openai_test.jsonl", kinds.CALIBRATION_TEXT)
+    result = KINDS["tasks"].measure(options, context(tmp_path, torch_model, data=data))
+    with open_sparse(torch_model, {"name": "dip", "density": 0.5}) as opened:
+        expected = answer_tasks(opened, ["lambada_openai"], data / "eval", batch=32, limit=4, seed=0)
+    figures = expected["tasks"]["lambada_openai"]
+    del figures["seconds"]
+    assert result["tasks"]["lambada_openai"] == pytest.approx(figures)
+    assert result["density"] == pytest.approx(0.5)
+
+
+@pytest.mark.torch
+def test_a_rule_with_an_option_that_does_not_exist():
+    pytest.importorskip("torch")
+    with pytest.raises(ConfigError, match=r"method \{'name': 'dip', 'nroms': True\}: .*nroms"):
+        kinds.method_of({"method": {"name": "dip", "nroms": True}})
+
+
+COMPENSATION = {
+    "densities": [0.5], "window": 32, "tokens": 2048, "tokens_with_caches": 1024, "held_out_windows": 2,
+    "batch_eval": 1,
+    "train": {"steps": 4, "batch": 2, "rank": 4, "lr": 1e-3, "eval_every": 2, "dtype": "fp32"},
+    "search": {"lr": [5e-4, 1e-3], "steps": 2}, "methods": [{"name": "dip"}],
+    "caches": {"options": {"name": "dip-ca", "gamma": 0.5, "capacity": 0.5}, "density": 0.5, "steps": 2, "batch": 2},
+    "residents": {"density": 0.5, "calibration_windows": 1, "ranks": [2]},
+    "tasks": {"names": ["lambada_openai"], "density": 0.5, "limit": 2},
+}  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_groups_of_compensation(tmp_path, torch_model, data):
+    pytest.importorskip("peft")
+    at = context(tmp_path, torch_model, data=data, batch=1)
+    dip = KINDS["compensation"].measure({**COMPENSATION, "group": "methods:dip"}, at)["cells"]
+    assert list(dip) == ["dip@0.5", "learning rate", "train:dip", "dip@0.5 + lora"]
+    assert "recovered" in dip["dip@0.5 + lora"]["wikitext"]
+    kinds._bench.cache_clear()  # another process: the adapter is there, and it is the same
+    again = KINDS["compensation"].measure({**COMPENSATION, "group": "methods:dip"}, at)["cells"]
+    assert again["dip@0.5 + lora"] == dip["dip@0.5 + lora"]
+    assert again["train:dip"] == dip["train:dip"]
+    tasks = KINDS["compensation"].measure({**COMPENSATION, "group": "tasks"}, at)["cells"]
+    assert list(tasks) == ["tasks: dense", "tasks: dip@0.5", "tasks: dip@0.5 + lora"]
+    dense = KINDS["compensation"].measure({**COMPENSATION, "group": "dense"}, at)["cells"]
+    assert list(dense) == ["dense"]
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_groups_that_are_none(tmp_path, torch_model, data):
+    pytest.importorskip("peft")
+    at = context(tmp_path, torch_model, data=data)
+    with pytest.raises(ConfigError, match="there is no group 'method:dip': choose dense, own_gain"):
+        KINDS["compensation"].measure({**COMPENSATION, "group": "method:dip"}, at)
+    with pytest.raises(ConfigError, match="'gate' is none of the methods that are trained: dip"):
+        KINDS["compensation"].measure({**COMPENSATION, "group": "methods:gate"}, at)
+    rest = {key: value for key, value in COMPENSATION.items() if key != "window"}
+    with pytest.raises(ConfigError, match="lacks window"):
+        KINDS["compensation"].measure({**rest, "group": "dense"}, at)
