@@ -47,6 +47,7 @@ from dipper.sheets import (
     percent,
     rule,
     table,
+    told,
     way,
     with_error,
 )
@@ -748,22 +749,20 @@ def _compensation_tables(sheet: Sheet, cells: Mapping[str, Any]) -> list[Table]:
 
 
 def beyond(sheets: Sequence[Sheet], book: Book) -> View:
-    """Cost per read, planes, and what was measured on a disk."""
-    panels: list[Panel] = []
+    """Cost per read, planes, and what was measured on a disk: a row each, a column a model."""
+    rows = [[panel for sheet in sheets for panel in part(sheet, book)] for part in _PARTS]
     tables: list[Table] = []
     for sheet in sheets:
-        panels += _cost_panels(sheet)
-        panels += _planes_panels(sheet, book)
-        panels += _bench_panels(sheet)
         if sheet.of("simulate"):
             tables.append(_speed_table(sheet, "simulated", "DRAM", lambda run: memory(dram_gb(run.record))))
         if sheet.of("perplexity"):
             tables.append(_planes_table(sheet, book))
         tables += _bench_tables(sheet)
-    return View(panels=tuple(panels), columns=_columns(panels), tables=tuple(tables))
+    panels = tuple(itertools.chain(*rows))
+    return View(panels=panels, columns=min(3, max(1, *map(len, rows))), tables=tuple(tables))
 
 
-def _cost_panels(sheet: Sheet) -> list[Panel]:
+def _cost_panels(sheet: Sheet, _: Book) -> list[Panel]:
     """Throughput over dense streaming with the same cost per read and DRAM, in the middle of the budgets."""
     runs = [run for run in simulated(sheet) if run.options.get("cost_per_read_us") is not None]
     dense: dict[float, list[dict[str, Any]]] = {}
@@ -792,16 +791,27 @@ def _planes_panels(sheet: Sheet, book: Book) -> list[Panel]:
     for cell in sheet.of("perplexity"):
         if density_of(cell) is not None:
             found.setdefault(rule(cell.options), []).append(cell)
+    styles = ("-", "-", "--", ":", "-.") * len(found)
     lines = [
-        _loss_line(book, sheet, name, cells, label=name.removeprefix("planes, "), style=style)
-        for (name, cells), style in zip(found.items(), ("-", "-", "--", ":", "-.") * len(found), strict=False)
+        _loss_line(book, sheet, name, cells, label=_planes_label(cells[0].options["method"]), style=style)
+        for (name, cells), style in zip(found.items(), styles, strict=False)
     ]
     lines = [line for line in lines if line.points]
     if not lines:
         return []
     x = [x for line in lines for x, _ in line.points]
-    panel = _loss_panel(f"{sheet.title}\nplanes beside dip", lines)
+    panel = _loss_panel(f"{sheet.title}\nplanes by base bits, beside dip", lines)
     return [replace(panel, x_limits=(max(x) + 0.02, min(x) - 0.02), y_limits=_within(lines))]
+
+
+def _planes_label(method: Mapping[str, Any]) -> str:
+    """Base bits of input and GLU columns, whether units are fetched, and whether a token late."""
+    if method["name"] != "planes":
+        return str(method["name"])
+    words = [told(method.get("base_bits", "planes"))]
+    words += ["units"] if "unit_bytes" in method else []
+    words += ["late"] if method.get("deferred") else []
+    return " ".join(words)
 
 
 def _planes_table(sheet: Sheet, book: Book) -> Table:
@@ -825,16 +835,39 @@ def _benchmarks(sheet: Sheet) -> Iterator[tuple[Measured, list[dict[str, Any]]]]
         yield cell, [row for row in found if isinstance(row, dict)]
 
 
-def _bench_panels(sheet: Sheet) -> list[Panel]:
-    panels = []
-    for cell, rows in _benchmarks(sheet):
-        about = "on a disk held at 0.5 GB/s" if _held(cell) else "on a disk"
-        if rows and "predicted" in rows[0]:
-            panels.append(_accuracy_panel(f"{sheet.title}\nsimulated against measured {about}", rows))
-        elif rows and any("r" in row for row in rows):
-            shown = [row for row in rows if row["method"] != "dense-resident" and row.get("r") is not None]
-            panels.append(_ratio_panel(f"{sheet.title}\nmeasured {about}", shown))
-    return panels
+def _accuracy_panels(sheet: Sheet, _: Book) -> list[Panel]:
+    """Of `bench_simulator.py`: on the held disk if it was measured there, which drifts less."""
+    found = [(not _held(cell), rows) for cell, rows in _benchmarks(sheet) if rows and "predicted" in rows[0]]
+    if not found:
+        return []
+    as_it_is, rows = min(found, key=lambda one: one[0])
+    return [
+        _accuracy_panel(f"{sheet.title}\nsimulated and measured, {'disk as it is' if as_it_is else 'held disk'}", rows)
+    ]
+
+
+def _ratio_panels(sheet: Sheet, _: Book) -> list[Panel]:
+    """Of `bench_planes.py`, on every disk."""
+    shown = [
+        (f"{_bench_way(row)}, {'held disk' if _held(cell) else 'as it is'}", row["method"], float(row["r"]))
+        for cell, rows in _benchmarks(sheet)
+        for row in rows
+        if row.get("r") is not None and row["method"] not in DENSE
+    ]
+    if not shown:
+        return []
+    return [
+        Panel(
+            title=f"{sheet.title}\nmeasured, equal DRAM", x="throughput over dense streaming",
+            rows=tuple(name for name, *_ in shown),
+            lines=tuple(
+                Line(label="", method=method, points=((0.0, float(i)), (ratio, float(i))), marker="")
+                for i, (_, method, ratio) in enumerate(shown)
+            ),
+            references=(Reference(x=1, label="dense-stream"),),
+            x_limits=(0.0, max(1.6, 1.1 * max(ratio for *_, ratio in shown))),
+        )
+    ]  # fmt: skip
 
 
 def _accuracy_panel(title: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
@@ -847,18 +880,6 @@ def _accuracy_panel(title: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
         title=title, x="measured, tokens a second", y="simulated, tokens a second", x_scale="log", y_scale="log",
         lines=tuple(Line(label=m, method=m, points=p, style="") for m, p in points.items()),
         references=(Reference(),), x_limits=limits, y_limits=limits,
-    )  # fmt: skip
-
-
-def _ratio_panel(title: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
-    """Of `bench_planes.py`."""
-    return Panel(
-        title=title, x="throughput over dense streaming, equal DRAM", rows=tuple(map(_bench_way, rows)),
-        lines=tuple(
-            Line(label="", method=row["method"], points=((0.0, float(i)), (row["r"], float(i))), marker="")
-            for i, row in enumerate(rows)
-        ),
-        references=(Reference(x=1),), x_limits=(0.0, 1.1 * max((row["r"] for row in rows), default=1)),
     )  # fmt: skip
 
 
@@ -894,17 +915,27 @@ def _bench_tables(sheet: Sheet) -> list[Table]:
             for column in dict.fromkeys(column for row in rows for column in row)
             if column not in _HIDDEN and any(row.get(column) not in (None, "") for row in rows)
         ]
-        shown = [[_bench_value(row.get(column)) for column in columns] for row in rows]
+        shown = [[_bench_value(column, row.get(column)) for column in columns] for row in rows]
         tables.append(table(f"{sheet.title}: {name}", [column.replace("_", " ") for column in columns], shown))
     return [*tables, *([table(f"{sheet.title}: on a disk", ["benchmark", "result"], missing)] if missing else [])]
 
 
-def _bench_value(value: Any) -> str:
+def _bench_value(column: str, value: Any) -> str:
     if value is None or value == "":
         return NONE
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return number(value, "{:.4g}") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        if column.endswith("bytes_per_token"):
+            return f"{value / 1e6:.4g} MB"
+        return percent(value, 1) if column in _SHARES else number(value, "{:.4g}")
+    return str(value)
+
+
+_SHARES = ("error", "relative", "relative_stderr")
+
+
+_PARTS = (_cost_panels, _planes_panels, _accuracy_panels, _ratio_panels)
 
 
 # ------------------------------------------------------------------------------------------------ all of them

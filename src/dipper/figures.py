@@ -11,7 +11,6 @@ import importlib.util
 import io
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +140,7 @@ class Panel:
         title: what it is of; x, y: what the axes are, with their units.
         x_scale, y_scale: linear or log.
         x_limits, y_limits: None: as the data ask; a first one above the second turns the axis round.
-        rows: names of y = 0, 1, ... from the top, where y is a name and no number.
+        rows: names of y = 0, 1, ... from the top, where y is a name and no number; of bars they stand above them.
         percent: of "x" and "y", axes whose numbers are shares to be shown as per cent.
     """
 
@@ -181,7 +180,7 @@ def draw(
     if not shown:
         raise ConfigError(f"There is nothing to draw in {path}: no cell of it was measured.")
     n_rows = -(-len(shown) // columns)
-    height = max(height, *(1.1 + 0.21 * len(panel.rows) for panel in shown))
+    height = max(height, *(1.1 + 0.26 * len(panel.rows) for panel in shown))
     with panels(path, columns, n_rows=n_rows, width=width, height=height, themed=True) as axes:
         for axis, panel in zip(axes, shown, strict=False):
             _draw_panel(axis, panel, height)
@@ -204,9 +203,7 @@ def _draw_panel(axis: Any, panel: Panel, height: float) -> None:
     for line in panel.lines:
         _draw_line(axis, line)
     if panel.rows:
-        axis.set_yticks(range(len(panel.rows)), [textwrap.fill(name, 24) for name in panel.rows])
-        axis.set_ylim(len(panel.rows) - 0.4, -0.6)
-        axis.tick_params(axis="y", length=0)
+        _name_rows(axis, panel)
     elif panel.y_limits is not None:
         axis.set_ylim(*panel.y_limits)
     if panel.x_limits is not None:
@@ -225,10 +222,22 @@ def _draw_panel(axis: Any, panel: Panel, height: float) -> None:
             unit, factor = (" %", 100) if share else ("", 1)
             ticks.set_major_formatter(FuncFormatter(lambda v, _, u=unit, f=factor: f"{f * v:,.10g}{u}"))
     for reference in panel.references:
-        _draw_reference(axis, reference)
+        _draw_reference(axis, reference, below=bool(panel.rows))
     axis.get_xlim(), axis.get_ylim()  # limits that follow the data are found when they are asked for
     if not panel.rows:
-        _label_ends(axis, panel, gap=0.125 / (height - 0.8))
+        _label_ends(axis, panel, gap=0.13 / (height - 0.8))
+
+
+def _name_rows(axis: Any, panel: Panel) -> None:
+    """Names beside points, or above bars, so that long ones take no room from the axes."""
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(len(panel.rows), -0.75)  # room for the label of a reference below
+    if any(line.marker for line in panel.lines):
+        axis.set_yticks(range(len(panel.rows)), panel.rows)
+        return
+    axis.set_yticks([])
+    for i, name in enumerate(panel.rows):
+        axis.annotate(name, (0, i), xytext=(3, 4.5), textcoords="offset points", fontsize=8, color=_INK)
 
 
 def _draw_line(axis: Any, line: Line) -> None:
@@ -236,7 +245,7 @@ def _draw_line(axis: Any, line: Line) -> None:
     x, y = [p[0] for p in line.points], [p[1] for p in line.points]
     if line.errors is not None:
         axis.errorbar(x, y, yerr=line.errors, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.6)
-    axis.plot(x, y, color=colour, linestyle=line.style or "none", linewidth=1.5 if line.marker else 7.0)
+    axis.plot(x, y, color=colour, linestyle=line.style or "none", linewidth=1.5 if line.marker else 5.0)
     hollow = {"none": 0, "first": 1, "all": len(x)}[line.hollow]
     for filled, part in ((False, slice(0, hollow)), (True, slice(hollow, None))):
         fill = colour if filled else "none"
@@ -246,14 +255,14 @@ def _draw_line(axis: Any, line: Line) -> None:
         )  # fmt: skip
 
 
-def _draw_reference(axis: Any, reference: Reference) -> None:
+def _draw_reference(axis: Any, reference: Reference, below: bool) -> None:
     style = {"color": _INK, "linewidth": 0.8, "linestyle": (0, (2, 2)), "zorder": 1}
-    near = {"fontsize": 7.5, "color": _INK}
     if reference.x is not None:
         axis.axvline(reference.x, **style)
         axis.annotate(
-            reference.label, (reference.x, 1), xycoords=("data", "axes fraction"), xytext=(2, -2),
-            textcoords="offset points", va="top", rotation=90, **near,
+            reference.label, (reference.x, 0 if below else 1), xycoords=("data", "axes fraction"),
+            xytext=(3, 3) if below else (2, -2), textcoords="offset points", va="bottom" if below else "top",
+            rotation=0 if below else 90, fontsize=7.5, color=_INK,
         )  # fmt: skip
     elif reference.y is not None:
         axis.axhline(reference.y, **style)
