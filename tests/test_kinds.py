@@ -141,6 +141,8 @@ def test_what_no_budget_holds_is_told(tmp_path):
     assert len(result["records"]) == 3
     assert len(result["skipped"]) == 3
     assert all("mlp_dram 1%" in told for told in result["skipped"])
+    nothing = KINDS["simulate"].measure({**SIMULATED, "mlp_dram": ["1%"]}, context(tmp_path))
+    assert (nothing["records"], nothing["skipped"]) == ([], result["skipped"])
 
 
 def test_a_shape_reads_no_text(tmp_path):

@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipper.errors import ConfigError, DipperError
+from dipper.errors import BudgetError, ConfigError, DipperError
 
 if TYPE_CHECKING:
     import torch
@@ -336,14 +336,15 @@ def _simulate(options: Options, context: Context) -> Result:
     swept: dict[str, Any] = {"host": "0", **{name: value for name, value in options.items() if name in _SWEPT}}
     swept = {name: tuple(value) if isinstance(value, list) else value for name, value in swept.items()}
     skipped: list[str] = []
-    records = run_sweep(
-        bundle,
-        workload,
-        Sweep(**swept),
-        [_device_of(options)],
-        context=options.get("context"),
-        on_skip=skipped.append,
-    )
+    try:
+        records = run_sweep(
+            bundle, workload, Sweep(**swept), [_device_of(options)], context=options.get("context"),
+            on_skip=skipped.append,
+        )  # fmt: skip
+    except BudgetError:
+        if not skipped:
+            raise
+        records = []  # no budget holds any of it: a result too
     return {"records": [replace(record, provenance=None).as_dict() for record in records], "skipped": skipped}
 
 

@@ -631,6 +631,15 @@ class TraceWorkload:
         return {"kind": kind, "model": self.bundle.model.name, "trace": str(self._path)}
 
 
+def _counted_by(setting: Setting) -> tuple[Any, ...]:
+    """All that the counts of given scores depend on: no speed of a device is among it."""
+    config, options = setting.config, setting.plan.options
+    refined = config.method == "planes"
+    planes = [tuple(config.whole), *(tuple(options[name]) for name in ("refined", "fetch", "pinned"))] if refined else []
+    cache = (setting.cache, config.cache_decay, tuple(setting.capacity), config.cold, setting.block_tokens)
+    return (config.method, setting.k, setting.gamma, *cache, setting.alignment, *planes)
+
+
 class GeneratedWorkload:
     """Scores of a generator fitted to real models, in the shape of any model.
 
@@ -650,10 +659,18 @@ class GeneratedWorkload:
             raise ConfigError(f"seed is {seed}: give a whole number from 0 up")
         self.bundle, self.generator, self.seed = bundle, generator, seed
         self.n_prompt, self.n_tokens = n_prompt, n_tokens
+        self._counted: dict[tuple[Any, ...], Traffic] = {}
 
     def traffic(self, settings: Sequence[Setting]) -> list[Traffic]:
         """Counts under each setting, region by region: only one region's scores are held."""
         _check_settings(self, settings)
+        by_key = {_counted_by(setting): setting for setting in settings}
+        missing = {key: setting for key, setting in by_key.items() if key not in self._counted}
+        if missing:
+            self._counted |= zip(missing, self._count(list(missing.values())), strict=True)
+        return [self._counted[_counted_by(setting)] for setting in settings]
+
+    def _count(self, settings: Sequence[Setting]) -> list[Traffic]:
         counts: list[list[dict[str, Any]]] = [[] for _ in settings]
         for region, (prompt, decoded) in enumerate(self._scores()):
             for setting, column in zip(settings, counts, strict=True):
