@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -7,7 +8,7 @@ from dipper.drawings import VIEWS, draw_all, shown
 from dipper.errors import ConfigError
 from dipper.figures import COLOURS, Line, Panel, Reference, colour_of, draw
 from dipper.files import write_json
-from dipper.savings import at_loss, savings
+from dipper.savings import at_loss, least_loss, savings
 from dipper.sheets import NOT_MEASURED, Book
 from samples import CONFIGS, write_samples
 
@@ -79,7 +80,10 @@ def test_the_best_setting_loses_no_more_than_allowed(book):
     found = [s for s in savings(book.sheets("headline"), book) if s.model == "small"]
     assert at_loss(found, 0.01) is None
     assert (at_loss(found, 0.023).way, at_loss(found, 0.023).density) == ("dip lfu", 0.8)
-    assert (at_loss(found, 0.5).way, at_loss(found, 0.5).density) == ("dip-ca γ 0.5 lfu", 0.5)
+    best = at_loss(found, 0.5)
+    assert (best.way, best.density) == ("dip-ca γ 0.5 lfu", 0.5)
+    assert (least_loss(found).way, least_loss(found).density) == ("dip lfu", 0.8)
+    assert at_loss([replace(best, cache="belady")], 0.5) is None  # nobody knows the future
 
 
 def test_policies_are_told_apart_by_name_alone(book):

@@ -471,7 +471,7 @@ def caches(sheets: Sequence[Sheet], book: Book) -> View:
             x = "columns cached"
             panels.append(_sweep_panel(sheet, runs, hits, x=x, y="hits", percent="xy"))
             speeds = _lines(runs, cached, _tok_per_s)
-            panels.append(_sweep_panel(sheet, runs, speeds, x=x, y="tokens a second", percent="x"))
+            panels.append(_sweep_panel(sheet, runs, speeds, x=x, y="tokens a second", y_scale="log", percent="x"))
     tables = [
         _speed_table(
             sheet, "policies", "columns cached", lambda run: percent(run.record["cached_fraction"], 1, signed=False)
@@ -615,7 +615,7 @@ def _trade_lines(found: Sequence[Saving]) -> list[Line]:
     """Throughput over dense streaming, median over DRAM, against the loss: a line a way to run."""
     by_way: dict[str, list[Saving]] = {}
     for saving in found:
-        if saving.loss is not None and saving.loss[0] > 0 and saving.gains and "belady" not in saving.way:
+        if saving.loss is not None and saving.loss[0] > 0 and saving.gains and saving.cache != "belady":
             by_way.setdefault(saving.way, []).append(saving)
     lines = []
     for name, group in by_way.items():
@@ -906,7 +906,7 @@ def _bench_tables(sheet: Sheet) -> list[Table]:
     tables, missing = [], []
     for cell, rows in _benchmarks(sheet):
         script = str(cell.options["script"]).removesuffix(".py")
-        name = f"{script}{', disk held at 0.5 GB/s' if _held(cell) else ''}"
+        name = f"{script}, {'held disk' if _held(cell) else 'disk as it is'}"
         if cell.result is None:
             missing.append([name, NOT_MEASURED])
             continue

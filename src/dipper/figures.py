@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -213,7 +214,8 @@ def _draw_panel(axis: Any, panel: Panel, height: float) -> None:
         share = name in panel.percent
         if scale == "log":
             low, high = sorted(getattr(axis, f"get_{name}lim")())
-            subs = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+            spans = ((10, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), (300, (1.0, 2.0, 5.0)), (math.inf, (1.0,)))
+            subs = next(subs for most, subs in spans if high / low < most)
             ticks.set_major_locator(LogLocator(subs=subs, numticks=20))
             ticks.set_minor_formatter(NullFormatter())
         elif not (name == "y" and panel.rows):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dipper.drawings import draw_all, gain_told, shown
 from dipper.errors import ConfigError
 from dipper.files import check_target, whole_file
-from dipper.savings import LOSSES, PAPER, Saving, at_loss, savings
+from dipper.savings import LOSSES, PAPER, Saving, at_loss, least_loss, savings
 from dipper.sheets import NOT_MEASURED, Book, Sheet, Table, percent, table, with_error
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ NOTES = (
     "bytes alone), masks generated, of each density the better γ. Without its weights no perplexity can be measured, "
     "so no density can be called the published one.",
     "Small models, simulated: the same device, the model's own masks, real perplexities without LoRA; of the settings "
-    f"that lose at most {percent(LOSSES['+0.1'], 1)}, the published loss as a share, the one that gains most.",
+    f"that lose at most {percent(LOSSES['+0.1'], 1)}, the published loss as a share, the one that gains "
+    "most; where none loses so little, the one that loses least.",
     "Memory is the largest share of the process's, and of the MLP's, that is saved where the throughput is that of "
     "dense streaming. Throughput is the median over the DRAM budgets simulated, in brackets the least and the most.",
     "Small models, measured: the engine on a disk, the fastest pruned setting beside dense streaming at equal DRAM.",
@@ -102,16 +103,16 @@ def _gained(found: Sequence[Saving]) -> str:
     return "; ".join(parts) or NOT_MEASURED
 
 
-def _best(found: Sequence[Saving], tell: Any) -> str:
-    """Of each model the setting that gains most at the published loss."""
+def _best(found: Sequence[Saving], tell: Callable[[Saving], str]) -> str:
+    """Of each model the setting that gains most at the published loss; where none loses so little, the least lossy."""
     parts = []
     for model in dict.fromkeys(s.model for s in found):
         mine = [s for s in found if s.model == model]
-        best = at_loss(mine, LOSSES["+0.1"])
+        best, least = at_loss(mine, LOSSES["+0.1"]), least_loss(mine)
         if best is not None:
             parts.append(f"{best.title}: {tell(best)}")
-        elif any(s.loss for s in mine):
-            parts.append(f"{mine[0].title}: no setting loses so little")
+        elif least is not None:
+            parts.append(f"{least.title}: {tell(least)} (none loses less than {with_error(least.loss)})")
     return "; ".join(parts) or NOT_MEASURED
 
 
@@ -271,7 +272,8 @@ class Report:
         return "\n\n".join([*self._headline_parts(), f"All tables and figures: [{Path(details).name}]({details})."])
 
     def _headline_parts(self) -> list[str]:
-        return [_markdown_table(self.headline), "\n".join(f"- {note}" for note in NOTES)]
+        rows = [[cell.replace("; ", "<br>") for cell in row] for row in self.headline["rows"]]
+        return [_markdown_table({**self.headline, "rows": rows}), "\n".join(f"- {note}" for note in NOTES)]
 
 
 def _section_parts(section: Section, figures: str) -> Iterator[str]:

@@ -96,6 +96,7 @@ class Saving:
     place: tuple[Any, ...]
     way: str
     method: str
+    cache: str | None
     density: float | None
     gains: dict[float, float]
     dram_saved: float | None
@@ -138,7 +139,7 @@ def _saving(sheet: Sheet, book: Book, masks: str, dense: Sequence[dict[str, Any]
         more |= {"fetch": first["fetch"], "fetch_glu": first["fetch_glu"]}
     return Saving(
         model=sheet.model, title=sheet.title, masks=masks, place=line[0].place, way=line[0].line[0], method=method,
-        density=density, gains=gains,
+        cache=first["cache"], density=density, gains=gains,
         dram_saved=_saved(dense, records, dram_gb),
         mlp_dram_saved=_saved(dense, records, lambda r: float(r["mlp_bits_per_weight"])),
         loss=book.loss_of(sheet.model, method, density, first["gamma"] if method == "dip-ca" else None, **more),
@@ -163,7 +164,17 @@ def _saved(
     return best
 
 
-def at_loss(found: Sequence[Saving], limit: float) -> Saving | None:
+def at_loss(found: Iterable[Saving], limit: float) -> Saving | None:
     """The setting that gains most, by the median over DRAM, among those measured to lose at most `limit`."""
-    allowed = [s for s in found if s.loss is not None and s.loss[0] <= limit and s.gains]
+    allowed = [s for s in _judged(found) if s.loss is not None and s.loss[0] <= limit]
     return max(allowed, key=lambda s: s.gain, default=None)
+
+
+def least_loss(found: Iterable[Saving]) -> Saving | None:
+    """The setting that loses least; of equals the one that gains most."""
+    return min(_judged(found), key=lambda s: (s.loss or (0.0, None))[0] - 1e-9 * s.gain, default=None)
+
+
+def _judged(found: Iterable[Saving]) -> list[Saving]:
+    """Settings whose gain and loss are known, and that could be run: nobody knows the future as Belady does."""
+    return [s for s in found if s.loss is not None and s.gains and s.cache != "belady"]
