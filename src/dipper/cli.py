@@ -919,6 +919,33 @@ def compare(
     print("\n\n".join([*([evals_table(rows)] if rows else []), *([tasks_table(answers)] if answers else [])]))
 
 
+@app.command()
+def report(
+    experiments: Annotated[
+        Path, typer.Option(help="Folder with configs/ and results/ (default experiments).", metavar="DIR")
+    ] = Path("experiments"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page (default report.html).", metavar="FILE")] = Path(
+        "report.html"
+    ),
+    docs: Annotated[Path | None, typer.Option(help="Also as Markdown: docs/results.md.", metavar="FILE")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Also the headline, between the markers of this README.", metavar="FILE")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw every figure and show all results on one page.
+
+    \b
+    Examples:
+      dipper report
+      dipper report --docs docs/results.md --readme README.md
+    """
+    from dipper.report import write_report
+
+    for path in write_report(experiments, out=out, docs=docs, readme=readme):
+        print(path)
+
+
 # ------------------------------------------------------------------------------------------------ bench, doctor
 
 

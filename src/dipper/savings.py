@@ -1,0 +1,180 @@
+"""What pruning saves in simulation: throughput at equal DRAM, and DRAM at equal throughput, beside dense streaming.
+
+found = savings(book.sheets("headline"), book)
+best = at_loss([s for s in found if s.model == "smollm2"], 0.023)     # of settings that lose 2.3 % at most
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from dipper.sheets import DENSE, Book, Loss, Sheet, dram_gb, way
+
+__all__ = [
+    "LOSSES",
+    "PAPER",
+    "Saving",
+    "Simulated",
+    "at_loss",
+    "kind_of_masks",
+    "nearest_dense",
+    "savings",
+    "simulated",
+]
+
+# The published loss, +0.1, and +0.2 and +0.5, at a perplexity of about 4.3, as a share: what it is for other models.
+LOSSES = {"+0.1": 0.023, "+0.2": 0.046, "+0.5": 0.115}
+PAPER = "phi-3-medium"  # the model of the published headline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """One record of a sweep, and the options of its cell."""
+
+    options: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """On what device, and what of it is not as in its profile."""
+        named = ("device", "flash_gbps", "cost_per_read_us", "alignment")
+        return tuple(self.options.get(name) for name in named)
+
+    @property
+    def budget(self) -> str | None:
+        """Its budget, where all records of its cell have the same."""
+        budgets = [*self.options.get("dram", []), *self.options.get("mlp_dram", [])]
+        return str(budgets[0]) if len(budgets) == 1 else None
+
+    @property
+    def line(self) -> tuple[str, float | None]:
+        """The way to run and its density."""
+        density = self.record["density"]
+        return way(self.record), None if density is None else round(density, 3)
+
+
+def simulated(sheet: Sheet, *, variants: bool = False) -> list[Simulated]:
+    """All records of a sheet; those of single models' fits of the generator only where they are asked for."""
+    return [
+        Simulated(options=cell.options, record=record)
+        for cell in sheet.of("simulate")
+        if cell.result is not None and ("variant" in cell.options) == variants
+        for record in cell.result["records"]
+    ]
+
+
+def nearest_dense(record: Mapping[str, Any], dense: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The record of dense streaming that holds as much DRAM, to 2 %; None: there is none."""
+    size = dram_gb(record)
+    same = [d for d in dense if abs(dram_gb(d) / size - 1) < 0.02]
+    return min(same, key=lambda d: abs(dram_gb(d) - size), default=None)
+
+
+def kind_of_masks(runs: Iterable[Simulated]) -> str:
+    """Where masks are from: a real model over a text, or the generator."""
+    kinds = {str(run.record["workload"]["kind"]) for run in runs} - {"dense"}
+    return "generated masks" if kinds == {"generated"} else "real masks" if kinds else "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What one way to run at one density saves over dense streaming at equal DRAM or at equal speed.
+
+    Attributes:
+        gains: throughput over dense streaming, less 1, by DRAM in GB.
+        dram_saved, mlp_dram_saved: largest share of the process's, of the MLP's DRAM; None where it never is as fast.
+        loss: of perplexity, and its error; None: not measured.
+    """
+
+    model: str
+    title: str
+    masks: str
+    place: tuple[Any, ...]
+    way: str
+    method: str
+    cache: str | None
+    density: float | None
+    gains: dict[float, float]
+    dram_saved: float | None
+    mlp_dram_saved: float | None
+    loss: Loss | None
+
+    @property
+    def gain(self) -> float:
+        """Median over DRAM."""
+        return median(self.gains.values())
+
+
+def savings(sheets: Sequence[Sheet], book: Book) -> list[Saving]:
+    """Every way to run beside dense streaming on the same device."""
+    found = []
+    for sheet in sheets:
+        runs = simulated(sheet)
+        for place in dict.fromkeys(run.place for run in runs):
+            here = [run for run in runs if run.place == place]
+            dense = [run.record for run in here if run.record["method"] == "dense-stream"]
+            lines: dict[tuple[str, float | None], list[Simulated]] = {}
+            for run in here:
+                if run.record["method"] not in DENSE:
+                    lines.setdefault(run.line, []).append(run)
+            if dense:
+                found += [_saving(sheet, book, kind_of_masks(here), dense, line) for line in lines.values()]
+    return found
+
+
+def _saving(sheet: Sheet, book: Book, masks: str, dense: Sequence[dict[str, Any]], line: Sequence[Simulated]) -> Saving:
+    first, records, gains = line[0].record, [run.record for run in line], {}
+    for record in records:
+        same = nearest_dense(record, dense)
+        if same is not None:
+            gains[round(dram_gb(record), 3)] = record["tok_per_s"] / same["tok_per_s"] - 1
+    method, density = first["method"], line[0].line[1]
+    more: dict[str, Any] = {}
+    if method == "planes":
+        more = {name: line[0].options.get(name) for name in ("base_bits", "unit_bytes")}
+        more |= {"fetch": first["fetch"], "fetch_glu": first["fetch_glu"]}
+    return Saving(
+        model=sheet.model, title=sheet.title, masks=masks, place=line[0].place, way=line[0].line[0], method=method,
+        cache=first["cache"], density=density, gains=gains,
+        dram_saved=_saved(dense, records, dram_gb),
+        mlp_dram_saved=_saved(dense, records, lambda r: float(r["mlp_bits_per_weight"])),
+        loss=book.loss_of(sheet.model, method, density, first["gamma"] if method == "dip-ca" else None, **more),
+    )  # fmt: skip
+
+
+def _saved(
+    dense: Sequence[Mapping[str, Any]], line: Sequence[Mapping[str, Any]], size: Callable[[Mapping[str, Any]], float]
+) -> float | None:
+    """The largest share of a size that a line saves where it is as fast as dense streaming; None where it never is."""
+    points = sorted((size(record), float(record["tok_per_s"])) for record in line)
+    best = None
+    for record in dense:
+        speed = record["tok_per_s"]
+        needed = points[0][0] if speed <= points[0][1] else None  # even the least is faster: at least this much
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if needed is None and y0 <= speed <= y1:
+                needed = x0 + (x1 - x0) * (speed - y0) / (y1 - y0) if y1 > y0 else x0
+        if needed is not None:
+            share = 1 - needed / size(record)
+            best = share if best is None else max(best, share)
+    return best
+
+
+def at_loss(found: Iterable[Saving], limit: float) -> Saving | None:
+    """The setting that gains most, by the median over DRAM, among those measured to lose at most `limit`."""
+    allowed = [s for s in _judged(found) if s.loss is not None and s.loss[0] <= limit]
+    return max(allowed, key=lambda s: s.gain, default=None)
+
+
+def least_loss(found: Iterable[Saving]) -> Saving | None:
+    """The setting that loses least; of equals the one that gains most."""
+    return min(_judged(found), key=lambda s: (s.loss or (0.0, None))[0] - 1e-9 * s.gain, default=None)
+
+
+def _judged(found: Iterable[Saving]) -> list[Saving]:
+    """Settings whose gain and loss are known, and that could be run: nobody knows the future as Belady does."""
+    return [s for s in found if s.loss is not None and s.gains and s.cache != "belady"]

@@ -1,0 +1,194 @@
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from dipper.drawings import VIEWS, draw_all, shown
+from dipper.errors import ConfigError
+from dipper.figures import COLOURS, Line, Panel, Reference, colour_of, draw
+from dipper.files import write_json
+from dipper.savings import at_loss, least_loss, savings
+from dipper.sheets import NOT_MEASURED, Book
+from samples import CONFIGS, write_samples
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_samples(tmp_path_factory.mktemp("experiments") / "e")
+
+
+@pytest.fixture(scope="module")
+def book(folder):
+    return Book.open(folder)
+
+
+def lines_of(view):
+    return {line.label: line for panel in view.panels for line in panel.lines}
+
+
+def test_every_experiment_is_told_in_one_order_and_shown(book):
+    assert [name.replace("-", "_") for name in book.experiments] == list(VIEWS)
+    for name in book.experiments:
+        view = shown(book, name)
+        assert view.panels, name
+        assert any(table["rows"] for table in view.tables), name
+        for table in view.tables:
+            assert all(len(row) == len(table["columns"]) for row in table["rows"]), table["title"]
+            assert all(isinstance(cell, str) for row in table["rows"] for cell in row), table["title"]
+
+
+def test_axes_say_what_they_are(book):
+    for name in book.experiments:
+        for panel in shown(book, name).panels:
+            assert panel.title
+            assert panel.x
+            assert panel.y or panel.rows, name
+
+
+def test_losses_are_those_of_the_samples(book):
+    view = shown(book, "density")
+    lines = {line.label: line for line in view.panels[0].lines}
+    dip = lines["dip"]
+    assert dip.points[0] == pytest.approx((0.8, 0.02))  # 0.5 (1 - d)^2
+    assert [x for x, _ in dip.points] == [0.8, 0.7, 0.5]
+    assert lines["dip-ca, γ 0.5"].points[2][1] == pytest.approx(0.2)
+    (table,) = [t for t in view.tables if "perplexity above dense" in t["title"]]
+    assert table["columns"] == ["rule", "0.8", "0.7", "0.5"]
+    assert table["rows"][0] == ["dip", "+2.0 ± 0.0\u00a0%", "+4.5 ± 0.0\u00a0%", "+12.5 ± 0.1\u00a0%"]
+    assert table["rows"][-1] == ["dip, fitted", "–", "+3.1 ± 0.0\u00a0%", "+8.7 ± 0.0\u00a0%"]
+
+
+def test_answers_are_means_of_tasks(book):
+    (table,) = [t for t in shown(book, "density").tables if "right answers" in t["title"]]
+    assert table["title"] == "Model small: right answers, % (10 items each)"
+    assert table["rows"][0] == ["dense", "–", "60.0 ± 2.0", "60.0 ± 2.0", "60.0 ± 1.4"]
+
+
+def test_savings_are_at_equal_dram_and_at_equal_speed(book):
+    found = {(s.model, s.way, s.density): s for s in savings(book.sheets("headline"), book)}
+    dip = found["small", "dip lfu", 0.5]
+    # Dense streaming reads .4 and .2 MB; with 53 and 69 % of hits dip reads half of what is left, and .01.
+    assert list(dip.gains.values()) == pytest.approx([0.4 / 0.245 - 1, 0.2 / 0.165 - 1])
+    assert dip.gain == pytest.approx((0.4 / 0.245 + 0.2 / 0.165) / 2 - 1)
+    assert dip.loss[0] == pytest.approx(0.125)
+    assert 0 < dip.dram_saved < dip.mlp_dram_saved < 1
+    assert found["phi-3-medium", "dip lfu", 0.5].loss is None
+
+
+def test_the_best_setting_loses_no_more_than_allowed(book):
+    found = [s for s in savings(book.sheets("headline"), book) if s.model == "small"]
+    assert at_loss(found, 0.01) is None
+    assert (at_loss(found, 0.023).way, at_loss(found, 0.023).density) == ("dip lfu", 0.8)
+    best = at_loss(found, 0.5)
+    assert (best.way, best.density) == ("dip-ca γ 0.5 lfu", 0.5)
+    assert (least_loss(found).way, least_loss(found).density) == ("dip lfu", 0.8)
+    assert at_loss([replace(best, cache="belady")], 0.5) is None  # nobody knows the future
+
+
+def test_policies_are_told_apart_by_name_alone(book):
+    assert set(lines_of(shown(book, "caches"))) == {"lru", "lfu", "belady"}
+
+
+def test_gamma_joins_what_was_scored_with_what_was_simulated(book):
+    (table,) = shown(book, "cache-aware").tables
+    assert table["rows"][1][:5] == ["0.7", "0.5", "50\u00a0%", "+7.2 ± 0.0\u00a0%", "60.0\u00a0%"]
+    assert table["rows"][1][5] == "55.0\u00a0%"
+
+
+def test_compensation_goes_from_hollow_to_filled(book):
+    (panel,) = shown(book, "compensation").panels
+    assert panel.rows == ("dip, 0.5",)
+    assert panel.lines[0].points == ((30.0, 0.0), (24.0, 0.0))
+    assert panel.references == (Reference(x=20.0, label="dense"),)
+
+
+def test_what_was_not_measured_is_not_drawn_and_said(tmp_path):
+    whole, part = write_samples(tmp_path / "whole"), write_samples(tmp_path / "part", without=1)
+    for name in CONFIGS:
+        tables = [shown(Book.open(folder), name).tables for folder in (whole, part)]
+        told = [sum(row.count(NOT_MEASURED) for t in found for row in t["rows"]) for found in tables]
+        n_cells = len(json.loads((whole / "results" / f"{name}-small.json").read_text())["cells"])
+        if n_cells > 1:
+            assert told[1] > told[0], name
+    assert Book.open(part).unmeasured("density") == ["other"]
+    assert Book.open(part).unmeasured("compensation") == []
+
+
+def test_orphans_are_not_shown(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    config = folder / "configs" / "thresholds.toml"
+    config.write_text(config.read_text(encoding="utf-8").replace("[0.7, 0.5]", "[0.7]"), encoding="utf-8")
+    (table,) = shown(Book.open(folder), "thresholds").tables
+    assert {row[2] for row in table["rows"]} == {"0.70"}
+
+
+def test_other_files_among_the_results_are_left_alone(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    write_json(folder / "results" / "density-old.json", {"schema": "dipper-grid/1"})
+    assert [sheet.model for sheet in Book.open(folder).sheets("density")] == ["small"]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    (folder / "results" / "density-small.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"density-small\.json is damaged or no result of `dipper reproduce`"):
+        Book.open(folder)
+
+
+def test_an_unknown_view_is_an_error(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    config = folder / "configs" / "density.toml"
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('view = "density"', 'view = "densty"'), encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match="experiment density is to be shown as 'densty', known are bandwidth, beyond"):
+        shown(Book.open(folder), "density")
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_figures_are_the_same_bytes_for_the_same_results(folder):
+    pytest.importorskip("matplotlib")
+    drawn = draw_all(folder)
+    assert {path.name for path in drawn.values()} == {f"{name}.svg" for name in CONFIGS}
+    first = {name: path.read_bytes() for name, path in drawn.items()}
+    assert {name: path.read_bytes() for name, path in draw_all(folder).items()} == first
+    for content in first.values():
+        assert b"prefers-color-scheme" in content
+        assert b"<text" in content  # searchable, not outlines
+        ElementTree.fromstring(content)
+
+
+def test_a_method_has_one_colour():
+    assert colour_of("dense-stream") == colour_of("dense") == COLOURS["dense"]
+    assert colour_of("something-new") == colour_of("something-new")
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_colours_stand_out_on_light_and_on_dark():
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    for name, colour in COLOURS.items():
+        assert 1.05 / (luminance(colour) + 0.05) >= 3, name
+        assert (luminance(colour) + 0.05) / (luminance("#14171c") + 0.05) >= 3, name
+
+
+def test_names_do_not_lie_on_each_other(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = tuple(Line(label=f"n{i}", method="dip", points=((0.0, 0.0), (1.0, 1 + i / 1000))) for i in range(5))
+    draw([Panel(title="t", x="x", y="y", lines=lines)], tmp_path / "f.svg", columns=1)
+    svg = (tmp_path / "f.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(svg)
+    at = [float(e.get("y")) for e in root.iter("{http://www.w3.org/2000/svg}text") if (e.text or "").startswith("n")]
+    assert len(at) == 5
+    assert all(abs(a - b) >= 8 for i, a in enumerate(at) for b in at[:i])
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="There is nothing to draw in"):
+        draw([], tmp_path / "f.svg", columns=1)

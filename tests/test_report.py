@@ -1,0 +1,190 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from dipper.cli import main
+from dipper.errors import ConfigError
+from dipper.report import Report, headline_table, put_between_markers, write_report
+from dipper.sheets import Book
+from samples import CONFIGS, write_samples
+
+pytest.importorskip("matplotlib")
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_samples(tmp_path_factory.mktemp("experiments") / "e", without=1, stale=True)
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return Report.of(folder)
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return report.html()
+
+
+class Checker(HTMLParser):
+    """Whether elements are closed in order, what is loaded, and which ids there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loaded, self.ids, self.tags = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def checked(page):
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    return checker
+
+
+def test_the_page_is_well_formed_and_has_everything(page, checked):
+    assert checked.open == []
+    assert len(checked.ids) == len(set(checked.ids))
+    assert checked.tags.count("svg") == len(CONFIGS)
+    for name in CONFIGS:
+        assert f'<section id="{name}">' in page
+
+
+def test_the_page_needs_nothing_else(page, checked):
+    assert "script" not in checked.tags
+    assert "link" not in checked.tags
+    assert all(target.startswith("#") for target in checked.loaded), checked.loaded
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+
+
+def test_links_within_figures_lead_somewhere(page, checked):
+    targets = {target[1:] for target in checked.loaded} | set(re.findall(r"url\(#([^)]+)\)", page))
+    assert targets <= set(checked.ids)
+
+
+def test_stale_and_missing_are_marked(report, page):
+    density = report.sections[0]
+    assert density.marks == (
+        "Model small, of 17 cells: 1 stale, the code has changed since; 1 not measured",
+        "not measured: other",
+    )
+    assert density.state == "partly"
+    assert page.count("stale, the code has changed since") == len(CONFIGS) + 1  # headline has two models
+    assert f"- **{density.marks[0]}**" in report.markdown("figures")
+
+
+def test_provenance_is_told(report):
+    assert report.sections[0].sources == (
+        "Model small: sha256 abababababab; commit 012345678, 2026-01-02, A CPU, dipper 0.1.0, Python 3.11.7, "
+        "torch 2.4.0",
+        "Data: wiki.test.raw cdcdcdcdcdcd",
+    )
+    (phi,) = [line for line in report.sections[1].sources if "phi" in line]
+    assert phi.startswith("Model phi-3-medium: a shape without weights; ")
+
+
+def test_text_is_escaped_and_code_is_code(page):
+    assert "Reads are not <code>free</code>." in page
+    assert "<h2>Split of a density: a &lt; b</h2>" in page
+
+
+def test_the_same_results_give_the_same_bytes(folder, page, report):
+    again = Report.of(folder)
+    assert again.html() == page
+    assert again.markdown("f") == report.markdown("f")
+
+
+def test_the_headline_says_what_cannot_be_had(tmp_path):
+    table = headline_table(Book.open(write_samples(tmp_path / "e")))
+    memory, throughput, perplexity = table["rows"]
+    assert memory[1:3] == ["−46\u00a0%", memory[2]]
+    assert re.fullmatch(r"(−\d+\u00a0%, of the MLP's −\d+\u00a0%: density 0\.[85](; )?){2}", memory[2])
+    assert throughput[3] == "Model small: −9\u00a0% (−22 to +4\u00a0%), dip lfu, density 0.8"
+    assert throughput[4] == "Model small: +150\u00a0%, planes, 3.6b, disk as it is"
+    assert perplexity[2] == "cannot be had: needs the weights"
+    assert perplexity[3:] == ["Model small: +2.0 ± 0.0\u00a0%", "Model small: +1.3 ± 0.3\u00a0%, planes, 3.6b"]
+
+
+def test_without_simulations_the_headline_is_not_measured(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    for path in (folder / "results").glob("*.json"):
+        if path.name != "density-small.json":
+            path.unlink()
+    rows = headline_table(Book.open(folder))["rows"]
+    assert [row[2:] for row in rows[:2]] == [["not measured"] * 3] * 2
+
+
+def test_a_readme_that_is_not_there_is_an_error(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read .* give the README as --readme FILE"):
+        write_report(folder, out=None, docs=None, readme=tmp_path / "none.md")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_markers_hold_what_is_between_them():
+    text = "# A\n<!-- results -->\nold\n<!-- /results -->\nend\n"
+    new = put_between_markers(text, "new", "README.md")
+    assert new == "# A\n<!-- results -->\n\nnew\n\n<!-- /results -->\nend\n"
+    assert put_between_markers(new, "new", "README.md") == new
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- results -->", "<!-- /results --><!-- results -->", 2 * "<!-- results --><!-- /results -->"]
+)
+def test_missing_markers_are_an_error(text):
+    with pytest.raises(ConfigError, match="README has no place for the results: write one line <!-- results --> and"):
+        put_between_markers(text, "new", "README")
+
+
+def test_all_files_are_written_with_links_as_they_see_them(folder, tmp_path):
+    (tmp_path / "docs").mkdir()
+    readme, docs, out = tmp_path / "README.md", tmp_path / "docs" / "results.md", tmp_path / "r.html"
+    readme.write_text("a\n<!-- results -->\n<!-- /results -->\n", encoding="utf-8")
+    assert write_report(folder, out=out, docs=docs, readme=readme) == [out, docs, readme]
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", docs.read_text(encoding="utf-8"))
+    assert len(figures) == len(CONFIGS)
+    assert all((docs.parent / figure).is_file() for figure in figures)
+    assert "[results.md](docs/results.md)" in readme.read_text(encoding="utf-8")
+    assert readme.read_text(encoding="utf-8").startswith("a\n<!-- results -->\n")
+
+
+def test_without_markers_nothing_is_written(folder, tmp_path):
+    readme, out = tmp_path / "README.md", tmp_path / "r.html"
+    readme.write_text("none", encoding="utf-8")
+    with pytest.raises(ConfigError, match="has no place for the results"):
+        write_report(folder, out=out, docs=None, readme=readme)
+    assert not out.exists()
+
+
+def test_the_verb_prints_what_it_wrote(folder, tmp_path, capsys):
+    out = tmp_path / "r.html"
+    assert main(["report", "--experiments", str(folder), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert main(["report", "--experiments", str(tmp_path), "--out", str(out)]) == 1
+    assert "holds no experiment" in capsys.readouterr().err
+
+
+def test_markdown_tables_have_as_many_cells_in_every_row(report):
+    for block in re.findall(r"(?:^\|.*\|$\n?)+", report.markdown("f"), flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
+        assert len(widths) == 1, block
