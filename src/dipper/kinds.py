@@ -94,6 +94,7 @@ class Kind:
         gpu: computes on `Context.device`.
         needs_data: files under `Context.data` that a cell with these options reads.
         varies: dotted names inside a result that a rerun may change, with all that lies below them.
+        within: of these, numbers that must still agree within their error bars (`differences`).
     """
 
     name: str
@@ -104,6 +105,7 @@ class Kind:
     gpu: bool = False
     needs_data: Callable[[Mapping[str, Any]], tuple[str, ...]] = _no_data
     varies: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
 
     def check(self, options: Iterable[str]) -> None:
         """ConfigError for the first option that this kind does not have, with the nearest that it has."""
@@ -550,6 +552,7 @@ KINDS: dict[str, Kind] = {
             gpu=True,
             needs_data=_compensation_data,
             varies=("cells",),  # training sums in another order every time
+            within=("cells.*.*.perplexity", "cells.*.*.recovered", "cells.*.tasks.*.acc"),
         ),
         Kind(
             name="simulate",
@@ -582,6 +585,7 @@ KINDS: dict[str, Kind] = {
             timed=True,
             needs_data=_benchmark_data,
             varies=("passed", "results", "summary", "profiles", "seconds"),
+            within=("results", "summary", "profiles"),
         ),
     )
 }
