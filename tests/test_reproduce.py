@@ -16,7 +16,7 @@ from dipper import drawings, executors, kinds
 from dipper import reproduce as module
 from dipper.cli import main
 from dipper.errors import ConfigError
-from dipper.experiment import Experiment, Results, file_sha256, locked
+from dipper.experiment import Experiment, Results, file_sha256, sole_writer
 from dipper.reproduce import Request, check, failures, find_model, reproduce, split_model
 from test_lean_import import modules_after
 
@@ -292,6 +292,7 @@ def test_models_by_path(lab, tmp_path):
     assert split_model(str(gguf)) == ("own", str(gguf))
     assert split_model(f"mine={gguf}") == ("mine", str(gguf))
     assert split_model("org/name") == ("org/name", "org/name")
+    assert split_model("SmolLM2") == ("smollm2", "smollm2")
     found = find_model("mine", str(gguf))
     assert (found.name, found.path, found.sha256) == ("mine", str(gguf), file_sha256(gguf))
     lab.run(models=(f"mine={gguf}",))
@@ -350,7 +351,7 @@ def test_a_file_of_another_experiment_is_left_alone(lab):
 
 
 def test_two_runs_do_not_write_the_same_file(lab):
-    with locked(lab.file()), pytest.raises(ConfigError, match="is being written by another `dipper reproduce`"):
+    with sole_writer(lab.file()), pytest.raises(ConfigError, match="is being written by another `dipper reproduce`"):
         lab.run()
 
 
@@ -589,6 +590,9 @@ def test_a_failure_ends_with_1_and_one_line(lab, capsys):
         (["squares", "--kind", "fakes"], "there is no kind 'fakes'; did you mean fake?"),
         (["squares", "--model", "phi-3-mni"],
          "there is no model 'phi-3-mni'; did you mean phi-3-mini?; or give org/name, or NAME=PATH"),
+        (["squares", "--check", "--refresh", "all"],
+         "--refresh writes new results, and --check writes nothing: drop one of them"),
+        (["--list", "sqares"], "there is no experiment 'sqares'; did you mean squares?"),
         (["squares", "--check"], "nothing of this has a result to check: measure it first, without --check"),
     ],
 )  # fmt: skip
@@ -617,7 +621,8 @@ def test_the_list(lab, capsys):
         2.0,
         "Table 9",
     )
-    assert cli(lab, "--list") == 0
+    lab.write(SQUARES, "cubes")
+    assert cli(lab, "squares", "--list") == 0
     assert capsys.readouterr().out.splitlines() == [
         "squares: Squares",
         "  answers to: Table 9",

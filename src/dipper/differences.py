@@ -1,7 +1,7 @@
 """Where two results of the same cell differ: `dipper reproduce --check`.
 
-    differences({"loss": 1.5, "tok_per_s": 9.0}, {"loss": 1.6, "tok_per_s": 9.1}, ("tok_per_s",), ("tok_per_s",))
-    # ["loss is 1.5, now 1.6"]
+differences({"loss": 1.5, "tok_per_s": 9.0}, {"loss": 1.6, "tok_per_s": 9.1}, ("tok_per_s",), ("tok_per_s",))
+# ["loss is 1.5, now 1.6"]
 """
 
 from __future__ import annotations

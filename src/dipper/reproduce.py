@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from dipper import kinds
 from dipper.budget import available_cpus
 from dipper.differences import differences
-from dipper.errors import ConfigError, DipperError
+from dipper.errors import ConfigError, DipperError, nearest
 from dipper.executors import Done, Outcome, Task, input_sha256, run_processes, run_ray, run_serial
 from dipper.experiment import (
     Cell,
@@ -30,13 +30,13 @@ from dipper.experiment import (
     Results,
     code_sha256,
     file_sha256,
+    find,
     is_results,
     load_all,
-    locked,
-    nearest,
     results_path,
-    safe_name,
+    sole_writer,
 )
+from dipper.files import safe_name
 from dipper.kinds import Context
 from dipper.sources import PACKAGED_MODELS, Progress, default_cache_dir, pull
 
@@ -133,13 +133,15 @@ class Request:
 
 def split_model(given: str) -> tuple[str, str]:
     """A model's name and where it is, of NAME=PATH, a path or a name."""
+    if given.lower() in PACKAGED_MODELS:  # `dipper pull` takes them in any case: results have one name
+        return given.lower(), given.lower()
     name, equals, path = given.partition("=")
     if equals:
         if not name or not path:
             raise ConfigError(f"--model {given}: write NAME=PATH, such as smollm2=model.gguf")
         return name, path
     there = Path(given).expanduser()
-    if given not in PACKAGED_MODELS and there.exists():
+    if there.exists():
         return (there.stem if there.is_file() else there.resolve().name), given
     return given, given
 
@@ -177,13 +179,7 @@ def _is_installed(extra: str) -> bool:
 def _data_of(cells: Sequence[Cell], data: Path | None) -> dict[str, Path]:
     """The files that cells read, by name."""
     names = dict.fromkeys(name for cell in cells for name in kinds.KINDS[cell.kind].needs_data(cell.options))
-    if names and data is None:
-        raise ConfigError(f"{next(iter(names))} is needed: give the folder that has it as --data or in DIPPER_DATA")
-    files = {name: (data or Path()) / name for name in names}
-    for name, path in files.items():
-        if not path.is_file():
-            raise ConfigError(f"{data} has no {name}: give the folder that has it as --data or in DIPPER_DATA")
-    return files
+    return {name: kinds.data_file(data, name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -265,7 +261,7 @@ def reproduce(
     jobs = _plan(experiments, folder, request)
     with ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(locked(job.path))
+            stack.enter_context(sole_writer(job.path))
         jobs = _plan(experiments, folder, request)  # again: before the lock, another process may have added cells
         for job in jobs:
             say(_planned(job))
@@ -544,22 +540,24 @@ class Listed:
         return {**about, "needs": list(e.needs), "lacking": list(self.lacking), "models": self.models}
 
 
-def list_experiments(folder: Path) -> list[Listed]:
+def list_experiments(folder: Path, names: Sequence[str] = ()) -> list[Listed]:
     """What there is in a folder, by its files alone: models and data are not looked at.
 
+    Args:
+        folder: of experiments.
+        names: only these; empty: all.
+
     Raises:
-        ConfigError: there is nothing, or a file of it is damaged.
+        ConfigError: there is nothing, or nothing of a name, or a file of it is damaged.
     """
     listed = []
-    for experiment in load_all(folder):
+    for experiment in [find(folder, name) for name in names] or load_all(folder):
         paths = {name: results_path(folder, experiment.name, name) for name in experiment.models}
         for path in sorted((folder / "results").glob(f"{experiment.name}-*.json")):
             if path in paths.values() or not is_results(path):  # scripts keep theirs in the same folder
                 continue
             held = Results.read(path).content
-            if (
-                held["experiment"] == experiment.name
-            ):  # of a model that was asked for, not of a longer name's experiment
+            if held["experiment"] == experiment.name:  # not that of a longer name
                 paths[held["model"]["name"]] = path
         models = {name: _counts(experiment, name, path) for name, path in paths.items()}
         lacking = tuple(extra for extra in experiment.needs if not _is_installed(extra))
