@@ -19,10 +19,10 @@ from dipper.experiment import (
     file_sha256,
     find,
     load_all,
-    locked,
     results_path,
-    safe_name,
+    sole_writer,
 )
+from dipper.files import safe_name
 
 MODEL = Model(name="m", path="/m.gguf", sha256="ab" * 32, title="M")
 RUN = {"dipper": "0", "commit": None, "cpu": "a", "time": "t"}
@@ -313,7 +313,7 @@ def test_other_data_is_refused(tmp_path, experiment):
 
 
 def _hold(path, held, release):
-    with locked(path):
+    with sole_writer(path):
         held.set()
         release.wait(20)
 
@@ -327,10 +327,10 @@ def test_one_process_writes_a_file(tmp_path):
     try:
         assert held.wait(20)
         message = rf"r\.json is being written by another `dipper reproduce` \(process {other.pid}\): wait until"
-        with pytest.raises(ConfigError, match=message), locked(path):
+        with pytest.raises(ConfigError, match=message), sole_writer(path):
             pass
     finally:
         release.set()
         other.join()
-    with locked(path):
+    with sole_writer(path):
         pass

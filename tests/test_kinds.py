@@ -105,6 +105,13 @@ def test_sources_are_modules_or_files_of_dipper():
             assert (root / (name if "." in name else f"{name}.py")).is_file(), (kind.name, name)
 
 
+def test_what_must_agree_within_error_bars_is_of_what_varies():
+    for kind in KINDS.values():
+        assert all(any(name.startswith(whole) for whole in kind.varies) for name in kind.within), kind.name
+        assert not kind.timed or kind.within, kind.name  # else a check of it could not fail
+    assert KINDS["compensation"].within
+
+
 # ------------------------------------------------------------------------------------------------ simulate
 
 SIMULATED = {
@@ -391,6 +398,14 @@ def test_groups_of_compensation(tmp_path, torch_model, data):
     assert list(tasks) == ["tasks: dense", "tasks: dip@0.5", "tasks: dip@0.5 + lora"]
     dense = KINDS["compensation"].measure({**COMPENSATION, "group": "dense"}, at)["cells"]
     assert list(dense) == ["dense"]
+
+
+@pytest.mark.torch
+def test_compensation_reads_the_files_that_it_says():
+    pytest.importorskip("peft")
+    from dipper.compensation import FILES
+
+    assert KINDS["compensation"].needs_data({**COMPENSATION, "group": "dense"}) == FILES
 
 
 @pytest.mark.torch

@@ -1301,12 +1301,14 @@ def reproduce(
     from dipper.tables import checks_table, experiments_table, reproduced_table
 
     if show:
-        listed = run.list_experiments(experiments)
+        listed = run.list_experiments(experiments, names or ())
         told = {"schema": "dipper-experiments/1", "experiments": [one.as_dict() for one in listed]}
         print(json_line(told) if as_json else experiments_table(listed))
         return
     if every == bool(names):
         raise ConfigError("name experiments, or give --all: `dipper reproduce --list` shows what there is.")
+    if check and asked.get("refresh") is not None:
+        raise ConfigError("--refresh writes new results, and --check writes nothing: drop one of them")
     chosen = load_all(experiments) if every else [find(experiments, name) for name in names or ()]
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()}
     request = run.Request(timed=timed, **{name: value for name, value in given.items() if value is not None})

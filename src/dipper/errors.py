@@ -5,7 +5,26 @@ A message says what was seen (values), why it stops and what to do. The CLI prin
 
 from __future__ import annotations
 
-__all__ = ["BudgetError", "BundleError", "CheckpointError", "ConfigError", "DipperError", "FlashError", "SourceError"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BudgetError",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "DipperError",
+    "FlashError",
+    "SourceError",
+    "nearest",
+]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest that is known, or all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known) or 'none'}"
 
 
 class DipperError(Exception):

@@ -164,6 +164,7 @@ class _Worker:
 
     def death(self) -> str:
         """How it died, once it has."""
+        self.pipe.close()
         self.process.join()
         code = self.process.exitcode or 0
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -13,14 +13,12 @@ them. A result holds for the code that it was measured with: a cell whose kind's
 from __future__ import annotations
 
 import ast
-import difflib
 import fcntl
 import hashlib
 import io
 import itertools
 import json
 import os
-import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +30,8 @@ from typing import Any, Literal
 import tomli
 
 from dipper import kinds
-from dipper.errors import ConfigError
-from dipper.files import write_json
+from dipper.errors import ConfigError, nearest
+from dipper.files import safe_name, write_json
 
 __all__ = [
     "Cell",
@@ -45,26 +43,12 @@ __all__ = [
     "find",
     "is_results",
     "load_all",
-    "locked",
-    "nearest",
     "results_path",
-    "safe_name",
+    "sole_writer",
 ]
 
 SCHEMA = "dipper-experiment/1"
 State = Literal["done", "stale", "missing"]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the nearest that is known, or all."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known) or 'none'}"
-
-
-def safe_name(model: str) -> str:
-    """A model's name as a part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model"
 
 
 def results_path(folder: str | os.PathLike[str], experiment: str, model: str) -> Path:
@@ -537,7 +521,7 @@ def _brief(sha256: str | None) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def sole_writer(path: Path) -> Iterator[None]:
     """One process at a time writes a file of results.
 
     Raises:
@@ -548,7 +532,7 @@ def locked(path: Path) -> Iterator[None]:
     with lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise ConfigError(
                 f"{path} is being written by another `dipper reproduce` ({file.read().strip() or 'just started'}): "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,12 @@ from typing import Any, BinaryIO
 
 from dipper.errors import ConfigError
 
-__all__ = ["check_target", "locked", "whole_file", "write_json"]
+__all__ = ["check_target", "locked", "safe_name", "whole_file", "write_json"]
+
+
+def safe_name(name: str) -> str:
+    """A name, such as a model's, as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
 def check_target(path: str | os.PathLike[str] | None) -> None:

@@ -8,7 +8,6 @@ process, so that cells of one model that follow each other load it once. PyTorch
 
 from __future__ import annotations
 
-import difflib
 import json
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipper.errors import BudgetError, ConfigError, DipperError
+from dipper.errors import BudgetError, ConfigError, DipperError, nearest
+from dipper.files import safe_name
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dipper.torch_model import LoadedModel
     from dipper.workload import Workload
 
-__all__ = ["KINDS", "Context", "Kind"]
+__all__ = ["KINDS", "Context", "Kind", "data_file"]
 
 Options = dict[str, Any]
 Result = dict[str, Any]
@@ -70,11 +70,20 @@ class Context:
         Raises:
             ConfigError: no data folder was given, or it lacks the file.
         """
-        if self.data is None:
-            raise ConfigError(f"{name} is needed: give the folder that has it as --data or in DIPPER_DATA")
-        if not (self.data / name).exists():
-            raise ConfigError(f"{self.data} has no {name}: give the folder that has it as --data or in DIPPER_DATA")
-        return self.data / name
+        return data_file(self.data, name)
+
+
+def data_file(data: Path | None, name: str) -> Path:
+    """A file of a data folder.
+
+    Raises:
+        ConfigError: as of `Context.file`.
+    """
+    if data is None:
+        raise ConfigError(f"{name} is needed: give the folder that has it as --data or in DIPPER_DATA")
+    if not (data / name).exists():
+        raise ConfigError(f"{data} has no {name}: give the folder that has it as --data or in DIPPER_DATA")
+    return data / name
 
 
 def _no_data(_: Mapping[str, Any]) -> tuple[str, ...]:
@@ -94,6 +103,7 @@ class Kind:
         gpu: computes on `Context.device`.
         needs_data: files under `Context.data` that a cell with these options reads.
         varies: dotted names inside a result that a rerun may change, with all that lies below them.
+        within: of these, numbers that must still agree within their error bars (`differences`).
     """
 
     name: str
@@ -104,14 +114,13 @@ class Kind:
     gpu: bool = False
     needs_data: Callable[[Mapping[str, Any]], tuple[str, ...]] = _no_data
     varies: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
 
     def check(self, options: Iterable[str]) -> None:
         """ConfigError for the first option that this kind does not have, with the nearest that it has."""
         for name in options:
             if name not in self.options:
-                near = difflib.get_close_matches(name, self.options, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(self.options))}"
-                raise ConfigError(f"a cell of kind {self.name} has no option '{name}'; {hint}")
+                raise ConfigError(f"a cell of kind {self.name} has no option '{name}'; {nearest(name, self.options)}")
 
 
 # ------------------------------------------------------------------------------------------------ with PyTorch
@@ -431,7 +440,7 @@ def bundle_of(
     split = "" if not base_bits else f"-base{base_bits}-unit{unit_bytes or UNIT_BYTES}"
     told = f"{_stamp(str(source))} {packed_bits}{split}"
     context.workdir.mkdir(parents=True, exist_ok=True)
-    out = context.workdir / f"{safe(context.name)}-{sha256(told.encode()).hexdigest()[:12]}.dipper"
+    out = context.workdir / f"{safe_name(context.name)}-{sha256(told.encode()).hexdigest()[:12]}.dipper"
     with locked(out.with_suffix(".lock")):
         if not out.exists():
             pack(source, out, packed_bits, base_bits=base_bits or 0, unit_bytes=unit_bytes or UNIT_BYTES)
@@ -442,11 +451,6 @@ def _stamp(path: str | Path) -> str:
     """A file's or folder's path, size and time of change, for what is kept beside it."""
     stat = Path(path).stat() if Path(path).exists() else None
     return f"{path}" if stat is None else f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def safe(name: str) -> str:
-    """A name as a part of a file's name."""
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
 
 
 def _simulate_data(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -550,6 +554,7 @@ KINDS: dict[str, Kind] = {
             gpu=True,
             needs_data=_compensation_data,
             varies=("cells",),  # training sums in another order every time
+            within=("cells.*.*.perplexity", "cells.*.*.recovered", "cells.*.tasks.*.acc"),
         ),
         Kind(
             name="simulate",
@@ -582,6 +587,7 @@ KINDS: dict[str, Kind] = {
             timed=True,
             needs_data=_benchmark_data,
             varies=("passed", "results", "summary", "profiles", "seconds"),
+            within=("results", "summary", "profiles"),
         ),
     )
 }

@@ -11,10 +11,7 @@ themselves, in a process of its own, last.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -22,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dipper import kinds
-from dipper.errors import ConfigError, DipperError
+from dipper.budget import available_cpus
+from dipper.differences import differences
+from dipper.errors import ConfigError, DipperError, nearest
 from dipper.executors import Done, Outcome, Task, input_sha256, run_processes, run_ray, run_serial
 from dipper.experiment import (
     Cell,
@@ -31,13 +30,13 @@ from dipper.experiment import (
     Results,
     code_sha256,
     file_sha256,
+    find,
     is_results,
     load_all,
-    locked,
-    nearest,
     results_path,
-    safe_name,
+    sole_writer,
 )
+from dipper.files import safe_name
 from dipper.kinds import Context
 from dipper.sources import PACKAGED_MODELS, Progress, default_cache_dir, pull
 
@@ -47,7 +46,6 @@ __all__ = [
     "Request",
     "Summary",
     "check",
-    "differences",
     "disagreements",
     "failures",
     "list_experiments",
@@ -57,7 +55,6 @@ __all__ = [
 Say = Callable[[str], None]
 
 REFRESH = ("stale", "all")
-RATIO = 1.25  # within which a timed figure without error bars is the same
 _MODULES = {"pack": "gguf", "train": "peft", "tasks": "lm_eval", "plots": "matplotlib"}  # by which an extra is known
 
 
@@ -127,7 +124,7 @@ class Request:
         """Threads of a cell."""
         if self.threads is not None:
             return self.threads
-        n_cpus = len(os.sched_getaffinity(0))
+        n_cpus = available_cpus()
         return n_cpus if timed else max(1, n_cpus // self.jobs)
 
 
@@ -136,13 +133,15 @@ class Request:
 
 def split_model(given: str) -> tuple[str, str]:
     """A model's name and where it is, of NAME=PATH, a path or a name."""
+    if given.lower() in PACKAGED_MODELS:  # `dipper pull` takes them in any case: results have one name
+        return given.lower(), given.lower()
     name, equals, path = given.partition("=")
     if equals:
         if not name or not path:
             raise ConfigError(f"--model {given}: write NAME=PATH, such as smollm2=model.gguf")
         return name, path
     there = Path(given).expanduser()
-    if given not in PACKAGED_MODELS and there.exists():
+    if there.exists():
         return (there.stem if there.is_file() else there.resolve().name), given
     return given, given
 
@@ -180,13 +179,7 @@ def _is_installed(extra: str) -> bool:
 def _data_of(cells: Sequence[Cell], data: Path | None) -> dict[str, Path]:
     """The files that cells read, by name."""
     names = dict.fromkeys(name for cell in cells for name in kinds.KINDS[cell.kind].needs_data(cell.options))
-    if names and data is None:
-        raise ConfigError(f"{next(iter(names))} is needed: give the folder that has it as --data or in DIPPER_DATA")
-    files = {name: (data or Path()) / name for name in names}
-    for name, path in files.items():
-        if not path.is_file():
-            raise ConfigError(f"{data} has no {name}: give the folder that has it as --data or in DIPPER_DATA")
-    return files
+    return {name: kinds.data_file(data, name) for name in names}
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -268,7 +261,7 @@ def reproduce(
     jobs = _plan(experiments, folder, request)
     with ExitStack() as stack:
         for job in jobs:
-            stack.enter_context(locked(job.path))
+            stack.enter_context(sole_writer(job.path))
         jobs = _plan(experiments, folder, request)  # again: before the lock, another process may have added cells
         for job in jobs:
             say(_planned(job))
@@ -520,94 +513,13 @@ def _compared(job: _Job, cell: Cell, outcome: Outcome) -> list[str]:
     held = job.results.cell(cell)
     assert held is not None
     kind = kinds.KINDS[cell.kind]
-    found = differences(held["result"], outcome.result, kind.varies, timed=kind.timed)
+    found = differences(held["result"], outcome.result, kind.varies, kind.within)
     devices = [
         run.get("gpu") or run.get("cpu") for run in (job.results.content["runs"][held["run"]], outcome.provenance)
     ]
     if found and devices[0] != devices[1]:
         found.append(f"measured on {devices[0]}, checked on {devices[1]}")
     return found
-
-
-def differences(old: Any, new: Any, varies: Sequence[str] = (), *, timed: bool = False) -> list[str]:
-    """Where two results differ: figures exactly, save those that a rerun may change.
-
-    Args:
-        old, new: of JSON types.
-        varies: dotted names in them, `*` for any name or index; with all that is under them. Where nothing is `timed`
-            they do not matter, since cells share the machine then. Else numbers must agree within three standard errors
-            where there is one beside them (`x_stderr` of `x`), within their intervals (`x_ci95`), or else within
-            `RATIO` of each other; other values may differ.
-        timed: whether what varies is compared.
-
-    Returns:
-        A line for each difference.
-    """
-    patterns = [tuple(name.split(".")) for name in varies]
-    return list(_differ(old, new, (), patterns, timed))
-
-
-_ABSENT = object()
-
-
-def _differ(
-    old: Any, new: Any, at: tuple[str, ...], patterns: Sequence[tuple[str, ...]], timed: bool, agree: bool | None = None
-) -> Iterator[str]:
-    """`agree`: by the error bars beside these numbers; None: they have none."""
-    varying = any(_covers(pattern, at) for pattern in patterns)
-    if varying and not timed:
-        return
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
-            a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)
-            yield from _differ(a, b, (*at, key), patterns, timed, _agree(key, old, new))
-    elif isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new) and not varying:
-            yield f"{_dotted(at)} has {len(old)} values, now {len(new)}"
-        for i, (a, b) in enumerate(zip(old, new, strict=False)):
-            yield from _differ(a, b, (*at, str(i)), patterns, timed)
-    elif varying:
-        if _is_number(old) and _is_number(new) and not (_near(old, new) if agree is None else agree):
-            yield f"{_dotted(at)} is {_told(old)}, now {_told(new)}"
-    elif old != new or type(old) is not type(new):
-        yield f"{_dotted(at)} is {_told(old)}, now {_told(new)}"
-
-
-def _covers(pattern: tuple[str, ...], at: tuple[str, ...]) -> bool:
-    """Whether a dotted name is this place or holds it."""
-    return len(pattern) <= len(at) and all(p in ("*", name) for p, name in zip(pattern, at, strict=False))
-
-
-def _agree(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool | None:
-    values: list[Any]
-    errors: list[Any]
-    intervals: list[Any]
-    values, errors, intervals = ([side.get(key + end) for side in (old, new)] for end in ("", "_stderr", "_ci95"))
-    if not all(map(_is_number, values)):
-        return None
-    if all(map(_is_number, errors)):
-        return bool(abs(values[0] - values[1]) <= 3 * math.hypot(*errors))
-    if all(isinstance(interval, list) and len(interval) == 2 for interval in intervals):
-        return bool(max(low for low, _ in intervals) <= min(high for _, high in intervals))
-    return None
-
-
-def _near(a: float, b: float) -> bool:
-    low, high = sorted((a, b))
-    return low == high or (low > 0 and high <= RATIO * low) or (high < 0 and -low <= -RATIO * high)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _dotted(at: Sequence[str]) -> str:
-    return ".".join(at) or "the result"
-
-
-def _told(value: Any) -> str:
-    text = "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ------------------------------------------------------------------------------------------------ listing
@@ -628,22 +540,24 @@ class Listed:
         return {**about, "needs": list(e.needs), "lacking": list(self.lacking), "models": self.models}
 
 
-def list_experiments(folder: Path) -> list[Listed]:
+def list_experiments(folder: Path, names: Sequence[str] = ()) -> list[Listed]:
     """What there is in a folder, by its files alone: models and data are not looked at.
 
+    Args:
+        folder: of experiments.
+        names: only these; empty: all.
+
     Raises:
-        ConfigError: there is nothing, or a file of it is damaged.
+        ConfigError: there is nothing, or nothing of a name, or a file of it is damaged.
     """
     listed = []
-    for experiment in load_all(folder):
+    for experiment in [find(folder, name) for name in names] or load_all(folder):
         paths = {name: results_path(folder, experiment.name, name) for name in experiment.models}
         for path in sorted((folder / "results").glob(f"{experiment.name}-*.json")):
             if path in paths.values() or not is_results(path):  # scripts keep theirs in the same folder
                 continue
             held = Results.read(path).content
-            if (
-                held["experiment"] == experiment.name
-            ):  # of a model that was asked for, not of a longer name's experiment
+            if held["experiment"] == experiment.name:  # not that of a longer name
                 paths[held["model"]["name"]] = path
         models = {name: _counts(experiment, name, path) for name, path in paths.items()}
         lacking = tuple(extra for extra in experiment.needs if not _is_installed(extra))
