@@ -341,13 +341,13 @@ def _simulate(options: Options, context: Context) -> Result:
         context,
         json.dumps({name: options[name] for name in (*_LAID_OUT, *_MASKS) if name in options}, sort_keys=True),
     )
-    # This process's own size is no phone's, and changes from run to run.
+    # This process's own size and this machine's cores are no phone's: they would make results differ by machine.
     swept: dict[str, Any] = {"host": "0", **{name: value for name, value in options.items() if name in _SWEPT}}
     swept = {name: tuple(value) if isinstance(value, list) else value for name, value in swept.items()}
     skipped: list[str] = []
     try:
         records = run_sweep(
-            bundle, workload, Sweep(**swept), [_device_of(options)], context=options.get("context"),
+            bundle, workload, Sweep(**swept), [_device_of(options)], context=options.get("context"), threads=1,
             on_skip=skipped.append,
         )  # fmt: skip
     except BudgetError:

@@ -242,6 +242,7 @@ def run_sweep(
     devices: Sequence[Device],
     *,
     context: int | None = None,
+    threads: int | None = None,
     on_skip: Callable[[str], None] | None = None,
 ) -> list[SimRecord]:
     """Simulates every combination on every device.
@@ -252,6 +253,7 @@ def run_sweep(
         sweep: the combinations.
         devices: where.
         context: positions of the KV cache; None: as many as the workload has.
+        threads: of compute, whose scratch the DRAM holds; None: all cores of this machine.
         on_skip: told of a combination that its budget does not hold; None: that is an error.
 
     Raises:
@@ -273,7 +275,7 @@ def run_sweep(
         settings: list[tuple[Setting, str]] = []
         for options in sweep.options():
             try:
-                settings.append(_setting(bundle, workload, device, options, context, host))
+                settings.append(_setting(bundle, workload, device, options, context, threads, host))
             except BudgetError as error:
                 refused = error
                 if on_skip is None:
@@ -294,12 +296,18 @@ def _told(options: dict[str, Any]) -> str:
 
 
 def _setting(
-    bundle: Bundle, workload: Workload, device: Device, options: dict[str, Any], context: int, host: int
+    bundle: Bundle,
+    workload: Workload,
+    device: Device,
+    options: dict[str, Any],
+    context: int,
+    threads: int | None,
+    host: int,
 ) -> tuple[Setting, str]:
     """A combination as a setting on a device, its slots shared out."""
     options = dict(options)
     split, cache, capacity = (options.pop(name, None) for name in ("split", "cache", "capacity"))
-    config = EngineConfig(context=context, **options, **({"cache": cache} if cache in _ENGINE_CACHES else {}))
+    config = EngineConfig(context=context, threads=threads, **options, **({"cache": cache} if cache in _ENGINE_CACHES else {}))
     shared = {"cache": cache, "host_bytes": host, "alignment": device.flash.alignment}
     setting = Setting.plan_for(bundle, config, capacity_share=capacity, **shared)
     if split is not None and split not in SPLITS:
