@@ -1136,7 +1136,13 @@ def simulate(
     devices = [_device(name, bundle) for name in listed("--device", device)]
     workload = open_workload(bundle, **{**work, "generated": bool(work["generated"])})
     records = run_sweep(
-        bundle, workload, sweep, devices, context=ctx, threads=threads, on_skip=lambda why: _say(f"left out: {why}")
+        bundle,
+        workload,
+        sweep,
+        devices,
+        context=ctx,
+        threads=work["threads"],
+        on_skip=lambda why: _say(f"left out: {why}"),
     )
     if figure is not None:
         draw_sweep(records, figure)

@@ -307,7 +307,9 @@ def _setting(
     """A combination as a setting on a device, its slots shared out."""
     options = dict(options)
     split, cache, capacity = (options.pop(name, None) for name in ("split", "cache", "capacity"))
-    config = EngineConfig(context=context, threads=threads, **options, **({"cache": cache} if cache in _ENGINE_CACHES else {}))
+    config = EngineConfig(
+        context=context, threads=threads, **options, **({"cache": cache} if cache in _ENGINE_CACHES else {})
+    )
     shared = {"cache": cache, "host_bytes": host, "alignment": device.flash.alignment}
     setting = Setting.plan_for(bundle, config, capacity_share=capacity, **shared)
     if split is not None and split not in SPLITS:
