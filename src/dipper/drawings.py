@@ -529,7 +529,7 @@ def _gamma_rows(sheet: Sheet, book: Book) -> tuple[list[list[str]], dict[float, 
         given = run.options.get("capacity")
         shares = [given] if isinstance(given, (int, float)) else given or [r["cached_fraction"]]
         share = min(shares, key=lambda s: abs(s - r["cached_fraction"]))
-        key = (round(r["density"], 2), r["gamma"] or 1.0, round(float(share), 3))
+        key = (round(r["density"], 2), 1.0 if r["gamma"] is None else r["gamma"], round(float(share), 3))
         found.setdefault(key, {"measured": True, "loss": None, "hits": None}).update(
             simulated=r["hit_rate"], tok_per_s=r["tok_per_s"]
         )
@@ -699,7 +699,7 @@ def compensation(sheets: Sequence[Sheet], book: Book) -> View:
             for name in cells
             if "wikitext" in cells[name] and f"{name} + lora" in cells
         ]
-        if pairs:
+        if pairs and "dense" in cells:
             panels.append(_dumbbells(sheet, cells, pairs))
         tables += _compensation_tables(sheet, cells)
     return View(panels=tuple(panels), columns=_columns(panels), tables=tuple(tables))

@@ -21,6 +21,7 @@ __all__ = [
     "Simulated",
     "at_loss",
     "kind_of_masks",
+    "least_loss",
     "nearest_dense",
     "savings",
     "simulated",
