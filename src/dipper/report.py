@@ -74,10 +74,11 @@ NOTES = (
     "so no density can be called the published one.",
     "Small models, simulated: the same device, the model's own masks, real perplexities without LoRA; of the settings "
     f"that lose at most {percent(LOSSES['+0.1'], 1)}, the one that gains most; where none that is simulated loses so "
-    "little, the one that loses least. The loss of DIP-CA is that with half of the columns cached, whatever the budget.",
+    "little, the one that loses least. The loss of DIP-CA is that with half of the columns cached, whatever the "
+    "budget.",
     "Memory is the largest share of the process's, and of the MLP's, that is saved where the throughput is that of "
-    "dense streaming; where even the least DRAM simulated is as fast, it is at least this much. Throughput is the median "
-    "over the DRAM budgets simulated, in brackets the least and the most.",
+    "dense streaming; where even the least DRAM simulated is as fast, it is at least this much. Throughput is the "
+    "median over the DRAM budgets simulated, in brackets the least and the most.",
     "Small models, measured: the engine on a disk, the fastest pruned setting beside dense streaming at equal DRAM.",
 )
 
