@@ -128,7 +128,7 @@ def test_simulated_as_by_the_library(tmp_path):
     sweep = Sweep(densities=(0.5,), mlp_dram=("70%",), host="0")
     bundle = published_bundle("phi-3-mini", bits=4, other_bits=4)
     workload = open_workload(bundle, n_prompt=8, n_tokens=6, seed=3)
-    expected = run_sweep(bundle, workload, sweep, [Device.load("paper-phone")], context=64)
+    expected = run_sweep(bundle, workload, sweep, [Device.load("paper-phone")], context=64, threads=1)
     result = KINDS["simulate"].measure({**SIMULATED, "bits": 4, "other_bits": 4, "seed": 3}, context(tmp_path))
     assert json.loads(json.dumps(result)) == {"records": without(expected), "skipped": []}
 
@@ -179,7 +179,7 @@ def test_real_masks_and_a_bundle_packed_once(tmp_path, gguf):
     bundle = Bundle.open(pack(gguf, tmp_path / "own.dipper"))
     workload = open_workload(bundle, n_prompt=8, n_tokens=6, text=tmp_path / "data" / "t.txt", threads=2)
     sweep = Sweep(densities=(0.5,), mlp_dram=("12b",), host="0")
-    expected = run_sweep(bundle, workload, sweep, [Device.load("paper-phone")], context=64)
+    expected = run_sweep(bundle, workload, sweep, [Device.load("paper-phone")], context=64, threads=1)
     assert json.loads(json.dumps(result))["records"] == without(expected)
     assert {r["workload"]["kind"] for r in result["records"]} == {"dense", "recorded", "live"}
     (packed,) = given.workdir.glob("*.dipper")
