@@ -73,7 +73,7 @@ def lines(capsys):
         (
             ["zzz"],
             "there is no verb 'zzz'; the verbs are pull, pack, energies, sensitivity, inspect, run, chat, eval, "
-            "calibrate, distill, merge, compare, bench, doctor, simulate, plan",
+            "calibrate, distill, merge, compare, report, bench, doctor, simulate, plan, reproduce.",
         ),
         (
             ["run", "b", "p", "--densty", "1"],
