@@ -646,17 +646,13 @@ def _at_losses(found: Sequence[Saving]) -> Table:
             row = [here[0].title, _place(place)]
             for limit in LOSSES.values():
                 best = at_loss(here, limit)
-                row.append("none loses so little" if best is None else f"{gain_told(best)}: {_setting(best)}")
+                row.append("none loses so little" if best is None else f"{gain_told(best)}: {best.setting}")
             rows.append(row)
     if unknown:
         rows.append([", ".join(unknown), NONE, *([f"perplexity {NOT_MEASURED}"] * len(LOSSES))])
     names = [f"{name} of 4.3, here {percent(share, 1)}" for name, share in LOSSES.items()]
     title = "Throughput over dense streaming at equal DRAM (median, least to most over DRAM) of the best setting that "
     return table(title + "loses at most so much perplexity", ["model", "on", *names], rows)
-
-
-def _setting(saving: Saving) -> str:
-    return saving.way if saving.density is None else f"{saving.way}, density {saving.density:g}"
 
 
 def _place(place: tuple[Any, ...]) -> str:

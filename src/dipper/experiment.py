@@ -43,6 +43,7 @@ __all__ = [
     "find",
     "is_results",
     "load_all",
+    "read_all",
     "results_path",
     "sole_writer",
 ]
@@ -542,3 +543,17 @@ def sole_writer(path: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()}")
         file.flush()
         yield  # the lock file stays: another process may have it open already
+
+
+def read_all(folder: str | os.PathLike[str], experiment: Experiment) -> list[Results]:
+    """Results of an experiment, of the models that it names and of others.
+
+    Names of other experiments may begin alike, and scripts keep theirs in the same folder: both are passed over.
+
+    Raises:
+        ConfigError: a file is damaged, or not what its name says.
+    """
+    named = {path for model in experiment.models if (path := results_path(folder, experiment.name, model)).exists()}
+    alike = {p for p in (Path(folder) / "results").glob(f"{experiment.name}-*.json") if is_results(p)}
+    found = [Results.read(path) for path in sorted(named | alike)]
+    return [results for results in found if results.content["experiment"] == experiment.name]

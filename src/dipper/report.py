@@ -121,8 +121,7 @@ def _best(found: Sequence[Saving], tell: Callable[[Saving], str]) -> str:
 
 
 def _told_gain(saving: Saving) -> str:
-    setting = saving.way if saving.density is None else f"{saving.way}, density {saving.density:g}"
-    return f"{gain_told(saving)}, {setting}"
+    return f"{gain_told(saving)}, {saving.setting}"
 
 
 def _told_saved(saving: Saving) -> str:

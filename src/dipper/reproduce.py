@@ -31,8 +31,8 @@ from dipper.experiment import (
     code_sha256,
     file_sha256,
     find,
-    is_results,
     load_all,
+    read_all,
     results_path,
     sole_writer,
 )
@@ -553,12 +553,8 @@ def list_experiments(folder: Path, names: Sequence[str] = ()) -> list[Listed]:
     listed = []
     for experiment in [find(folder, name) for name in names] or load_all(folder):
         paths = {name: results_path(folder, experiment.name, name) for name in experiment.models}
-        for path in sorted((folder / "results").glob(f"{experiment.name}-*.json")):
-            if path in paths.values() or not is_results(path):  # scripts keep theirs in the same folder
-                continue
-            held = Results.read(path).content
-            if held["experiment"] == experiment.name:  # not that of a longer name
-                paths[held["model"]["name"]] = path
+        for results in read_all(folder, experiment):
+            paths[results.content["model"]["name"]] = results.path
         models = {name: _counts(experiment, name, path) for name, path in paths.items()}
         lacking = tuple(extra for extra in experiment.needs if not _is_installed(extra))
         listed.append(Listed(experiment=experiment, models=models, lacking=lacking))

@@ -109,6 +109,11 @@ class Saving:
         """Median over DRAM."""
         return median(self.gains.values())
 
+    @property
+    def setting(self) -> str:
+        """The way to run, and its density where it has one."""
+        return self.way if self.density is None else f"{self.way}, density {self.density:g}"
+
 
 def savings(sheets: Sequence[Sheet], book: Book) -> list[Saving]:
     """Every way to run beside dense streaming on the same device."""

@@ -8,17 +8,15 @@ for sheet in book.sheets("density"):
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dipper.evaluate import paired_change
-from dipper.experiment import Experiment, Results, load_all
+from dipper.experiment import Experiment, Results, load_all, read_all
 from dipper.sources import PACKAGED_MODELS
 
 __all__ = [
@@ -121,8 +119,7 @@ class Book:
         experiments = {experiment.name: experiment for experiment in load_all(folder)}
         sheets = []
         for experiment in experiments.values():
-            found = [Results.read(path) for path in _results_paths(Path(folder), experiment.name)]
-            by_model = {results.content["model"]["name"]: results for results in found}
+            by_model = {results.content["model"]["name"]: results for results in read_all(folder, experiment)}
             others = sorted(by_model.keys() - set(experiment.models))
             sheets += [_sheet(experiment, by_model[m], m) for m in (*experiment.models, *others) if m in by_model]
         return cls(experiments, sheets)
@@ -190,19 +187,6 @@ class Book:
                 if same and cell.result["n_tokens"] > n_tokens and (loss := self.loss(sheet, cell)) is not None:
                     best, n_tokens = loss, cell.result["n_tokens"]
         return best
-
-
-def _results_paths(folder: Path, experiment: str) -> list[Path]:
-    """Results of an experiment; the names of others may begin alike, and scripts keep theirs there too."""
-    found = []
-    for path in sorted((folder / "results").glob(f"{experiment}-*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            content = {"experiment": experiment}  # `Results.read` says what is wrong with it
-        if isinstance(content, dict) and content.get("experiment") == experiment:
-            found.append(path)
-    return found
 
 
 def _sheet(experiment: Experiment, results: Results, model: str) -> Sheet:
