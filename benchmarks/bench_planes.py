@@ -28,7 +28,8 @@ import numpy as np
 from dipper.auto import named_layers
 from dipper.budget import EngineConfig
 from dipper.bundle import Bundle
-from dipper.evaluate import EngineScorer, PerplexityResult, relative_change, score_text
+from dipper.evaluate import PerplexityResult, relative_change, score_text
+from dipper.evaluate_engine import EngineScorer
 from dipper.options import layers
 from dipper.records import Traffic
 from harness import (

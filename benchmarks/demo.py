@@ -15,7 +15,7 @@ from pathlib import Path
 from dipper.bundle import pack
 from dipper.engine import EngineConfig
 from dipper.errors import DipperError
-from dipper.evaluate import evaluate_bundle
+from dipper.evaluate_engine import evaluate_bundle
 from dipper.records import EvalRecord, RunRecord, json_line
 from dipper.sources import progress_bar, pull
 from dipper.tables import compare_table

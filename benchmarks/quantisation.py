@@ -65,7 +65,7 @@ def write_f16_folder(bundle_path: Path, folder: Path) -> None:
 
 def engine_result(bundle: Path, ids: list[int], bos_id: int | None, args: Any) -> Any:
     """The bundle's `dipper.evaluate.PerplexityResult`."""
-    from dipper.evaluate import perplexity
+    from dipper.evaluate_engine import perplexity
 
     engine = open_engine(bundle, method="dense-resident", context=args.window, threads=args.threads)
     return perplexity(engine, ids, window=args.window, bos_id=bos_id, limit=args.window * args.windows)

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-from dipper.experiment import Experiment, code_sha256, results_path
+from dipper.checksums import code_sha256
+from dipper.experiment import Experiment, results_path
 from dipper.files import write_json
-from dipper.kinds import KINDS
 from dipper.records import EvalRecord, SimRecord
 
 WEIGHT = {"glu-oracle": 0.1, "teal": 0.8, "dip": 1.0, "dip-ca": 1.6, "gate": 5.0, "up": 4.0, "planes": 0.5}
@@ -194,7 +194,7 @@ def write_results(folder, experiment, model, without, stale):
         "cells": [
             {
                 "kind": cell.kind, "options": cell.options, "result": RESULTS[cell.kind](cell.options, model),
-                "seconds": 1.5, "run": 0, "code": code_sha256(KINDS[cell.kind].sources),
+                "seconds": 1.5, "run": 0, "code": code_sha256(cell.sources),
             }
             for cell in cells[: max(1, len(cells) - without)]
         ],

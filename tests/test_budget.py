@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from dipper import budget as budget_module
-from dipper import evaluate as evaluate_module
+from dipper import evaluate_engine
 from dipper.budget import EngineConfig, plan_run
 from dipper.bundle import Bundle, pack
 from dipper.cli import main
@@ -98,7 +98,7 @@ def test_a_kept_result_says_what_a_budget_came_to(split, monkeypatch):
     for gbps in (1e-3, 2e-3):
         monkeypatch.setattr(budget_module, "device_for", lambda *_, gbps=gbps: device(gbps=gbps))
         config = dataclasses.replace(PLANES, io_budget="400ms")
-        found.append(evaluate_module._scoring(config, split.path))
+        found.append(evaluate_engine._scoring(config, split.path))
         assert found[-1]["io_budget"] == "400ms"
         assert any(found[-1]["fetch_units"])
     assert found[0] != found[1]

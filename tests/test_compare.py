@@ -6,7 +6,8 @@ import pytest
 
 from dipper.compare import compare_evals, draw, read_results
 from dipper.errors import ConfigError
-from dipper.evaluate import EngineScorer, TextSource, eval_record, score_text
+from dipper.evaluate import TextSource, eval_record, score_text
+from dipper.evaluate_engine import EngineScorer
 from dipper.files import write_json
 from dipper.tables import evals_table, tasks_table
 from fakes import FakeEngine

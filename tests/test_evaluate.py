@@ -13,13 +13,12 @@ from dipper.errors import ConfigError, DipperError
 from dipper.evaluate import (
     ResultFile,
     cut_windows,
-    evaluate_bundle,
-    perplexity,
     read_text,
     recovered,
     relative_change,
     wikitext_rows_joined,
 )
+from dipper.evaluate_engine import evaluate_bundle, perplexity
 from dipper.records import EvalRecord
 from fakes import BOS, FakeEngine, FakeTokenizer
 

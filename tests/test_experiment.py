@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 import fake_kinds
 from dipper import experiment as module
 from dipper import kinds
+from dipper.checksums import code_sha256
 from dipper.errors import ConfigError
 from dipper.experiment import (
     Cell,
     Experiment,
     Model,
     Results,
-    code_sha256,
-    file_sha256,
     find,
     load_all,
     results_path,
@@ -153,32 +152,7 @@ def test_experiments_are_found_by_name(tmp_path):
         load_all(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ checksums
-
-
-def test_only_what_runs_counts():
-    base = "def f(x):\n    return x + 1\n"
-    same = '"""About."""\n\n# why\n\ndef f(x):  # what\n    """Adds\n    one."""\n    return x + 1   \n'
-    assert module._what_runs(same) == module._what_runs(base)
-    assert module._what_runs(base.replace("1", "2")) != module._what_runs(base)
-    assert module._what_runs("s = '# no comment'") == ["s = '# no comment'"]
-
-
-def test_the_code_of_a_kind(tmp_path):
-    assert code_sha256(("errors",)) == code_sha256(("errors",)) != code_sha256(("errors", "files"))
-    assert len(code_sha256(("devices/paper-phone.toml",))) == 64
-    with pytest.raises(ConfigError, match="nothing is no module of dipper"):
-        code_sha256(("nothing",))
-
-
-def test_a_folder_has_a_checksum(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"w")
-    first = file_sha256(tmp_path)
-    (tmp_path / "notes.txt").write_text("not of the model")
-    assert file_sha256(tmp_path) == first
-    (tmp_path / "model.safetensors").write_bytes(b"v")
-    assert file_sha256(tmp_path) != first
+# ------------------------------------------------------------------------------------------------ names
 
 
 def test_names_of_files():

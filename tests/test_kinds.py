@@ -15,11 +15,12 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 import tiny
-from dipper import kinds
 from dipper.bundle import Bundle, pack
+from dipper.checksums import modules_of
 from dipper.device import Device
 from dipper.errors import ConfigError, DipperError
-from dipper.kinds import KINDS, Context
+from dipper.kinds import KINDS, Context, benchmarked, compensated, evaluated, simulated
+from dipper.kinds.packed import bundle_of
 from dipper.published import names, published_bundle
 from dipper.records import SimRecord
 from dipper.sweep import Sweep, open_workload, run_sweep
@@ -70,9 +71,9 @@ def test_configurations(path):
         assert not set(models) & set(seen.get(key, [])), f"twice: {key}"
         seen.setdefault(key, []).extend(models)
         if kind == "simulate":
-            swept = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in kinds._SWEPT}
+            swept = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in simulated._SWEPT}
             assert Sweep(**swept).options()
-            kinds._device_of(options)
+            simulated._device_of(options)
         if kind == "benchmark":
             assert (CONFIGS.parents[1] / "benchmarks" / f"{options['script']}.py").is_file()
 
@@ -83,7 +84,7 @@ def test_rules_of_configurations_can_do_what_is_asked(path):
     pytest.importorskip("torch")
     for kind, options, _ in cells_of(path):
         if kind in ("perplexity", "tasks"):
-            kinds.method_of(options)
+            evaluated.method_of(options)
 
 
 def test_models_without_weights_are_asked_for_nothing_that_needs_some():
@@ -98,11 +99,24 @@ def test_an_unknown_option_names_the_nearest():
         KINDS["perplexity"].check(["method", "densty"])
 
 
-def test_sources_are_modules_or_files_of_dipper():
-    root = Path(kinds.__file__).parent
-    for kind in KINDS.values():
-        for name in kind.sources:
-            assert (root / (name if "." in name else f"{name}.py")).is_file(), (kind.name, name)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_sources_are_there(path):
+    for kind, options, _ in cells_of(path):
+        assert modules_of(KINDS[kind].sources_of(options))
+
+
+def test_what_decides_a_result_is_among_its_sources():
+    found = {
+        name: {p.name for p in modules_of(kind.sources_of({"script": "bench_planes"}))} for name, kind in KINDS.items()
+    }
+    assert {"kind.py", "evaluated.py", "methods.py", "calibration.py", "checkpoint.py", "glu.py"} <= found["perplexity"]
+    assert found["perplexity"] | {"compensated.py", "compensation.py", "distill.py"} == found["compensation"]
+    read = {"simulated.py", "workload.py", "trace.py", "reads.py", "glu.py", "paper-phone.toml", "generator.npz"}
+    assert read <= found["simulate"]
+    assert {"benchmarked.py", "bench_planes.py", "harness.py", "engine.py", "reads.py"} <= found["benchmark"]
+    for of in found.values():  # a page, a message or a download changes no figure
+        assert not of & {"report.py", "errors.py", "sources.py", "reproduce.py", "cli.py"}
+    assert "engine.py" not in found["perplexity"]
 
 
 def test_what_must_agree_within_error_bars_is_of_what_varies():
@@ -184,18 +198,18 @@ def test_real_masks_and_a_bundle_packed_once(tmp_path, gguf):
     assert {r["workload"]["kind"] for r in result["records"]} == {"dense", "recorded", "live"}
     (packed,) = given.workdir.glob("*.dipper")
     before = packed.stat().st_mtime_ns
-    assert kinds.bundle_of(given) == packed
+    assert bundle_of(given) == packed
     assert packed.stat().st_mtime_ns == before
 
 
 def test_a_split_bundle_is_another(tmp_path, gguf):
     given = context(tmp_path, gguf)
-    plain, split = kinds.bundle_of(given), kinds.bundle_of(given, base_bits=(2, 2), unit_bytes=4096)
+    plain, split = bundle_of(given), bundle_of(given, base_bits=(2, 2), unit_bytes=4096)
     assert plain != split
     assert all(region["base"] is not None for region in Bundle.open(split).header["regions"])
-    assert split == kinds.bundle_of(given, base_bits=(2, 2), unit_bytes=4096)
+    assert split == bundle_of(given, base_bits=(2, 2), unit_bytes=4096)
     with pytest.raises(ConfigError, match="is a bundle, which cannot be split again"):
-        kinds.bundle_of(context(tmp_path, plain), base_bits=2)
+        bundle_of(context(tmp_path, plain), base_bits=2)
 
 
 # ------------------------------------------------------------------------------------------------ benchmark
@@ -206,8 +220,7 @@ def script(tmp_path, monkeypatch):
     """Writes a benchmark where the package looks for them."""
     root = tmp_path / "checkout"
     (root / "benchmarks").mkdir(parents=True)
-    (root / "src" / "dipper").mkdir(parents=True)
-    monkeypatch.setattr(kinds, "__file__", str(root / "src" / "dipper" / "kinds.py"))
+    monkeypatch.setattr(benchmarked, "_BENCHMARKS", root / "benchmarks")
 
     def write(text: str) -> None:
         (root / "benchmarks" / "bench_it.py").write_text(text)
@@ -354,7 +367,7 @@ def test_tasks_as_by_the_library(tmp_path, torch_model, data):
     from dipper.evaluate_torch import answer_tasks, open_sparse
 
     options = {"method": {"name": "dip"}, "density": 0.5, "tasks": ["lambada_openai"], "limit": 4, "seed": 0}
-    assert KINDS["tasks"].needs_data(options) == ("eval/lambada_openai_test.jsonl", kinds.CALIBRATION_TEXT)
+    assert KINDS["tasks"].needs_data(options) == ("eval/lambada_openai_test.jsonl", evaluated.CALIBRATION_TEXT)
     result = KINDS["tasks"].measure(options, context(tmp_path, torch_model, data=data))
     with open_sparse(torch_model, {"name": "dip", "density": 0.5}) as opened:
         expected = answer_tasks(opened, ["lambada_openai"], data / "eval", batch=32, limit=4, seed=0)
@@ -368,7 +381,7 @@ def test_tasks_as_by_the_library(tmp_path, torch_model, data):
 def test_a_rule_with_an_option_that_does_not_exist():
     pytest.importorskip("torch")
     with pytest.raises(ConfigError, match=r"method \{'name': 'dip', 'nroms': True\}: .*nroms"):
-        kinds.method_of({"method": {"name": "dip", "nroms": True}})
+        evaluated.method_of({"method": {"name": "dip", "nroms": True}})
 
 
 COMPENSATION = {
@@ -390,7 +403,7 @@ def test_groups_of_compensation(tmp_path, torch_model, data):
     dip = KINDS["compensation"].measure({**COMPENSATION, "group": "methods:dip"}, at)["cells"]
     assert list(dip) == ["dip@0.5", "learning rate", "train:dip", "dip@0.5 + lora"]
     assert "recovered" in dip["dip@0.5 + lora"]["wikitext"]
-    kinds._bench.cache_clear()  # another process: the adapter is there, and it is the same
+    compensated._bench.cache_clear()  # another process: the adapter is there, and it is the same
     again = KINDS["compensation"].measure({**COMPENSATION, "group": "methods:dip"}, at)["cells"]
     assert again["dip@0.5 + lora"] == dip["dip@0.5 + lora"]
     assert again["train:dip"] == dip["train:dip"]

@@ -14,9 +14,10 @@ import pytest
 import fake_kinds
 from dipper import drawings, executors, kinds
 from dipper import reproduce as module
+from dipper.checksums import code_sha256, file_sha256
 from dipper.cli import main
 from dipper.errors import ConfigError
-from dipper.experiment import Experiment, Results, file_sha256, sole_writer
+from dipper.experiment import Experiment, Results, sole_writer
 from dipper.reproduce import Request, check, failures, find_model, reproduce, split_model
 from test_lean_import import modules_after
 
@@ -490,7 +491,7 @@ def task(tmp_path, **inputs):
     kind = fake_kinds.KINDS["fake"]
     return executors.Task(
         cell=module.Cell("fake", {"x": 1}), measure=kind.measure, sources=kind.sources,
-        code=module.code_sha256(kind.sources), inputs=inputs, wants_gpu=False, started="now",
+        code=code_sha256(kind.sources), inputs=inputs, wants_gpu=False, started="now",
         context=kinds.Context(model="m", name="m", workdir=tmp_path / "w"),
     )  # fmt: skip
 

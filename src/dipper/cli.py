@@ -639,7 +639,7 @@ def _eval_native(
     scoring: dict[str, Any],
     as_json: bool,
 ) -> None:
-    from dipper.evaluate import evaluate_bundle
+    from dipper.evaluate_engine import evaluate_bundle
 
     window = scoring["window"]
     _check_context(bundle, f"--window {window}", window, "a smaller one")

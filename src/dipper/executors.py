@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from dipper.checksums import code_sha256, file_sha256
 from dipper.errors import ConfigError, DipperError
-from dipper.experiment import Cell, code_sha256, file_sha256
+from dipper.experiment import Cell
 from dipper.kinds import Context
 
 if TYPE_CHECKING:

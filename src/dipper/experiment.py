@@ -12,24 +12,20 @@ them. A result holds for the code that it was measured with: a cell whose kind's
 
 from __future__ import annotations
 
-import ast
 import fcntl
-import hashlib
-import io
 import itertools
 import json
 import os
-import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli
 
 from dipper import kinds
+from dipper.checksums import code_sha256
 from dipper.errors import ConfigError, nearest
 from dipper.files import safe_name, write_json
 
@@ -38,8 +34,6 @@ __all__ = [
     "Experiment",
     "Model",
     "Results",
-    "code_sha256",
-    "file_sha256",
     "find",
     "is_results",
     "load_all",
@@ -71,6 +65,11 @@ class Cell:
     def key(self) -> str:
         """What a cell is known by: canonical JSON of its kind and options."""
         return json.dumps({**self.options, "kind": self.kind}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The code that it rests on (`checksums.code_sha256`)."""
+        return kinds.KINDS[self.kind].sources_of(self.options)
 
     def __str__(self) -> str:
         told = (f"{name} {_short(value)}" for name, value in self.options.items())
@@ -253,69 +252,6 @@ def find(folder: str | os.PathLike[str], name: str) -> Experiment:
     return Experiment.load(path)
 
 
-# ------------------------------------------------------------------------------------------------ checksums
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Of a file, or of a folder's weights, configuration and tokeniser with their names."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".json", ".model", ".gguf"))
-        lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in files)
-        return hashlib.sha256(lines.encode()).hexdigest()
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def code_sha256(sources: Sequence[str]) -> str:
-    """Of modules of dipper by name, and of its data files by path; comments, docstrings and blank lines do not count.
-
-    Raises:
-        ConfigError: there is no such module or file.
-    """
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for name in sources:
-        path = root / name if "." in name else root / f"{name}.py"
-        try:
-            stat = path.stat()
-        except OSError:
-            raise ConfigError(f"{name} is no module of dipper: a kind's sources are its modules' names") from None
-        digest.update(f"{name}\0{_source_sha256(path, stat.st_mtime_ns, stat.st_size)}\n".encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _source_sha256(path: Path, mtime_ns: int, size: int) -> str:
-    """Cached by the file's state: every cell asks for the same few."""
-    if path.suffix != ".py":
-        return file_sha256(path)
-    return hashlib.sha256("\n".join(_what_runs(path.read_text(encoding="utf-8"))).encode()).hexdigest()
-
-
-def _what_runs(source: str) -> list[str]:
-    """Lines of a module without comments, docstrings and blank lines."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
-            first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                for row in range(first.lineno - 1, first.end_lineno or first.lineno):
-                    lines[row] = ""
-    return [line.rstrip() for line in lines if line.strip()]
-
-
 # ------------------------------------------------------------------------------------------------ what was measured
 
 
@@ -433,7 +369,7 @@ class Results:
         held = self.cell(cell)
         if held is None:
             return "missing"
-        return "done" if held["code"] == code_sha256(kinds.KINDS[cell.kind].sources) else "stale"
+        return "done" if held["code"] == code_sha256(cell.sources) else "stale"
 
     def orphans(self, cells: Iterable[Cell]) -> list[Cell]:
         """What was measured and is not among these cells."""
@@ -480,7 +416,7 @@ class Results:
             "result": dict(result),
             "seconds": round(seconds, 3),
             "run": runs.index(provenance),
-            "code": code or code_sha256(kinds.KINDS[cell.kind].sources),
+            "code": code or code_sha256(cell.sources),
         }
         self._write()
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from dipper import kinds
 from dipper.budget import available_cpus
+from dipper.checksums import code_sha256, file_sha256
 from dipper.differences import differences
 from dipper.errors import ConfigError, DipperError, nearest
 from dipper.executors import Done, Outcome, Task, input_sha256, run_processes, run_ray, run_serial
@@ -28,8 +29,6 @@ from dipper.experiment import (
     Experiment,
     Model,
     Results,
-    code_sha256,
-    file_sha256,
     find,
     load_all,
     read_all,
@@ -179,7 +178,7 @@ def _is_installed(extra: str) -> bool:
 def _data_of(cells: Sequence[Cell], data: Path | None) -> dict[str, Path]:
     """The files that cells read, by name."""
     names = dict.fromkeys(name for cell in cells for name in kinds.KINDS[cell.kind].needs_data(cell.options))
-    return {name: kinds.data_file(data, name) for name in names}
+    return kinds.data_files(data, names)
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -337,17 +336,15 @@ def _prepare(jobs: Sequence[_Job], request: Request, progress: Progress | None) 
         files = _data_of(job.todo, request.data)
         sums = {name: input_sha256(str(path.resolve())) for name, path in files.items()}
         job.results.note_data(sums)
-        work += [_Work(job, _task(cell, model, files, sums, request, started)) for cell in job.todo]
+        work += [_Work(job, _task(cell, model, sums, request, started)) for cell in job.todo]
     return sorted(work, key=lambda item: kinds.KINDS[item.task.cell.kind].timed)  # stable: by experiment and model
 
 
-def _task(
-    cell: Cell, model: Model, files: Mapping[str, Path], sums: Mapping[str, str], request: Request, started: str
-) -> Task:
+def _task(cell: Cell, model: Model, sums: Mapping[str, str], request: Request, started: str) -> Task:
     kind = kinds.KINDS[cell.kind]
     inputs = {}
     if request.ray is not None and not kind.timed:  # another machine may have other files
-        inputs = {str(files[name].resolve()): sums[name] for name in kind.needs_data(cell.options)}
+        inputs = {str(path.resolve()): sums[name] for name, path in _data_of([cell], request.data).items()}
         if model.sha256 is not None:
             inputs[model.path] = model.sha256
     workdir = request.workdir or default_cache_dir() / "reproduce"
@@ -358,7 +355,7 @@ def _task(
         threads=request.threads_of(kind.timed), batch=request.batch,
     )  # fmt: skip
     return Task(
-        cell=cell, measure=kind.measure, sources=kind.sources, code=code_sha256(kind.sources), context=context,
+        cell=cell, measure=kind.measure, sources=cell.sources, code=code_sha256(cell.sources), context=context,
         inputs=inputs, wants_gpu=kind.gpu and request.device.startswith("cuda"), started=started,
     )  # fmt: skip
 

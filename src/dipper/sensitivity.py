@@ -24,7 +24,8 @@ from dipper.budget import EngineConfig, Planner, rss_bytes
 from dipper.bundle import Bundle
 from dipper.engine import Engine, Settled, settle
 from dipper.errors import ConfigError
-from dipper.evaluate import EngineScorer, PerplexityResult, read_text, relative_change, score_text
+from dipper.evaluate import PerplexityResult, read_text, relative_change, score_text
+from dipper.evaluate_engine import EngineScorer
 from dipper.records import provenance
 from dipper.tokenizer import Tokenizer
 

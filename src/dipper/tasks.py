@@ -33,7 +33,7 @@ import numpy as np
 from dipper.errors import ConfigError
 from dipper.evaluate import ResultFile
 
-__all__ = ["TASKS", "Item", "Pair", "PairScorer", "encode_pair", "read_task", "run_tasks", "score_items"]
+__all__ = ["TASKS", "Item", "Pair", "PairScorer", "encode_pair", "read_task", "run_tasks", "score_items", "task_files"]
 
 Pair = tuple[list[int], list[int]]  # ids of a context (not empty) and of what follows it
 Encode = Callable[[str], list[int]]
@@ -123,16 +123,33 @@ class _Task:
     files: str  # pattern under the data folder
     read: Callable[..., Iterator[Item]]
     has_shots: bool = False
+    beside: tuple[str, ...] = ()  # what `read` opens, too
 
 
 TASKS = {
     "arc_easy": _Task("arc_easy_test.jsonl", _arc),
     "arc_challenge": _Task("arc_challenge_test.jsonl", _arc),
-    "piqa": _Task("piqa_valid.jsonl", _piqa),
+    "piqa": _Task("piqa_valid.jsonl", _piqa, beside=("piqa_valid-labels.lst",)),
     "hellaswag": _Task("hellaswag_val*.jsonl", _hellaswag),
     "lambada_openai": _Task("lambada_openai_test.jsonl", _lambada),
-    "mmlu": _Task("mmlu/test/*_test.csv", _mmlu, has_shots=True),
+    "mmlu": _Task("mmlu/test/*_test.csv", _mmlu, has_shots=True, beside=("mmlu/dev/*_dev.csv",)),
 }
+
+
+def task_files(name: str) -> tuple[str, ...]:
+    """Patterns of the files that a task is read from, under its data folder.
+
+    Raises:
+        ConfigError: the task is unknown.
+    """
+    task = _task(name)
+    return (task.files, *task.beside)
+
+
+def _task(name: str) -> _Task:
+    if name not in TASKS:
+        raise ConfigError(f"There is no task '{name}'; the tasks are {', '.join(TASKS)}.")
+    return TASKS[name]
 
 
 def read_task(
@@ -155,9 +172,7 @@ def read_task(
     Raises:
         ConfigError: the task is unknown, its files are absent or broken, or it takes no shots.
     """
-    if name not in TASKS:
-        raise ConfigError(f"There is no task '{name}'; the tasks are {', '.join(TASKS)}.")
-    task = TASKS[name]
+    task = _task(name)
     if shots and not task.has_shots:
         raise ConfigError(f"{name} is asked without examples; leave --shots out.")
     if limit is not None and limit < 1:
