@@ -706,7 +706,7 @@ def test_the_loop_of_planes_can_be_stepped_otherwise_and_names_its_token():
     cache = ColumnCache(4, 2, "lru")
     told = []
     x = np.array([[1, 2, 3, 4], [4, 3, 2, 1]], np.float32)
-    scan_refine(x, np.ones(4), None, 1, cache, 1, step=lambda demanded: told.append(demanded.tolist()))
+    scan_refine(x, np.ones(4), None, 1, cache, 1, step=lambda units: told.append(units.demanded.tolist()))
     assert (told, cache.size, cache.misses) == ([[3], [0]], 0, 0)
     scan_refine(x, np.ones(4), None, 1, cache, 1, counted=False)
     assert (cache.size, cache.misses) == (2, 0)

@@ -111,9 +111,9 @@ def test_time_is_a_batch_a_region():
 @pytest.mark.parametrize("unit_bytes", [400, 4096, 4480, 9000])
 def test_runs_cost_no_more_than_as_many_single_reads(unit_bytes):
     made = region(unit_bytes, 600)
-    cost = run_cost(made, 12500)
+    cost = run_cost(made["unit_bytes"], 12500)
     assert cost == (12500 + 4096 - math.gcd(unit_bytes, 4096)) / unit_bytes
-    assert run_cost(made, None) == 0
+    assert run_cost(made["unit_bytes"], None) == 0
     single, runs = fetched_reads(made, 100), fetched_reads(made, 100, 0, cost)
     assert runs.n < single.n  # fewer reads, of more units each
     assert 12500 * runs.n + runs.bytes <= 100 * (12500 + unit_bytes + 2 * PAGE)
@@ -129,7 +129,7 @@ def test_runs_cost_no_more_than_as_many_single_reads(unit_bytes):
 )
 def test_no_runs_take_more_than_the_staging_that_is_planned(unit_bytes, n_units, read_cost, seed):
     made, rng = region(unit_bytes, n_units), np.random.default_rng(seed)
-    cost = float(np.float32(run_cost(made, read_cost)))
+    cost = float(np.float32(run_cost(made["unit_bytes"], read_cost)))
     n_fetch, cached = int(rng.integers(0, n_units + 1)), rng.random(n_units) < rng.random()
     read = refine(rng.standard_normal(n_units), np.ones(n_units), None, 1, cached, n_fetch, cost).read
     assert counted(made, read.astype(int))[1] <= _core.max_run_bytes(n_fetch, cost, unit_bytes, made["bytes"])

@@ -1025,6 +1025,9 @@ def held_setting(bundle: Bundle, **options: Any) -> Setting:
         {"cache": "static"},
         {"fetch": 0.0, "fetch_glu": 0.1},
         {"whole": (1,)},
+        {"read_cost": 2000},
+        {"read_cost": 0, "fetch": 0.3, "cache": "lru"},
+        {"read_cost": 20000, "fetch": 0.3, "fetch_glu": 0.2, "cold": True},
     ],
 )
 def test_live_planes_are_the_engines(splits: dict[str, Bundle], kind: str, options: dict[str, Any]) -> None:

@@ -476,7 +476,10 @@ class Planner:
                 **options,
                 "refined": held,
                 "fetch": [m * h for m, h in zip(fetch, held, strict=True)],
-                "run_cost": [h * run_cost(r, self.config.read_cost) for r, h in zip(self.regions, held, strict=True)],
+                "run_cost": [
+                    h * run_cost(r["unit_bytes"], self.config.read_cost)
+                    for r, h in zip(self.regions, held, strict=True)
+                ],
             }
 
         low, high = 0, sum(bases)

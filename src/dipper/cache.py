@@ -231,7 +231,7 @@ def scan_refine(
     n_fetch: int,
     run_cost: float = 0.0,
     counted: bool = True,
-    step: Callable[[NDArray[np.int32]], Any] | None = None,
+    step: Callable[[Refined], Any] | None = None,
 ) -> RefinedTokens:
     """Closed loop of `planes` over a sequence: for each token `refine` against the cache as it stands, then a step.
 
@@ -241,7 +241,7 @@ def scan_refine(
         x: [T, n] inputs, converted to fp32; signs do not matter.
         norm, order, columns_per_unit, n_fetch, run_cost: as `refine`.
         cache: of the region's units; moved and, if `counted`, counted.
-        step: what moves the cache instead of `cache.step`, told the demanded units.
+        step: what moves the cache instead of `cache.step`, told the token's units.
 
     Raises:
         ConfigError: as `refine`; a NaN names its token, and the cache holds the state before it.
@@ -253,15 +253,16 @@ def scan_refine(
     for t, row in enumerate(rows):
         cached = cache.cached
         try:
-            _, _, fetched, demanded = refine(row, norm, ordered, columns_per_unit, cached, n_fetch, run_cost)
+            units = refine(row, norm, ordered, columns_per_unit, cached, n_fetch, run_cost)
         except ConfigError as error:
             raise ConfigError(f"token {t}: {error}") from error
-        out.cached[t], out.fetched[t, fetched] = cached, True
+        demanded = units.demanded
+        out.cached[t], out.fetched[t, units.fetched] = cached, True
         out.demanded[t], out.hits[t] = len(demanded), np.count_nonzero(cached[demanded])
         if step is None:
             cache.step(demanded, counted)
         else:
-            step(demanded)
+            step(units)
     return out
 
 

@@ -577,7 +577,8 @@ def evaluate(
     if (text is None) == (tasks is None):
         raise ConfigError("give either a text to score with --text FILE, or tasks with --tasks A,B and --data DIR.")
     common = {
-        name: options[name] for name in ("density", "d_in", "d_glu", "gamma", "cache", "fetch", "fetch_glu", "whole")
+        name: options[name]
+        for name in ("density", "d_in", "d_glu", "gamma", "cache", "fetch", "fetch_glu", "read_cost", "whole")
     }
     files = {"calibration": options["calibration"]}
     native = {name: value for name, value in options.items() if name not in (*common, *files)}
@@ -1117,13 +1118,14 @@ def simulate(
 
     check_figure(figure)
     if "planes" not in listed("--method", swept["method"]):
-        about = {name: swept[name] for name in ("fetch", "fetch_glu", "whole")}
+        about = {name: swept[name] for name in ("fetch", "fetch_glu", "read_cost", "whole")}
         _refuse(about, f"with {swept['method']}", "add planes to --method")
     sweep = Sweep(
         methods=listed("--method", swept["method"]), densities=numbers("--density", swept["density"]),
         d_in=swept["d_in"], d_glu=swept["d_glu"], fetches=numbers("--fetch", swept["fetch"]) or (DEFAULT_FETCH,),
-        fetch_glu=swept["fetch_glu"], whole=swept["whole"] or (), gammas=numbers("--gamma", swept["gamma"]),
-        caches=listed("--cache", swept["cache"]), dram=listed("--dram", swept["dram"]) or (None,),
+        fetch_glu=swept["fetch_glu"], read_cost=swept["read_cost"], whole=swept["whole"] or (),
+        gammas=numbers("--gamma", swept["gamma"]), caches=listed("--cache", swept["cache"]),
+        dram=listed("--dram", swept["dram"]) or (None,),
         mlp_dram=listed("--mlp-dram", swept["mlp_dram"]) or (None,),
         capacity=numbers("--capacity", swept["capacity"]), splits=listed("--split", swept["split"]),
         cold=bool(swept["cold"]), host=swept["host"],

@@ -35,6 +35,7 @@ from torch.nn import functional
 from dipper.cache import ColumnCache, n_selected, scan_many, scan_refine
 from dipper.errors import ConfigError
 from dipper.layout import base_bits_by_kind, columns_per_unit, unit_size
+from dipper.reads import run_cost
 from dipper.requantise import bits_per_weight, requantise
 from dipper.selector import SELECTIONS, ColumnMean, Selector, top_k_mask
 from dipper.split_weights import SplitMatrix, quantised_split
@@ -45,7 +46,7 @@ F32 = npt.NDArray[np.float32]
 
 # Options that one method alone has.
 _OWN_OPTIONS = {
-    **dict.fromkeys(("base_bits", "fetch", "fetch_glu", "whole", "unit_bytes", "deferred"), "planes"),
+    **dict.fromkeys(("base_bits", "fetch", "fetch_glu", "read_cost", "whole", "unit_bytes", "deferred"), "planes"),
     "bits": "resident",
 }
 
@@ -74,6 +75,8 @@ class MethodConfig:
             is not refined is dropped, as by DIP. Codes without that many bits or more are used whole.
         fetch, fetch_glu: `planes`: share of the units of residuals that a token reads, as in `budget.EngineConfig`;
             `fetch` None: as many as `density` asks for.
+        read_cost: `planes`: what a read costs beside its bytes, in bytes, as in `budget.EngineConfig`: units are read
+            in runs, for as much as that many reads of one unit.
         whole: `planes`: layers of which everything is used.
         unit_bytes: `planes`: about what a unit has, as for `pack`; None: units of one column.
         deferred: `planes`: a token is refined by what the token before it chose, and by what was cached before that.
@@ -96,6 +99,7 @@ class MethodConfig:
     base_bits: tuple[int, int] = (2, 3)
     fetch: float | None = None
     fetch_glu: float | None = None
+    read_cost: int | None = None
     whole: tuple[int, ...] = ()
     unit_bytes: int | None = None
     deferred: bool = False
@@ -1248,10 +1252,10 @@ class Planes(CachedMethod):
 
     What `planes` is in the engine (docs/architecture.md): units are ranked by the error that their residuals remove,
     the best `fetch` of them that are not cached are read, and cached ones are used as well. Without `capacity` nothing
-    is cached, and all tokens are taken at once on their device; with it the native choice runs against a cache of units
-    for each sequence, which begins, as the engine's does, with the first ones. Codes are those of the source, or its
-    weights quantised to 4 bits. `deferred` measures what it would cost to read a token's units while the token before
-    it is computed.
+    is cached, and all tokens are taken at once on their device; with it, or in runs of units (`read_cost`), the native
+    choice runs against a cache of units for each sequence, which begins, as the engine's does, with the first ones.
+    Codes are those of the source, or its weights quantised to 4 bits. `deferred` measures what it would cost to read a
+    token's units while the token before it is computed.
     """
 
     name = "planes"
@@ -1288,6 +1292,8 @@ class Planes(CachedMethod):
             raise ConfigError("fetch and density both say how much planes reads: give one")
         if config.fetch is None and config.fetch_glu is not None:
             raise ConfigError("fetch_glu needs fetch: give both")
+        if config.read_cost is not None and config.read_cost < 0:
+            raise ConfigError(f"read_cost is {config.read_cost}: give bytes, 0 or more, such as 12500")
         if any(layer < 0 for layer in config.whole) or len(set(config.whole)) != len(config.whole):
             raise ConfigError(f"whole layers are {config.whole}: give each once, counted from 0")
         if config.select not in (None, "topk") or config.norms or config.compensate:
@@ -1358,7 +1364,7 @@ class Planes(CachedMethod):
         region = self.regions[which]
         if self.is_whole or not region.refines:
             return None
-        if self.config.capacity is not None:
+        if self.config.capacity is not None or self.config.read_cost is not None:
             return region.columns(self._closed_loop(x, which))
         fetched = torch.zeros((*x.shape[:-1], region.n_units), dtype=torch.bool, device=x.device)
         if region.n_fetch:
@@ -1390,8 +1396,9 @@ class Planes(CachedMethod):
         cached = torch.zeros((*x.shape[:2], region.n_units), dtype=torch.bool)
         fetched = torch.zeros_like(cached)
         norm = region.norm.cpu().numpy()
+        cost = run_cost(region.unit_bytes, self.config.read_cost)
         for b, sequence in enumerate(sequences):
-            done = scan_refine(sequence.rows, norm, None, region.per_unit, sequence.cache, region.n_fetch)
+            done = scan_refine(sequence.rows, norm, None, region.per_unit, sequence.cache, region.n_fetch, cost)
             cached[b, sequence.at] = torch.from_numpy(done.cached)
             fetched[b, sequence.at] = torch.from_numpy(done.fetched)
             self.meter.selected += int(done.demanded.sum())

@@ -237,6 +237,7 @@ SWEPT: Group = {
     "d_glu": DGlu,
     "fetch": Annotated[str | None, typer.Option(help="planes: shares read, with commas (0.1).", metavar="F,...")],
     "fetch_glu": FetchGlu,
+    "read_cost": ReadCost,
     "whole": Whole,
     "gamma": (Annotated[str, typer.Option(help="dip-ca: gammas, with commas.", metavar="G,...")], "0.5"),
     "cache": (

@@ -45,14 +45,13 @@ class Reads:
         return Reads(self.n + other.n, self.bytes + other.bytes)
 
 
-def run_cost(region: dict[str, Any], read_cost: int | None) -> float:
-    """What starting a read costs in a region, in its units' bytes: `read_cost`, and what whole pages add at its ends.
+def run_cost(unit_bytes: int, read_cost: int | None) -> float:
+    """What starting a read costs, in the bytes of a unit: `read_cost`, and what whole pages add at its ends.
 
     None: 0, reads do not count.
     """
     if read_cost is None:
         return 0.0
-    unit_bytes = region["unit_bytes"]
     return float(read_cost + PAGE - math.gcd(unit_bytes, PAGE)) / float(unit_bytes)
 
 
@@ -174,7 +173,7 @@ class IoBudget:
     def cost(self, regions: Sequence[dict[str, Any]], fetch: Sequence[int]) -> float:
         """Of fetching so many units of each region, one batch of reads after the other."""
         each = zip(regions, fetch, strict=True)
-        return sum(self.fetched(fetched_reads(r, m, 0, run_cost(r, self.read_cost))) for r, m in each)
+        return sum(self.fetched(fetched_reads(r, m, 0, run_cost(r["unit_bytes"], self.read_cost))) for r, m in each)
 
 
 def _amount(text: str) -> tuple[float, str]:

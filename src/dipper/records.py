@@ -413,6 +413,7 @@ class SimRecord:
     n_tokens: int
     fetch: float | None = None  # planes: shares of the input and of the GLU units that a token reads
     fetch_glu: float | None = None
+    read_cost: int | None = None  # planes in runs of units
     workload: dict[str, Any]  # kind: recorded, live, replayed, generated or dense; and where it is from
     notes: list[str] = field(default_factory=list)
     provenance: Provenance | None = None

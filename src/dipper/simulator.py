@@ -290,6 +290,7 @@ def sim_record(workload: Workload, setting: Setting, traffic: Traffic | None, de
         n_tokens=found.n_tokens,
         fetch=shares[0],
         fetch_glu=shares[1],
+        read_cost=config.read_cost,
         workload=described,
         notes=[config.fetches_told(setting.plan.fetched_shares)] if config.method == "planes" else [],
         provenance=provenance(setting.bundle.path),

@@ -32,7 +32,7 @@ __all__ = ["Sweep", "draw_sweep", "has_weights", "open_model", "open_workload", 
 SPLITS = ("uniform", "miss-curve")
 _ONLY_PRUNED = ("density", "d_in", "d_glu", "gamma", "split")
 _ONLY_CACHED = ("cache", "cold", "cache_decay")
-_ONLY_PLANES = ("fetch", "fetch_glu", "whole")
+_ONLY_PLANES = ("fetch", "fetch_glu", "read_cost", "whole")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Sweep:
             share of every region's columns that is cached, instead of a budget.
         d_in, d_glu: one split of the density, instead of `densities`.
         fetches: of planes.
-        fetch_glu, whole: of planes, at every fetch.
+        fetch_glu, read_cost, whole: of planes, at every fetch.
         splits: of the slots over regions: of `SPLITS`, or a file with a JSON list of weights by region.
         cold: the prompt does not warm the caches.
         host: DRAM of the process before any weight, such as "100MB"; None: this process's for a real bundle, else 0.
@@ -56,6 +56,7 @@ class Sweep:
     d_glu: float | None = None
     fetches: tuple[float, ...] = (DEFAULT_FETCH,)
     fetch_glu: float | None = None
+    read_cost: int | None = None
     whole: tuple[int, ...] = ()
     gammas: tuple[float, ...] = (0.5,)
     caches: tuple[str, ...] = ("lfu",)
@@ -93,6 +94,7 @@ class Sweep:
             row |= {"density": density, "d_in": self.d_in, "d_glu": self.d_glu, "cache": cache, "split": split}
             row |= {"gamma": gamma if method == "dip-ca" else None, "cold": self.cold or None}
             row |= {"fetch": fetch, "fetch_glu": self.fetch_glu, "whole": self.whole or None}
+            row |= {"read_cost": self.read_cost}
             prunes = method in ("dip", "dip-ca")
             dropped = [] if prunes else [*_ONLY_PRUNED, "capacity"]
             dropped += [] if prunes or method == "planes" else _ONLY_CACHED
@@ -390,6 +392,8 @@ def _label(record: SimRecord) -> str:
         words.append(f"{record.density:.2f}")
     if record.fetch is not None:
         words.append(f"{record.fetch:g} : {record.fetch_glu:g}")
+    if record.read_cost is not None:
+        words.append(f"in runs by {record.read_cost} B")
     if record.method == "dip-ca":
         words.append(f"γ {record.gamma:g}")
     if record.cache is not None:

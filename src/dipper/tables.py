@@ -248,6 +248,13 @@ def _percent(share: float | None) -> str:
 # ------------------------------------------------------------------------------------------------ simulate
 
 
+def _way(r: SimRecord) -> str:
+    """The method, and how planes fetches."""
+    if r.fetch is None:
+        return r.method
+    return f"{r.method} {r.fetch:g} : {r.fetch_glu:g}" + ("" if r.read_cost is None else f" runs {r.read_cost} B")
+
+
 def sim_table(records: Sequence[SimRecord]) -> str:
     """Simulated settings, one a row; `flat` is the speed were a read to cost its bytes alone."""
     head = ["device", "method", "density", "gamma", "cache", "split", "DRAM MB", "bits/weight", "cached", "hits"]
@@ -256,7 +263,7 @@ def sim_table(records: Sequence[SimRecord]) -> str:
         rows.append(
             [
                 r.device,
-                r.method if r.fetch is None else f"{r.method} {r.fetch:g} : {r.fetch_glu:g}",
+                _way(r),
                 _or_none(r.density, "{:.2f}"),
                 _or_none(r.gamma if r.method == "dip-ca" else None, "{:g}"),
                 r.cache or _NONE,

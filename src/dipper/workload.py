@@ -30,7 +30,7 @@ import numpy.typing as npt
 from . import _core
 from .budget import EngineConfig, Plan, plan_run
 from .bundle import Bundle, residual_name
-from .cache import ColumnCache, next_uses, scan, scan_refine
+from .cache import ColumnCache, Refined, next_uses, scan, scan_refine
 from .engine import Engine
 from .errors import ConfigError
 from .trace import read_trace
@@ -120,8 +120,6 @@ class Setting:
             )
         if config.method == "planes" and capacity_share is not None:
             raise ConfigError("planes caches units in what its bases leave: give a budget, not a share of the columns")
-        if config.read_cost is not None:
-            raise ConfigError("reads of runs of units are not simulated: leave the read cost out, or run the engine")
         if cache == "belady" and config.effective_gamma < 1:
             raise ConfigError(
                 f"belady with gamma {config.effective_gamma}: masks then depend on the cache, so there is no future "
@@ -280,6 +278,7 @@ def _replay_scores(setting: Setting, region: int, prompt: _F32, scores: _F32) ->
     return {**counts, "selected": np.full(len(scores), k)}
 
 
+_PLANNED = ("refined", "fetch", "run_cost", "pinned")  # what choices of planes depend on, of a plan's options
 _COUNTS = ("selected", "hits", "admissions", "reads", "flash_bytes")
 
 
@@ -307,6 +306,7 @@ class _RefinedRegion:
         self._cold = setting.config.cold
         self._layout = {**_layout(setting, region), "record_bytes": self._entry["unit_bytes"]}
         self._n_fetch = setting.plan.options["fetch"][region]
+        self._run_cost = setting.plan.options["run_cost"][region]
         self._rows: list[tuple[int, ...]] = []
         if not self._is_refined:
             return
@@ -314,11 +314,12 @@ class _RefinedRegion:
         n_units = -(-self._entry["n_columns"] // self._entry["columns_per_unit"])
         self._cache = ColumnCache(n_units, setting.capacity[region], setting.cache, setting.config.cache_decay)
         self._cache.pin(np.arange(setting.capacity[region]))  # what a run begins with
+        self._nothing = ColumnCache(n_units, 0, setting.cache, setting.config.cache_decay)
 
     def warm(self, x: _F32) -> None:
         """Tokens [T, n] of the prompt, which count nothing."""
         if self._is_refined and not self._cold:
-            self._scan(x, lambda demanded: self._cache.step(demanded, counted=False))
+            self._scan(x, lambda units: self._cache.step(units.demanded, counted=False))
 
     def count(self, x: _F32) -> None:
         """Decoded tokens [T, n]."""
@@ -331,14 +332,22 @@ class _RefinedRegion:
         """By token, of all that were counted."""
         return dict(zip(_COUNTS, np.array(self._rows, np.int64).reshape(-1, len(_COUNTS)).T, strict=True))
 
-    def _scan(self, x: _F32, step: Callable[[_I32], Any]) -> None:
-        order = self._entry["order"]
-        per_unit = self._entry["columns_per_unit"]
-        scan_refine(x, self._norm, order, per_unit, self._cache, self._n_fetch, step=step)
+    def _scan(self, x: _F32, step: Callable[[Refined], Any]) -> None:
+        entry = self._entry
+        scan_refine(
+            x, self._norm, entry["order"], entry["columns_per_unit"], self._cache, self._n_fetch, self._run_cost,
+            step=step,
+        )  # fmt: skip
 
-    def _step(self, demanded: _I32) -> None:
-        done: dict[str, Any] = dict(_core.replay_masks(demanded[None], **self._layout, cache=self._cache, counted=True))
-        self._rows.append((len(demanded), *(int(done[name][0]) for name in _COUNTS[1:])))
+    def _step(self, units: Refined) -> None:
+        """Hits and admissions are of what is demanded; a read brings what lies between two units of a run, too."""
+        stepped = self._replay(units.demanded, self._cache)
+        read = self._replay(units.read, self._nothing)
+        counts = {**stepped, "reads": read["reads"], "flash_bytes": read["flash_bytes"]}
+        self._rows.append((len(units.demanded), *(int(counts[name][0]) for name in _COUNTS[1:])))
+
+    def _replay(self, units: _I32, cache: ColumnCache) -> dict[str, Any]:
+        return dict(_core.replay_masks(units[None], **self._layout, cache=cache, counted=True))
 
 
 def _refine_scores(setting: Setting, region: int, prompt: _F32, scores: _F32) -> dict[str, Any]:
@@ -498,7 +507,7 @@ class ModelWorkload:
         config = setting.config
         positions = tuple(r.long is not None and config.context > r.original_context for r in setting.bundle.model.rope)
         if config.method == "planes":
-            made = (tuple(setting.plan.options[name]) for name in ("refined", "fetch", "pinned", "capacity"))
+            made = (tuple(setting.plan.options[name]) for name in (*_PLANNED, "capacity"))
             return ("planes", *made, positions, setting.cache, config.cache_decay, config.cold, setting.alignment)
         if setting.gamma == 1:
             return (setting.k, positions)
@@ -635,9 +644,7 @@ def _counted_by(setting: Setting) -> tuple[Any, ...]:
     """All that the counts of given scores depend on: no speed of a device is among it."""
     config, options = setting.config, setting.plan.options
     refined = config.method == "planes"
-    planes = (
-        [tuple(config.whole), *(tuple(options[name]) for name in ("refined", "fetch", "pinned"))] if refined else []
-    )
+    planes = [tuple(config.whole), *(tuple(options[name]) for name in _PLANNED)] if refined else []
     cache = (setting.cache, config.cache_decay, tuple(setting.capacity), config.cold, setting.block_tokens)
     return (config.method, setting.k, setting.gamma, *cache, setting.alignment, *planes)
 

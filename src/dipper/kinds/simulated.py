@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["SIMULATE"]
 
 _SWEPT = (
-    "methods", "densities", "d_in", "d_glu", "fetches", "fetch_glu", "whole", "gammas", "caches", "dram", "mlp_dram",
-    "capacity", "splits", "cold", "host",
+    "methods", "densities", "d_in", "d_glu", "fetches", "fetch_glu", "read_cost", "whole", "gammas", "caches", "dram",
+    "mlp_dram", "capacity", "splits", "cold", "host",
 )  # fmt: skip
 _LAID_OUT = ("bits", "other_bits", "base_bits", "unit_bytes")
 _MASKS = ("n_prompt", "n_tokens", "text", "generated", "variant", "seed")
