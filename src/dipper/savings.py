@@ -142,7 +142,7 @@ def _saving(sheet: Sheet, book: Book, masks: str, dense: Sequence[dict[str, Any]
     more: dict[str, Any] = {}
     if method == "planes":
         more = {name: line[0].options.get(name) for name in ("base_bits", "unit_bytes")}
-        more |= {"fetch": first["fetch"], "fetch_glu": first["fetch_glu"]}
+        more |= {name: first.get(name) for name in ("fetch", "fetch_glu", "read_cost")}
     return Saving(
         model=sheet.model, title=sheet.title, masks=masks, place=line[0].place, way=line[0].line[0], method=method,
         cache=first["cache"], density=density, gains=gains,

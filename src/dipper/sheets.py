@@ -208,7 +208,7 @@ def _plain(cell: Measured) -> dict[str, Any] | None:
     method.pop("capacity", None)
     if "fetch" in method:
         method.setdefault("fetch_glu", method["fetch"])
-    return {"density": density_of(cell), "gamma": None, "deferred": False, **method}
+    return {"density": density_of(cell), "gamma": None, "deferred": False, "read_cost": None, **method}
 
 
 def close(a: Any, b: Any) -> bool:
@@ -277,6 +277,7 @@ def way(record: Mapping[str, Any], *, cache: bool = True) -> str:
     if record.get("fetch") is not None:
         shares = [percent(record[name], signed=False) for name in ("fetch", "fetch_glu")]
         words.append(shares[0] if shares[0] == shares[1] else " : ".join(shares))
+    words += [] if record.get("read_cost") is None else ["in runs"]
     if record["method"] == "dip-ca":
         words.append(f"γ {record['gamma']:g}")
     if cache and record.get("cache") is not None:

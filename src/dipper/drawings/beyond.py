@@ -1,0 +1,223 @@
+"""What reads cost, planes, and what was measured on a real disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dipper.drawings.simulations import speed_table, sweep_lines, sweep_panel
+from dipper.drawings.view import View, loss_limits, loss_line, loss_panel
+from dipper.figures import Line, Panel, Reference
+from dipper.savings import Simulated, nearest_dense, simulated
+from dipper.sheets import (
+    DENSE,
+    NONE,
+    NOT_MEASURED,
+    Book,
+    Measured,
+    Sheet,
+    Table,
+    density_of,
+    dram_gb,
+    memory,
+    number,
+    percent,
+    rule,
+    table,
+    told,
+    with_error,
+)
+
+__all__ = ["beyond"]
+
+
+def beyond(sheets: Sequence[Sheet], book: Book) -> View:
+    """Cost per read, planes, and what was measured on a disk: a row each, a column a model."""
+    rows = [[panel for sheet in sheets for panel in part(sheet, book)] for part in _PARTS]
+    tables: list[Table] = []
+    for sheet in sheets:
+        if sheet.of("simulate"):
+            tables.append(speed_table(sheet, "simulated", "DRAM", lambda run: memory(dram_gb(run.record))))
+        if sheet.of("perplexity"):
+            tables.append(_planes_table(sheet, book))
+        tables += _bench_tables(sheet)
+    panels = tuple(itertools.chain(*rows))
+    return View(panels=panels, columns=min(3, max(1, *map(len, rows))), tables=tuple(tables))
+
+
+def _cost_panels(sheet: Sheet, _: Book) -> list[Panel]:
+    """Throughput over dense streaming with the same cost per read and DRAM, in the middle of the budgets."""
+    runs = [run for run in simulated(sheet) if run.options.get("cost_per_read_us") is not None]
+    dense: dict[float, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.record["method"] == "dense-stream":
+            dense.setdefault(run.options["cost_per_read_us"], []).append(run.record)
+
+    def ratio(run: Simulated) -> float | None:
+        budgets = sorted(dense.get(run.options["cost_per_read_us"], []), key=dram_gb)
+        same = nearest_dense(run.record, budgets)
+        if same is None or same is not budgets[len(budgets) // 2]:
+            return None
+        return float(run.record["tok_per_s"] / same["tok_per_s"])
+
+    shown = [run for run in runs if run.record["method"] not in DENSE and ratio(run) is not None]
+    lines = sweep_lines(shown, lambda run: float(run.options["cost_per_read_us"]), ratio)
+    if not lines:
+        return []
+    axes: dict[str, Any] = {"x": "cost of a read, µs", "y": "throughput over dense streaming", "y_scale": "log"}
+    return [sweep_panel(sheet, shown, lines, references=(Reference(y=1, label="dense-stream"),), **axes)]
+
+
+def _planes_panels(sheet: Sheet, book: Book) -> list[Panel]:
+    """Loss of planes and of what they are compared with."""
+    found: dict[str, list[Measured]] = {}
+    for cell in sheet.of("perplexity"):
+        if density_of(cell) is not None:
+            found.setdefault(rule(cell.options), []).append(cell)
+    styles = ("-", "-", "--", ":", "-.") * len(found)
+    lines = [
+        loss_line(book, sheet, name, cells, label=_planes_label(cells[0].options["method"]), style=style)
+        for (name, cells), style in zip(found.items(), styles, strict=False)
+    ]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return []
+    x = [x for line in lines for x, _ in line.points]
+    panel = loss_panel(f"{sheet.title}\nplanes by base bits, beside dip", lines)
+    return [replace(panel, x_limits=(max(x) + 0.02, min(x) - 0.02), y_limits=loss_limits(lines))]
+
+
+def _planes_label(method: Mapping[str, Any]) -> str:
+    """Base bits of input and GLU columns, whether units are fetched, and whether a token late."""
+    if method["name"] != "planes":
+        return str(method["name"])
+    words = [told(method.get("base_bits", "planes"))]
+    words += ["units"] if "unit_bytes" in method else []
+    words += ["late"] if method.get("deferred") else []
+    return " ".join(words)
+
+
+def _planes_table(sheet: Sheet, book: Book) -> Table:
+    rows = [
+        [
+            rule(cell.options), number(density_of(cell)),
+            with_error(book.loss(sheet, cell), cell.result is not None),
+            number(None if cell.result is None else cell.result["mlp_bits_per_weight"]),
+        ]
+        for cell in sheet.of("perplexity")
+        if cell.result is None or cell.result["method"] not in DENSE
+    ]  # fmt: skip
+    columns = ["rule", "density", "perplexity above dense", "bits held a weight"]
+    return table(f"{sheet.title}: perplexity", columns, rows)
+
+
+def _benchmarks(sheet: Sheet) -> Iterator[tuple[Measured, list[dict[str, Any]]]]:
+    """Benchmarks and the rows of their result."""
+    for cell in sheet.of("benchmark"):
+        found = (cell.result or {}).get("results") or (cell.result or {}).get("rows") or []
+        yield cell, [row for row in found if isinstance(row, dict)]
+
+
+def _accuracy_panels(sheet: Sheet, _: Book) -> list[Panel]:
+    """Of `bench_simulator.py`: on the held disk if it was measured there, which drifts less."""
+    found = [(not _held(cell), rows) for cell, rows in _benchmarks(sheet) if rows and "predicted" in rows[0]]
+    if not found:
+        return []
+    as_it_is, rows = min(found, key=lambda one: one[0])
+    return [
+        _accuracy_panel(f"{sheet.title}\nsimulated and measured, {'disk as it is' if as_it_is else 'held disk'}", rows)
+    ]
+
+
+def _ratio_panels(sheet: Sheet, _: Book) -> list[Panel]:
+    """Of `bench_planes.py`, on every disk."""
+    shown = [
+        (f"{_bench_way(row)}, {'held disk' if _held(cell) else 'as it is'}", row["method"], float(row["r"]))
+        for cell, rows in _benchmarks(sheet)
+        for row in rows
+        if row.get("r") is not None and row["method"] not in DENSE
+    ]
+    if not shown:
+        return []
+    return [
+        Panel(
+            title=f"{sheet.title}\nmeasured, equal DRAM", x="throughput over dense streaming",
+            rows=tuple(name for name, *_ in shown),
+            lines=tuple(
+                Line(label="", method=method, points=((0.0, float(i)), (ratio, float(i))), marker="")
+                for i, (_, method, ratio) in enumerate(shown)
+            ),
+            references=(Reference(x=1, label="dense-stream"),),
+            x_limits=(0.0, max(1.6, 1.1 * max(ratio for *_, ratio in shown))),
+        )
+    ]  # fmt: skip
+
+
+def _accuracy_panel(title: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
+    """Of `bench_simulator.py`."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    points = {m: tuple((r["measured"], r["predicted"]) for r in rows if r["method"] == m) for m in methods}
+    speeds = [speed for pairs in points.values() for pair in pairs for speed in pair]
+    limits = 0.8 * min(speeds), 1.25 * max(speeds)
+    return Panel(
+        title=title, x="measured, tokens a second", y="simulated, tokens a second", x_scale="log", y_scale="log",
+        lines=tuple(Line(label=m, method=m, points=p, style="") for m, p in points.items()),
+        references=(Reference(),), x_limits=limits, y_limits=limits,
+    )  # fmt: skip
+
+
+def _held(cell: Measured) -> bool:
+    return "--held" in cell.options.get("arguments", ()) or bool((cell.result or {}).get("held"))
+
+
+def _bench_way(row: Mapping[str, Any]) -> str:
+    """A setting of `bench_planes.py` in words."""
+    words = [str(row["method"])]
+    if row.get("fetch") is not None:
+        words.append(f"{percent(row['fetch'], signed=False)} : {percent(row.get('fetch_glu'), signed=False)}")
+    for name in ("density", "gamma"):
+        if row.get(name) is not None:
+            words.append(f"{name} {row[name]:g}")
+    words += ["in runs"] if row.get("read_cost") else []
+    return f"{' '.join(words)}, {row['budget']}"
+
+
+_HIDDEN = ("model", "ok", "ledger_ms", "predicted_ms", "sustained_ms", "profiles")
+
+
+def _bench_tables(sheet: Sheet) -> list[Table]:
+    tables, missing = [], []
+    for cell, rows in _benchmarks(sheet):
+        script = str(cell.options["script"]).removesuffix(".py")
+        name = f"{script}, {'held disk' if _held(cell) else 'disk as it is'}"
+        if cell.result is None:
+            missing.append([name, NOT_MEASURED])
+            continue
+        columns = [
+            column
+            for column in dict.fromkeys(column for row in rows for column in row)
+            if column not in _HIDDEN and any(row.get(column) not in (None, "") for row in rows)
+        ]
+        shown = [[_bench_value(column, row.get(column)) for column in columns] for row in rows]
+        tables.append(table(f"{sheet.title}: {name}", [column.replace("_", " ") for column in columns], shown))
+    return [*tables, *([table(f"{sheet.title}: on a disk", ["benchmark", "result"], missing)] if missing else [])]
+
+
+def _bench_value(column: str, value: Any) -> str:
+    if value is None or value == "":
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if column.endswith("bytes_per_token"):
+            return f"{value / 1e6:.4g} MB"
+        return percent(value, 1) if column in _SHARES else number(value, "{:.4g}")
+    return str(value)
+
+
+_SHARES = ("error", "relative", "relative_stderr")
+
+
+_PARTS = (_cost_panels, _planes_panels, _accuracy_panels, _ratio_panels)
