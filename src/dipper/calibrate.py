@@ -3,7 +3,7 @@
     calibration = calibrate(loaded.model, windows, model=fields, densities=[0.6])
     calibration.save("smollm2.npz")            # for the engine, the simulator and `sparsify_`
 
-1. **Split** (arXiv 2412.01380, section 4.3): for a total density d, pairs with (2 d_in + d_glu) / 3 = d are tried on
+1. **Split** (arXiv 2412.01380): for a total density d, pairs with (2 d_in + d_glu) / 3 = d are tried on
    the calibration text and the one of lowest loss is taken.
 2. **Allocation by layer.** Each layer alone is pruned at several densities, the rest dense, and the divergence of the
    model's predictions from its dense ones is measured: a curve per layer. Under a common budget the sum of the curves

@@ -427,7 +427,7 @@ class GluDown(GluOracle):
 
 
 class UpPruning(_GluColumns):
-    """Top-k of |up x|: up is read whole, gate and down skip (arXiv 2412.01380, section 3)."""
+    """Top-k of |up x|: up is read whole, gate and down skip (arXiv 2412.01380)."""
 
     name = "up"
     summary = "the units of largest |up x|; up is read whole"
@@ -883,7 +883,7 @@ class CachedMethod(Method):
 
 
 class Dip(CachedMethod):
-    """Dynamic Input Pruning (arXiv 2412.01380, section 4): top-k of |x| for gate and up together, of |h| for down.
+    """Dynamic Input Pruning (arXiv 2412.01380): top-k of |x| for gate and up together, of |h| for down.
 
     h is formed from the pruned inputs. With `capacity` a column cache per region and sequence is simulated beside it;
     x must then be [batch, tokens, D].
@@ -1021,7 +1021,7 @@ class Dip(CachedMethod):
 
 
 class DipCacheAware(Dip):
-    """DIP with cache-aware masking (arXiv 2412.01380, section 5): scores of columns that are not cached times gamma."""
+    """DIP with cache-aware masking (arXiv 2412.01380): scores of columns that are not cached times gamma."""
 
     name = "dip-ca"
     summary = "dip whose scores favour cached columns by 1 / gamma"
