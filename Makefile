@@ -63,7 +63,7 @@ test-native: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 	  -DDIPPER_NATIVE_TESTS=ON -DDIPPER_SANITIZE=address,undefined -Wno-dev >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/native
-	cd build/native && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --output-on-failure
+	cd build/native && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j 2 --output-on-failure
 
 # The same as compiled for AArch64, without sanitizers. An AArch64 machine has these kernels in `make test`.
 test-neon: setup
@@ -72,7 +72,7 @@ test-neon: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/neon -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DDIPPER_NATIVE_TESTS=ON -Wno-dev >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/neon
-	cd build/neon && PATH="$(CURDIR)/$(BIN):$$PATH" ctest --verbose
+	cd build/neon && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j 2 --verbose
 
 test-python: .venv/.torch
 	$(BIN)/python -m pytest -q -m 'not slow'

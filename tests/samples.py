@@ -160,10 +160,10 @@ dram = ["60%"]
 cost_per_read_us = [0, 8]
 [[cells]]
 kind = "benchmark"
-script = "bench_planes.py"
+script = "bench_planes"
 [[cells]]
 kind = "benchmark"
-script = "bench_simulator.py"
+script = "bench_simulator"
 """,
 }
 RUN = {"dipper": "0.1.0", "commit": "0123456789abcdef", "dirty": False, "python": "3.11.7", "torch": "2.4.0",
@@ -287,7 +287,7 @@ def compensation(options, model):
 
 
 def benchmark(options, model):
-    if options["script"] == "bench_planes.py":
+    if options["script"] == "bench_planes":
         rows = [
             {"model": "small", "budget": "3.6b", "method": "dense-stream", "token_ms": 10.0, "r": 1.0},
             {"model": "small", "budget": "3.6b", "method": "planes", "fetch": 0.2, "token_ms": 4.0, "r": 2.5,

@@ -190,8 +190,7 @@ _HIDDEN = ("model", "ok", "ledger_ms", "predicted_ms", "sustained_ms", "profiles
 def _bench_tables(sheet: Sheet) -> list[Table]:
     tables, missing = [], []
     for cell, rows in _benchmarks(sheet):
-        script = str(cell.options["script"]).removesuffix(".py")
-        name = f"{script}, {'held disk' if _held(cell) else 'disk as it is'}"
+        name = f"{cell.options['script']}, {'held disk' if _held(cell) else 'disk as it is'}"
         if cell.result is None:
             missing.append([name, NOT_MEASURED])
             continue
