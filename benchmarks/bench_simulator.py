@@ -179,7 +179,7 @@ def main() -> None:
     print_table([summary])
     if args.held_limits and summary["median_error"] > LIMIT_MEDIAN:
         rows[0]["ok"] = False
-    finish("simulator", rows, bundles, **summary, held=args.held_limits, profiles=profiles)
+    finish("simulator", rows, bundles, summary=summary, held=args.held_limits, profiles=profiles)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ OLD = {"a": 1.0, "rows": [{"s": 2.0, "n": 3}, {"s": 4.0, "n": 5}], "deep": {"x":
         ({"a": 0.79}, ("a",), True, ["a is 1.0, now 0.79"]),
         ({"a": -1.0}, ("a",), True, ["a is 1.0, now -1.0"]),
         ({"a": 99.0}, ("a",), False, []),
-        ({"a": None}, ("a",), True, []),
+        ({"a": None}, ("a",), True, ["a is 1.0, now null"]),
         ({"rows": [{"s": 9.0, "n": 3}, {"s": 4.0, "n": 5}]}, ("rows.*.s",), False, []),
         ({"rows": [{"s": 9.0, "n": 3}, {"s": 4.0, "n": 5}]}, ("rows.1.s",), False, ["rows.0.s is 2.0, now 9.0"]),
         ({"rows": [{"s": 9.0, "n": 4}, {"s": 4.0, "n": 5}]}, ("rows.*.s",), True,
@@ -24,7 +24,8 @@ OLD = {"a": 1.0, "rows": [{"s": 2.0, "n": 3}, {"s": 4.0, "n": 5}], "deep": {"x":
         ({"rows": [{"s": 2.0, "n": 3}]}, (), False, ["rows has 2 values, now 1"]),
         ({"deep": {"x": [1, 2], "z": 3}}, (), False, ["deep.y is null, now absent", "deep.z is absent, now 3"]),
         ({"deep": {"x": [7], "z": "b"}}, ("deep",), False, []),
-        ({"deep": {"x": [1.1, 9], "y": "b"}}, ("deep",), True, ["deep.x.1 is 2, now 9"]),
+        ({"deep": {"x": [1.1, 9], "y": "b"}}, ("deep",), True,
+         ["deep.x.1 is 2, now 9", 'deep.y is null, now "b"']),
     ],
 )  # fmt: skip
 def test_differences(new, varies, compared, expected):
@@ -59,3 +60,16 @@ def test_of_what_varies_some_may_still_have_to_agree():
     assert differences(old, new, ("cells",), ()) == []
     found = differences(old, new, ("cells",), ("cells.*.*.perplexity",))
     assert found == ["cells.dip@0.5.text.perplexity is 10.0, now 13.0"]
+
+
+@pytest.mark.parametrize(
+    "gone", [{}, {"cells": {}}, {"cells": {"dip@0.5": {}}}, {"cells": {"dip@0.5": {"text": None}}}]
+)
+def test_what_has_to_agree_has_to_be_there(gone):
+    old = {"cells": {"dip@0.5": {"text": {"perplexity": 10.0}}}}
+    assert differences(old, gone, ("cells",), ()) == []
+    (found,) = differences(old, gone, ("cells",), ("cells.*.*.perplexity",))
+    assert "now" in found
+    assert differences({"results": [{"r": 2.0}]}, {"results": []}, ("results",), ("results.*.r",)) == [
+        "results has 1 values, now 0"
+    ]

@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
 import tiny
 from dipper.bundle import Bundle, pack
 from dipper.checksums import modules_of
 from dipper.device import Device
 from dipper.errors import ConfigError, DipperError
-from dipper.kinds import KINDS, Context, benchmarked, compensated, evaluated, simulated
+from dipper.experiment import Cell, Experiment
+from dipper.kinds import KINDS, Context, benchmarked, compensated, evaluated, packed, simulated
 from dipper.kinds.packed import bundle_of
 from dipper.published import names, published_bundle
 from dipper.records import SimRecord
@@ -31,19 +27,8 @@ PAPER = ["density", "headline", "dram", "bandwidth", "caches", "cache-aware", "c
 EXPERIMENTS = [path for path in sorted(CONFIGS.glob("*.toml")) if path.name not in OTHERS]
 
 
-def cells_of(path: Path) -> list[tuple[str, dict[str, Any], list[str]]]:
-    """(kind, options, models that the block is for)."""
-    import itertools
-
-    content = tomllib.loads(path.read_text(encoding="utf-8"))
-    cells = []
-    for block in content["cells"]:
-        rest = {key: value for key, value in block.items() if key not in ("kind", "models", "each")}
-        each = block.get("each", {})
-        for values in itertools.product(*each.values()):
-            options = {**rest, **dict(zip(each, values, strict=True))}
-            cells.append((block["kind"], options, block.get("models", content["models"])))
-    return cells
+def cells_of(path: Path) -> list[Cell]:
+    return [cell for block in Experiment.load(path).blocks for cell in block.cells]
 
 
 def context(tmp_path: Path, model: Path | str = "phi-3-mini", **changes: Any) -> Context:
@@ -59,22 +44,17 @@ def test_there_are_ten():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_configurations(path):
-    content = tomllib.loads(path.read_text(encoding="utf-8"))
-    known = {"title", "published", "caption", "models", "minutes", "on", "needs", "view", "cells"}
-    assert set(content) <= known
-    assert content["title"]
-    assert content["caption"].strip()
-    seen: dict[str, list[str]] = {}
-    for kind, options, models in cells_of(path):
-        KINDS[kind].check(options)
-        key = json.dumps({"kind": kind, **options}, sort_keys=True)
-        assert not set(models) & set(seen.get(key, [])), f"twice: {key}"
-        seen.setdefault(key, []).extend(models)
-        if kind == "simulate":
+    experiment = Experiment.load(path)
+    assert experiment.caption
+    assert experiment.models
+    for cell in cells_of(path):
+        options = cell.options
+        assert modules_of(cell.sources)
+        if cell.kind == "simulate":
             swept = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items() if k in simulated._SWEPT}
             assert Sweep(**swept).options()
             simulated._device_of(options)
-        if kind == "benchmark":
+        if cell.kind == "benchmark":
             assert (CONFIGS.parents[1] / "benchmarks" / f"{options['script']}.py").is_file()
 
 
@@ -82,16 +62,15 @@ def test_configurations(path):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_rules_of_configurations_can_do_what_is_asked(path):
     pytest.importorskip("torch")
-    for kind, options, _ in cells_of(path):
-        if kind in ("perplexity", "tasks"):
-            evaluated.method_of(options)
+    for cell in cells_of(path):
+        if cell.kind in ("perplexity", "tasks"):
+            evaluated.method_of(cell.options)
 
 
 def test_models_without_weights_are_asked_for_nothing_that_needs_some():
-    for path in EXPERIMENTS:
-        for kind, options, models in cells_of(path):
-            if set(models) & set(names()):
-                assert kind == "simulate", f"{path.name}: {options}"
+    for experiment in map(Experiment.load, EXPERIMENTS):
+        for model in set(experiment.models) & set(names()):
+            assert {cell.kind for cell in experiment.cells(model)} == {"simulate"}, f"{experiment.name}: {model}"
 
 
 def test_an_unknown_option_names_the_nearest():
@@ -99,22 +78,25 @@ def test_an_unknown_option_names_the_nearest():
         KINDS["perplexity"].check(["method", "densty"])
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_sources_are_there(path):
-    for kind, options, _ in cells_of(path):
-        assert modules_of(KINDS[kind].sources_of(options))
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+def test_an_option_that_is_needed_is_named(kind):
+    for name in kind.required:
+        with pytest.raises(ConfigError, match=f"a cell of kind {kind.name} lacks '{name}'"):
+            kind.check(kind.options - {name})
 
 
 def test_what_decides_a_result_is_among_its_sources():
-    found = {
-        name: {p.name for p in modules_of(kind.sources_of({"script": "bench_planes"}))} for name, kind in KINDS.items()
-    }
+    options = {"script": "bench_planes", "device": "paper-phone"}
+    found = {name: {p.name for p in modules_of(kind.sources_of(options))} for name, kind in KINDS.items()}
     assert {"kind.py", "evaluated.py", "methods.py", "calibration.py", "checkpoint.py", "glu.py"} <= found["perplexity"]
     assert found["perplexity"] | {"compensated.py", "compensation.py", "distill.py"} == found["compensation"]
-    read = {"simulated.py", "workload.py", "trace.py", "reads.py", "glu.py", "paper-phone.toml", "generator.npz"}
-    assert read <= found["simulate"]
-    assert {"benchmarked.py", "bench_planes.py", "harness.py", "engine.py", "reads.py"} <= found["benchmark"]
+    read = {"workload.py", "trace.py", "reads.py", "glu.py", "paper-phone.toml", "bench.txt", "generator.npz"}
+    assert {"simulated.py", *read} <= found["simulate"]
+    assert "apple-a18.toml" not in found["simulate"]
+    run = {"bench_planes.py", "harness.py", "held_disk.sh", "planes.toml", "engine.py", "reads.py"}
+    assert {"benchmarked.py", *run} <= found["benchmark"]
     for of in found.values():  # a page, a message or a download changes no figure
+        assert "_core" in of
         assert not of & {"report.py", "errors.py", "sources.py", "reproduce.py", "cli.py"}
     assert "engine.py" not in found["perplexity"]
 
@@ -171,9 +153,17 @@ def test_a_shape_reads_no_text(tmp_path):
         KINDS["simulate"].measure({**SIMULATED, "text": "a.txt"}, context(tmp_path))
 
 
-def test_an_option_that_a_simulation_needs(tmp_path):
-    with pytest.raises(ConfigError, match="kind simulate lacks n_tokens"):
-        KINDS["simulate"].measure({k: v for k, v in SIMULATED.items() if k != "n_tokens"}, context(tmp_path))
+def test_a_value_where_a_simulation_has_lists(tmp_path):
+    with pytest.raises(ConfigError, match=r"methods of a cell of kind simulate is 'dip': give a list, \['dip'\]"):
+        KINDS["simulate"].measure({**SIMULATED, "methods": "dip"}, context(tmp_path))
+
+
+def test_a_bundle_of_other_code_is_not_used_again(tmp_path, gguf, monkeypatch):
+    given = context(tmp_path, gguf)
+    first = bundle_of(given)
+    monkeypatch.setattr(packed, "packing_code", lambda: "other")
+    assert bundle_of(given) != first
+    assert bundle_of(given).is_dir()
 
 
 @pytest.fixture
@@ -234,7 +224,8 @@ def test_the_last_line_of_a_benchmark(tmp_path, script):
     options = {"script": "bench_it", "arguments": ["{model}", "{data}/a/b.txt", "--workdir", "{workdir}"]}
     given = context(tmp_path, data=tmp_path / "data")
     assert KINDS["benchmark"].needs_data(options) == ("a/b.txt",)
-    expected = ["phi-3-mini", str(tmp_path / "data/a/b.txt"), "--workdir", str(tmp_path / "work")]
+    workdir = tmp_path / "work" / f"benchmarks-{packed.packing_code()}"
+    expected = ["phi-3-mini", str(tmp_path / "data/a/b.txt"), "--workdir", str(workdir)]
     assert KINDS["benchmark"].measure(options, given) == {"results": expected}
 
 
@@ -397,13 +388,16 @@ COMPENSATION = {
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_groups_of_compensation(tmp_path, torch_model, data):
+def test_groups_of_compensation(tmp_path, torch_model, data, monkeypatch):
     pytest.importorskip("peft")
+    from dipper import compensation
+
     at = context(tmp_path, torch_model, data=data, batch=1)
     dip = KINDS["compensation"].measure({**COMPENSATION, "group": "methods:dip"}, at)["cells"]
     assert list(dip) == ["dip@0.5", "learning rate", "train:dip", "dip@0.5 + lora"]
     assert "recovered" in dip["dip@0.5 + lora"]["wikitext"]
-    compensated._bench.cache_clear()  # another process: the adapter is there, and it is the same
+    compensated._bench.cache_clear()  # another process: the adapter is there
+    monkeypatch.setattr(compensation, "distill", None)
     again = KINDS["compensation"].measure({**COMPENSATION, "group": "methods:dip"}, at)["cells"]
     assert again["dip@0.5 + lora"] == dip["dip@0.5 + lora"]
     assert again["train:dip"] == dip["train:dip"]
@@ -413,12 +407,11 @@ def test_groups_of_compensation(tmp_path, torch_model, data):
     assert list(dense) == ["dense"]
 
 
-@pytest.mark.torch
-def test_compensation_reads_the_files_that_it_says():
-    pytest.importorskip("peft")
-    from dipper.compensation import FILES
-
-    assert KINDS["compensation"].needs_data({**COMPENSATION, "group": "dense"}) == FILES
+def test_compensation_reads_tasks_for_their_group_alone():
+    options = {**COMPENSATION, "tasks": {"names": ["piqa"]}}
+    assert KINDS["compensation"].needs_data({**options, "group": "dense"}) == compensated.FILES
+    files = ("eval/piqa_valid.jsonl", "eval/piqa_valid-labels.lst")
+    assert KINDS["compensation"].needs_data({**options, "group": "tasks"}) == (*compensated.FILES, *files)
 
 
 @pytest.mark.torch
@@ -430,6 +423,3 @@ def test_groups_that_are_none(tmp_path, torch_model, data):
         KINDS["compensation"].measure({**COMPENSATION, "group": "method:dip"}, at)
     with pytest.raises(ConfigError, match="'gate' is none of the methods that are trained: dip"):
         KINDS["compensation"].measure({**COMPENSATION, "group": "methods:gate"}, at)
-    rest = {key: value for key, value in COMPENSATION.items() if key != "window"}
-    with pytest.raises(ConfigError, match="lacks window"):
-        KINDS["compensation"].measure({**rest, "group": "dense"}, at)

@@ -12,6 +12,7 @@ void bind_decoder(nb::module_& m);
 
 NB_MODULE(_core, m) {
   m.doc() = "Native core of dipper: selection, column cache, flash reader, kernels, decoder.";
+  m.attr("code_sha256") = DIPPER_CODE_SHA256;
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     const auto raise = [](const char* type, const char* what) {
       nb::object cls = nb::module_::import_("dipper.errors").attr(type);

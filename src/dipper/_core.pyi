@@ -46,6 +46,8 @@ class ColumnCache:
     @property
     def admissions(self) -> int: ...
 
+code_sha256: str
+
 def n_selected(density: float, n: int) -> int: ...
 def top_k(
     scores: NDArray[np.float32], k: int, gamma: float = 1.0, cached: NDArray[np.bool_] | None = None

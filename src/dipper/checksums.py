@@ -15,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from dipper import _core
 from dipper.errors import ConfigError
 
 __all__ = ["code_sha256", "file_sha256", "modules_of"]
 
 _ROOT = Path(__file__).parent
+_CORE = _ROOT / "_core"
 # They carry what was measured, or say what went wrong: no figure is theirs.
 _CARRIERS = frozenset(f"{name}.py" for name in ("checksums", "errors", "figures", "files", "sources"))
 
@@ -39,7 +41,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def code_sha256(sources: Sequence[str]) -> str:
-    """Of modules and those that they import; comments, docstrings and blank lines do not count.
+    """Of modules and those that they import, the native core too; comments, docstrings and layout do not count.
 
     Args:
         sources: paths from dipper's folder: modules without their suffix, data files with it, or patterns of these.
@@ -49,13 +51,15 @@ def code_sha256(sources: Sequence[str]) -> str:
     """
     digest = hashlib.sha256()
     for path in modules_of(sources):
-        digest.update(f"{os.path.relpath(path, _ROOT)}\0{_content_sha256(path, *_state(path))}\n".encode())
+        content = _core.code_sha256 if path == _CORE else _content_sha256(path, *_state(path))
+        digest.update(f"{os.path.relpath(path, _ROOT)}\0{content}\n".encode())
     return digest.hexdigest()
 
 
 def modules_of(sources: Sequence[str]) -> list[Path]:
     """The files behind `sources`, sorted: with every module of dipper that one imports, wherever in it, itself or
-    through others, but for what is imported for its types alone and what carries results without making them.
+    through others, but for what is imported for its types alone and what carries results without making them. The
+    native core is `_core`, wherever it lies.
 
     Raises:
         ConfigError: as of `code_sha256`.
@@ -103,6 +107,8 @@ def _imported(path: Path, mtime_ns: int, size: int) -> tuple[Path, ...]:
 def _module(name: str, importer: Path) -> Path | None:
     """The file of a module by its full name; None: it is a library's, none of Python, or carries results only."""
     first, _, rest = name.partition(".")
+    if name == "dipper._core":
+        return _CORE
     if first == "dipper":
         path = _ROOT / f"{rest.replace('.', '/')}.py"
         return None if path.name in _CARRIERS or not path.is_file() else path

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,28 +28,16 @@ import torch
 from dipper.adapter import Adapter
 from dipper.distill import DistillConfig, distill
 from dipper.errors import ConfigError
-from dipper.evaluate import cut_windows, read_text, recovered
+from dipper.evaluate import cut_windows, read_text, recovered, texts_of_rows
 from dipper.evaluate_torch import Opened, answer_tasks, mlp_bytes, perplexity_torch
-from dipper.files import whole_file, write_json
+from dipper.files import locked, whole_file, write_json
 from dipper.methods import MethodConfig
 from dipper.sparsify import find_glus, sparsify_
 from dipper.split_weights import Splits
 from dipper.torch_model import LoadedModel
 
-__all__ = ["FILES", "OPTIONS", "Bench", "group_of"]
+__all__ = ["Bench", "group_of"]
 
-FILES = (
-    "text/c4_train_docs_a.jsonl",
-    "text/c4_train_docs_b.jsonl",
-    "text/wikipedia_en_sample.txt",
-    "wikitext-2-raw/wiki.train.first5k.txt",
-    "wikitext-2-raw/wiki.valid.raw",
-    "wikitext-2-raw/wiki.test.raw",
-)
-OPTIONS = (
-    "densities", "window", "tokens", "tokens_with_caches", "held_out_windows", "batch_eval", "methods", "train",
-    "search", "caches", "residents", "tasks",
-)  # fmt: skip
 WINDOW = 1024
 KEPT_OUT = 200  # documents at the end of c4_train_docs_b
 ADAPTER_BITS = 16
@@ -72,17 +60,12 @@ def group_of(cell: str) -> str:
 # ------------------------------------------------------------------------------------------------ texts
 
 
-def c4_documents(path: Path) -> list[str]:
-    """Texts of the rows."""
-    return [json.loads(row)["text"] for row in path.read_text(encoding="utf-8").splitlines() if row.strip()]
-
-
 def training_texts(data: Path) -> list[str]:
     """Everything that may be trained on."""
     wikipedia = (data / "text/wikipedia_en_sample.txt").read_text(encoding="utf-8")
     return [
-        "\n\n".join(c4_documents(data / "text/c4_train_docs_a.jsonl")),
-        "\n\n".join(c4_documents(data / "text/c4_train_docs_b.jsonl")[:-KEPT_OUT]),
+        "\n\n".join(texts_of_rows(data / "text/c4_train_docs_a.jsonl")),
+        "\n\n".join(texts_of_rows(data / "text/c4_train_docs_b.jsonl")[:-KEPT_OUT]),
         re.sub(r"^</?doc.*$", "", wikipedia, flags=re.MULTILINE),
         (data / "wikitext-2-raw/wiki.train.first5k.txt").read_text(encoding="utf-8"),
     ]
@@ -109,7 +92,7 @@ class Texts:
         valid = read_text(data / "wikitext-2-raw/wiki.valid.raw").text
         self.held_out = torch.cat((torch.tensor(cut(valid, window)[:n]), mixed[:n]))
         self.windows = mixed[n:]
-        kept_out = "\n\n".join(c4_documents(data / "text/c4_train_docs_b.jsonl")[-KEPT_OUT:])
+        kept_out = "\n\n".join(texts_of_rows(data / "text/c4_train_docs_b.jsonl")[-KEPT_OUT:])
         test = read_text(data / "wikitext-2-raw/wiki.test.raw").text
         self.scored = {"wikitext": loaded.encode(test), "c4": loaded.encode(kept_out)}
         shown = cut(training_texts(data)[0], WINDOW)[: config["residents"]["calibration_windows"]]
@@ -124,8 +107,8 @@ class Bench:
 
     Args:
         loaded: the model, dense.
-        data: folder of `FILES`, and of eval/ for tasks.
-        config: what `OPTIONS` names; see experiments/configs/compensation.toml.
+        data: folder of `kinds.compensated.FILES`, and of eval/ for tasks.
+        config: the options of a cell of kind compensation but its group; see experiments/configs/compensation.toml.
         source: path of the model, for records.
         state: folder that keeps trained adapters, so that a later process need not train again.
         progress: told what was measured.
@@ -206,33 +189,42 @@ class Bench:
 
     @contextmanager
     def trained(self, name: str, method: MethodConfig, start: str | None = None, **changes: Any) -> Iterator[Adapter]:
-        """An adapter, trained or out of `--state`, for as long as the block lasts."""
+        """An adapter, trained or out of `state`, for as long as the block lasts."""
         train = {**self.config["train"], "lr": self.lr(), "seed": 0, **changes}
-        held = None if self.state is None else self.state / f"{name}.pt"
         adapter = Adapter.attach(self.loaded.model, rank=train["rank"])
         try:
             if start is not None:
                 adapter.take_state(self._held(start))
             if name in self._states:
                 adapter.take_state(self._states[name])
-            elif held is not None and held.exists():
-                kept = torch.load(held, weights_only=True)
-                adapter.take_state(kept["state"])
-                self.cell(f"train:{name}", lambda: dict(kept["cell"]))
             else:
-                result = distill(
-                    self.loaded, self.texts.windows, self.texts.held_out,
-                    DistillConfig(method=method, **train), adapter=adapter, progress=self._say, splits=self.splits,
-                )  # fmt: skip
-                curve = {"train": train, "curve": result.as_dict(), "best": result.best}
-                cell = self.cell(f"train:{name}", lambda: curve)
-                if held is not None:
-                    with whole_file(held) as file:
-                        torch.save({"state": [m.cpu() for m in adapter.state()], "cell": cell}, file)
+                with self._alone(name):
+                    self._take_or_train(name, adapter, method, train)
             self._states[name] = adapter.state()
             yield adapter
         finally:
             adapter.detach()
+
+    def _alone(self, name: str) -> AbstractContextManager[None]:
+        """Processes that share a state folder train one thing once: the others wait for it."""
+        return nullcontext() if self.state is None else locked(self.state / f"{name}.lock")
+
+    def _take_or_train(self, name: str, adapter: Adapter, method: MethodConfig, train: dict[str, Any]) -> None:
+        held = None if self.state is None else self.state / f"{name}.pt"
+        if held is not None and held.exists():
+            kept = torch.load(held, weights_only=True)
+            adapter.take_state(kept["state"])
+            self.cell(f"train:{name}", lambda: dict(kept["cell"]))
+            return
+        result = distill(
+            self.loaded, self.texts.windows, self.texts.held_out,
+            DistillConfig(method=method, **train), adapter=adapter, progress=self._say, splits=self.splits,
+        )  # fmt: skip
+        curve = {"train": train, "curve": result.as_dict(), "best": result.best}
+        cell = self.cell(f"train:{name}", lambda: curve)
+        if held is not None:
+            with whole_file(held) as file:
+                torch.save({"state": [m.cpu() for m in adapter.state()], "cell": cell}, file)
 
     def _held(self, name: str) -> list[torch.Tensor]:
         """The state of an adapter that was trained before, in this run or another."""
@@ -277,12 +269,13 @@ class Bench:
             return {"losses": losses, "best": float(min(losses, key=lambda lr: losses[lr]))}
 
         held = None if self.state is None else self.state / "learning-rate.json"
-        if held is not None and held.exists():
-            kept = json.loads(held.read_text(encoding="utf-8"))
-            return float(self.cell("learning rate", lambda: dict(kept))["best"])
-        cell = self.cell("learning rate", measure)
-        if held is not None:
-            write_json(held, cell)
+        with self._alone("learning-rate"):
+            if held is not None and held.exists():
+                kept = json.loads(held.read_text(encoding="utf-8"))
+                return float(self.cell("learning rate", lambda: dict(kept))["best"])
+            cell = self.cell("learning rate", measure)
+            if held is not None:
+                write_json(held, cell)
         return float(cell["best"])
 
     # -- groups of cells

@@ -24,8 +24,8 @@ def differences(old: Any, new: Any, varies: Sequence[str] = (), within: Sequence
         old, new: of JSON types.
         varies: dotted names in them, `*` for any name or index; with all that is under them.
         within: of these, numbers that must still agree: within three standard errors where there is one beside them
-            (`x_stderr` of `x`), within their intervals (`x_ci95`), or else within `RATIO` of each other. Other values
-            may differ, and so may the error bars.
+            (`x_stderr` of `x`), within their intervals (`x_ci95`), or else within `RATIO` of each other, and must
+            still be there. Other values may differ, and so may the error bars.
 
     Returns:
         A line for each difference.
@@ -53,13 +53,14 @@ def _differ(
             a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)
             yield from _differ(a, b, (*at, key), varies, within, _agree(key, old, new))
     elif isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new) and not varying:
+        if len(old) != len(new) and (not varying or _reaches(within, at)):
             yield f"{_dotted(at)} has {len(old)} values, now {len(new)}"
         for i, (a, b) in enumerate(zip(old, new, strict=False)):
             yield from _differ(a, b, (*at, str(i)), varies, within)
     elif varying:
-        numbers = _covered(within, at) and _is_number(old) and _is_number(new)
-        if numbers and not (_near(old, new) if agree is None else agree):
+        numbers = _is_number(old) and _is_number(new)
+        same = (_near(old, new) if agree is None else agree) if numbers else _sort(old) is _sort(new)
+        if not same and (_covered(within, at) if numbers else _reaches(within, at)):
             yield f"{_dotted(at)} is {_told(old)}, now {_told(new)}"
     elif old != new or type(old) is not type(new):
         yield f"{_dotted(at)} is {_told(old)}, now {_told(new)}"
@@ -71,6 +72,15 @@ def _covered(patterns: _Patterns, at: tuple[str, ...]) -> bool:
         len(pattern) <= len(at) and all(p in ("*", name) for p, name in zip(pattern, at, strict=False))
         for pattern in patterns
     )
+
+
+def _reaches(patterns: _Patterns, at: tuple[str, ...]) -> bool:
+    """Whether one of the dotted names is this place, holds it, or lies in it."""
+    return any(all(p in ("*", name) for p, name in zip(pattern, at, strict=False)) for pattern in patterns)
+
+
+def _sort(value: Any) -> type:
+    return float if _is_number(value) else type(value)
 
 
 def _agree(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool | None:

@@ -52,6 +52,7 @@ __all__ = [
     "relative_change",
     "score_text",
     "text_windows",
+    "texts_of_rows",
     "wikitext_rows_joined",
 ]
 
@@ -95,7 +96,7 @@ def read_text(path: str | os.PathLike[str], rows_joined: bool | None = None) -> 
     """
     joined = Path(path).suffix == ".raw" if rows_joined is None else rows_joined
     if Path(path).suffix == ".jsonl":
-        text = _texts_of_rows(path)
+        text = "\n\n".join(texts_of_rows(path))
     else:
         text = wikitext_rows_joined(path) if joined else _read(path)
     if not text.strip():
@@ -113,9 +114,14 @@ def wikitext_rows_joined(path: str | os.PathLike[str]) -> str:
     return "\n\n".join(row if row.strip() else "" for row in rows)
 
 
-def _texts_of_rows(path: str | os.PathLike[str]) -> str:
+def texts_of_rows(path: str | os.PathLike[str]) -> list[str]:
+    """Texts of a file of rows {"text": ...}.
+
+    Raises:
+        ConfigError: a row is no such thing, or as of `read_text`.
+    """
     try:
-        return "\n\n".join(json.loads(row)["text"] for row in io.StringIO(_read(path)) if row.strip())
+        return [json.loads(row)["text"] for row in io.StringIO(_read(path)) if row.strip()]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f'{os.fspath(path)} has a row that is no {{"text": ...}} ({type(error).__name__}: {error}); '
@@ -203,7 +209,7 @@ class WindowScore:
     dense_nll: float | None = None  # of the dense model on the same tokens; the next two are against it as well
     kl: float | None = None  # KL(dense || method), nats
     same_top1: int | None = None  # tokens after which both find the same token likeliest
-    touched: float | None = None  # share of the dense MLP's weight bits that a token reads, mean over the tokens
+    touched: float | None = None  # share of the dense MLP's weight bits that a token reads, mean; None: unknown
     traffic: Traffic = field(default_factory=Traffic)
 
     @classmethod

@@ -69,10 +69,13 @@ class EngineScorer:
                 f"The score of token {at} of a window is {nll[at - 1]}: the weights or the computation are broken. "
                 "Check the bundle with `dipper inspect`."
             )
+        density = method_fields(engine.config, engine.densities)["density"]
+        if density is None and engine.config.method != "planes":  # of planes it is not counted
+            density = 1.0
         return WindowScore(
             nll=math.fsum(nll.tolist()),
             tokens=len(nll),
-            touched=method_fields(engine.config, engine.densities)["density"] or 1.0,
+            touched=density,
             traffic=Traffic().add(engine.counters()),
         )
 

@@ -181,20 +181,21 @@ class _Worker:
             self.process.join()
 
 
-_STOP = (signal.SIGINT, signal.SIGTERM)
-
-
-def _stop(*_: Any) -> None:
-    """Ends a worker as Ctrl-C would, and with it what its cell has started; once: it may be told twice."""
-    for number in _STOP:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def _serve(pipe: Connection) -> None:
-    """A worker's life: tasks in, outcomes out, until the other end closes."""
-    for number in _STOP:
-        signal.signal(number, _stop)
+    """A worker's life: tasks in, outcomes out, until the other end closes.
+
+    It ends as by Ctrl-C, and with it what its cell has started; once, since it may be told twice. The handler stays:
+    one that is taken away while a signal waits for it is an OSError of Python's.
+    """
+    told: list[bool] = []
+
+    def stop(*_: Any) -> None:
+        if not told:
+            told.append(True)
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         while True:
             pipe.send(measure_cell(pipe.recv()))

@@ -84,10 +84,14 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Block:
-    """Cells that differ in some options; `models` are the only ones that it is for, empty: all."""
+    """Cells that differ in some options, for these `models` alone (empty: all), and not for those `excepted`."""
 
     cells: tuple[Cell, ...]
     models: tuple[str, ...]
+    excepted: tuple[str, ...]
+
+    def is_for(self, model: str) -> bool:
+        return model not in self.excepted and (not self.models or model in self.models)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,7 @@ class Experiment:
             view=given.get("view", name),
             blocks=tuple(_block(block) for block in given["cells"]),
         )
-        named = {model for block in experiment.blocks for model in block.models}
+        named = {model for block in experiment.blocks for model in (*block.models, *block.excepted)}
         for model in ("", *experiment.models, *named):  # "": any other
             keys = [cell.key for cell in experiment.cells(model)]
             twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
@@ -158,7 +162,7 @@ class Experiment:
 
     def cells(self, model: str, *, quick: bool = False) -> list[Cell]:
         """What is measured of a model, in the order of the file; with `quick` the first cell of every block."""
-        blocks = [block for block in self.blocks if not block.models or model in block.models]
+        blocks = [block for block in self.blocks if block.is_for(model)]
         return [cell for block in blocks for cell in (block.cells[:1] if quick else block.cells)]
 
 
@@ -198,7 +202,7 @@ def _block(given: Any) -> _Block:
     name, each = given["kind"], given.get("each", {})
     if name not in kinds.KINDS:
         raise ConfigError(f"there is no kind '{name}'; {nearest(name, kinds.KINDS)}")
-    fixed = {key: value for key, value in given.items() if key not in ("kind", "models", "each")}
+    fixed = {key: value for key, value in given.items() if key not in ("kind", "models", "except", "each")}
     if not isinstance(each, dict):
         raise ConfigError(f"'each' is {each!r}: write a table of lists, [cells.each]")
     for key, values in each.items():
@@ -216,7 +220,7 @@ def _block(given: Any) -> _Block:
             raise ConfigError(
                 f"a block of {name} holds what JSON cannot ({error}): use numbers, texts, lists"
             ) from None
-    return _Block(tuple(cells), _words(given, "models"))
+    return _Block(tuple(cells), _words(given, "models"), _words(given, "except"))
 
 
 def load_all(folder: str | os.PathLike[str]) -> list[Experiment]:

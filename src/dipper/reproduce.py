@@ -154,7 +154,7 @@ def find_model(name: str, source: str, progress: Progress | None = None) -> Mode
     """
     from dipper import published
 
-    if source in published.names():
+    if source in published.names() and not Path(source).exists():
         return Model(name=name, path=source, sha256=None, title=published.title(source))
     packaged = PACKAGED_MODELS.get(source.lower())
     if packaged is None and "/" not in source and not Path(source).expanduser().exists():
@@ -271,7 +271,8 @@ def reproduce(
             _run(work, request, say, trace)
         except KeyboardInterrupt:
             measured = sum(job.summary.measured for job in jobs)
-            say(f"interrupted: {measured} of {len(work)} cells were measured and are kept; the same command goes on.")
+            then = "--refresh stale goes on" if request.refresh == "all" else "the same command goes on"
+            say(f"interrupted: {measured} of {len(work)} cells were measured and are kept; {then}.")
             raise
     _draw(folder, say)
     return [job.summary for job in jobs]
@@ -411,6 +412,7 @@ def _keep(item: _Work, outcome: Outcome, last: bool) -> None:
         summary.seconds += outcome.seconds
     elif last:
         summary.failed[str(task.cell)] = outcome.error or ""
+        summary.stale += item.job.results is not None and item.job.results.state(task.cell) == "stale"
 
 
 def _draw(folder: Path, say: Say) -> None:

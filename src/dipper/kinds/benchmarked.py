@@ -11,12 +11,12 @@ from typing import Any
 
 from dipper.errors import ConfigError, DipperError
 from dipper.kinds.kind import Context, Kind, Options, Result
-from dipper.kinds.packed import bundle_of
+from dipper.kinds.packed import bundle_of, packing_code
 
 __all__ = ["BENCHMARK"]
 
 _BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
-_SCRIPT = ("../../benchmarks/{script}",) if _BENCHMARKS.is_dir() else ()  # an installed dipper has none
+_OF_A_CHECKOUT = ("../../benchmarks/{script}", "../../benchmarks/held_disk.sh")  # an installed dipper has none
 
 
 def _benchmark(options: Options, context: Context) -> Result:
@@ -27,21 +27,23 @@ def _benchmark(options: Options, context: Context) -> Result:
     script = _BENCHMARKS / f"{options['script']}.py"
     if not script.is_file():
         raise ConfigError(f"there is no {script}: benchmarks are run from a checkout of dipper")
-    arguments = [_filled(argument, context) for argument in options.get("arguments", [])]
-    context.workdir.mkdir(parents=True, exist_ok=True)
+    workdir = context.workdir / f"benchmarks-{packing_code()}"
+    workdir.mkdir(parents=True, exist_ok=True)
+    arguments = [_filled(argument, context, workdir) for argument in options.get("arguments", [])]
     done = subprocess.run([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True, check=False)
-    last = done.stdout.strip().rpartition("\n")[2]
+    printed = done.stdout.strip().splitlines()
     try:
-        result: Result = json.loads(last)
-    except ValueError:
+        result: Result = dict(json.loads(printed[-1]))
+    except (IndexError, TypeError, ValueError):
         raise DipperError(
-            f"{script.name} ended with status {done.returncode} and without a result; see what it printed"
+            f"{script.name} ended with status {done.returncode} and without a result, a JSON object in its last line: "
+            f"{' | '.join(printed[-3:]) or 'it printed nothing'}"
         ) from None
     result.pop("provenance", None)  # names folders; the run of the cell has the rest
     return result
 
 
-def _filled(argument: str, context: Context) -> str:
+def _filled(argument: str, context: Context, workdir: Path) -> str:
     if "{model}" in argument:
         given = Path(context.model)
         argument = argument.replace("{model}", str(given.resolve()) if given.exists() else context.model)
@@ -49,7 +51,7 @@ def _filled(argument: str, context: Context) -> str:
         argument = argument.replace("{bundle}", str(bundle_of(context).resolve()))
     if "{data}" in argument:
         argument = argument.replace("{data}", str(context.file(".").resolve()))
-    return argument.replace("{workdir}", str(context.workdir.resolve()))
+    return argument.replace("{workdir}", str(workdir.resolve()))
 
 
 def _benchmark_data(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -61,9 +63,10 @@ BENCHMARK = Kind(
     name="benchmark",
     measure=_benchmark,
     options=frozenset(("script", "arguments")),
-    sources=("kinds/benchmarked", *_SCRIPT),
+    required=frozenset(("script",)),
+    sources=("kinds/benchmarked", "planes.toml", "bench.txt", *(_OF_A_CHECKOUT if _BENCHMARKS.is_dir() else ())),
     timed=True,
     needs_data=_benchmark_data,
-    varies=("passed", "results", "summary", "profiles", "seconds"),
-    within=("results", "summary", "profiles"),
+    varies=("results", "summary", "profiles", "seconds"),
+    within=tuple(f"results.*.{name}" for name in ("r", "measured", "predicted", "relative")),
 )

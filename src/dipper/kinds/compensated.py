@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from dipper.checksums import code_sha256
-from dipper.errors import ConfigError
 from dipper.kinds.evaluated import load, task_files
 from dipper.kinds.kind import Context, Kind, Options, Result, stamp
 
-__all__ = ["COMPENSATION"]
+__all__ = ["COMPENSATION", "FILES"]
+
+# Under the data folder: what it trains and scores on.
+FILES = (
+    "text/c4_train_docs_a.jsonl", "text/c4_train_docs_b.jsonl", "text/wikipedia_en_sample.txt",
+    "wikitext-2-raw/wiki.train.first5k.txt", "wikitext-2-raw/wiki.valid.raw", "wikitext-2-raw/wiki.test.raw",
+)  # fmt: skip
 
 _SOURCES = ("kinds/compensated",)
 
@@ -32,13 +37,8 @@ def _compensation(options: Options, context: Context) -> Result:
     """The cells of a group, by name."""
     import torch
 
-    from dipper import compensation
-
     config = {name: value for name, value in options.items() if name != "group"}
-    missing = [name for name in compensation.OPTIONS if name not in config]
-    if missing:
-        raise ConfigError(f"a cell of kind compensation lacks {', '.join(missing)}: see compensation.toml")
-    files = [context.file(name) for name in compensation.FILES]
+    files = [context.file(name) for name in FILES]
     text = json.dumps(config, sort_keys=True)
     # Adapters serve the cells of other processes; another configuration, model or code has its own.
     told = [text, stamp(context.model), code_sha256(_SOURCES), context.device.partition(":")[0]]
@@ -54,22 +54,20 @@ def _compensation(options: Options, context: Context) -> Result:
 
 
 def _compensation_data(options: Mapping[str, Any]) -> tuple[str, ...]:
-    texts = (
-        "text/c4_train_docs_a.jsonl", "text/c4_train_docs_b.jsonl", "text/wikipedia_en_sample.txt",
-        "wikitext-2-raw/wiki.train.first5k.txt", "wikitext-2-raw/wiki.valid.raw", "wikitext-2-raw/wiki.test.raw",
-    )  # fmt: skip
-    return (*texts, *(task_files(options["tasks"]["names"]) if options["group"] == "tasks" else ()))
+    return (*FILES, *(task_files(options["tasks"]["names"]) if options["group"] == "tasks" else ()))
 
 
+_OPTIONS = frozenset(
+    (
+        "group", "densities", "window", "tokens", "tokens_with_caches", "held_out_windows", "batch_eval", "methods",
+        "train", "search", "caches", "residents", "tasks",
+    )
+)  # fmt: skip
 COMPENSATION = Kind(
     name="compensation",
     measure=_compensation,
-    options=frozenset(
-        (
-            "group", "densities", "window", "tokens", "tokens_with_caches", "held_out_windows", "batch_eval", "methods",
-            "train", "search", "caches", "residents", "tasks",
-        )
-    ),
+    options=_OPTIONS,
+    required=_OPTIONS,
     sources=_SOURCES,
     gpu=True,
     needs_data=_compensation_data,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from dipper.calibration import Calibration
+    from dipper.evaluate_torch import Opened
     from dipper.methods import MethodConfig
     from dipper.torch_model import LoadedModel
 
@@ -87,11 +89,10 @@ def _fit(model: str, device: str, threads: int, text: Path, n_windows: int, dens
     return calibrate(loaded.model, shown, model_fields=loaded.calibration_fields(), densities=[density])
 
 
-def _perplexity(options: Options, context: Context) -> Result:
-    """Perplexity of a rule over a text: an `EvalRecord` without provenance; of a fitted DIP, `fit` says what it is."""
-    from dataclasses import replace
-
-    from dipper.evaluate_torch import Opened, evaluate_torch
+@contextmanager
+def _opened(options: Options, context: Context) -> Iterator[tuple[Opened, Calibration | None]]:
+    """The model under a cell's rule, and the calibration that was fitted to it, if the cell asks for one."""
+    from dipper.evaluate_torch import Opened
     from dipper.methods import METHODS
     from dipper.sparsify import sparsify_
     from dipper.split_weights import Splits
@@ -99,7 +100,6 @@ def _perplexity(options: Options, context: Context) -> Result:
     config = method_of(options)
     at = (context.model, context.device, context.threads)
     loaded, size = load(*at)
-    name = options.get("text", TEST_TEXT)
     shown, fitted = None, None
     if "fit" in options or METHODS[config.name].needs_data(config):
         text, n_windows = context.file(CALIBRATION_TEXT), options.get("calibration_windows", 16)
@@ -108,8 +108,19 @@ def _perplexity(options: Options, context: Context) -> Result:
             fitted = _fit(*at, text, n_windows, options["fit"])
     splits = Splits(loaded.codes) if config.name == "planes" else None
     with sparsify_(loaded.model, config, calibration=shown, fitted=fitted, splits=splits) as sparse:
+        yield Opened(loaded, sparse, source=context.model, mlp_bytes=size), fitted
+
+
+def _perplexity(options: Options, context: Context) -> Result:
+    """Perplexity of a rule over a text: an `EvalRecord` without provenance; of a fitted DIP, `fit` says what it is."""
+    from dataclasses import replace
+
+    from dipper.evaluate_torch import evaluate_torch
+
+    name = options.get("text", TEST_TEXT)
+    with _opened(options, context) as (opened, fitted):
         record = evaluate_torch(
-            Opened(loaded, sparse, source=context.model, mlp_bytes=size),
+            opened,
             context.file(name),
             window=options.get("window", 1024),
             limit=options.get("tokens"),
@@ -140,19 +151,11 @@ def _perplexity_data(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _tasks(options: Options, context: Context) -> Result:
     """Right answers under a rule: the figures of `tasks.run_tasks` by task."""
-    from dipper.evaluate_torch import Opened, answer_tasks
-    from dipper.methods import METHODS
-    from dipper.sparsify import sparsify_
+    from dipper.evaluate_torch import answer_tasks
 
-    config = method_of(options)
-    at = (context.model, context.device, context.threads)
-    loaded, size = load(*at)
-    shown = None
-    if METHODS[config.name].needs_data(config):
-        shown = _shown(*at, context.file(CALIBRATION_TEXT), options.get("calibration_windows", 16))
-    with sparsify_(loaded.model, config, calibration=shown) as sparse:
+    with _opened(options, context) as (opened, _):
         answers = answer_tasks(
-            Opened(loaded, sparse, source=context.model, mlp_bytes=size),
+            opened,
             options["tasks"],
             context.file("eval"),
             batch=4 * context.batch,  # short sequences
@@ -162,7 +165,7 @@ def _tasks(options: Options, context: Context) -> Result:
         )
     kept = ("engine", "model", "device", "dtype", "method", "density", "d_in", "d_glu", "gamma", "cache", "options")
     by_task = {name: {k: v for k, v in found.items() if k != "seconds"} for name, found in answers["tasks"].items()}
-    return {**{key: answers[key] for key in kept}, "mlp_bytes": size, "tasks": by_task}
+    return {**{key: answers[key] for key in kept}, "mlp_bytes": opened.mlp_bytes, "tasks": by_task}
 
 
 def task_files(names: Iterable[str]) -> tuple[str, ...]:
@@ -177,6 +180,7 @@ def _tasks_data(options: Mapping[str, Any]) -> tuple[str, ...]:
 PERPLEXITY = Kind(
     name="perplexity",
     measure=_perplexity,
+    required=frozenset(("method",)),
     options=frozenset(("method", "density", "above", "fit", "text", "tokens", "window", "kl", "calibration_windows")),
     sources=("kinds/evaluated",),
     gpu=True,
@@ -186,6 +190,7 @@ PERPLEXITY = Kind(
 TASKS = Kind(
     name="tasks",
     measure=_tasks,
+    required=frozenset(("method", "tasks")),
     options=frozenset(("method", "density", "tasks", "limit", "seed", "shots", "calibration_windows")),
     sources=("kinds/evaluated",),
     gpu=True,

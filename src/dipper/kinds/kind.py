@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class Kind:
         name: in configurations.
         measure: options and context to a result of JSON types.
         options: names that `measure` takes.
+        required: those of them that every cell has.
         sources: modules and files of dipper that decide results (`checksums.code_sha256`): a change of one, or of a
             module that one imports, makes a result stale. {name} stands for that option of the cell.
         timed: needs the machine for itself.
@@ -94,6 +95,7 @@ class Kind:
     name: str
     measure: Callable[[Options, Context], Result]
     options: frozenset[str]
+    required: frozenset[str] = frozenset()
     sources: tuple[str, ...]
     timed: bool = False
     gpu: bool = False
@@ -101,11 +103,13 @@ class Kind:
     varies: tuple[str, ...] = ()
     within: tuple[str, ...] = ()
 
-    def check(self, options: Iterable[str]) -> None:
-        """ConfigError for the first option that this kind does not have, with the nearest that it has."""
+    def check(self, options: Collection[str]) -> None:
+        """ConfigError for the first option that this kind does not have, the nearest named, or that a cell lacks."""
         for name in options:
             if name not in self.options:
                 raise ConfigError(f"a cell of kind {self.name} has no option '{name}'; {nearest(name, self.options)}")
+        for name in sorted(self.required.difference(options)):
+            raise ConfigError(f"a cell of kind {self.name} lacks '{name}': see the other configurations for it")
 
     def sources_of(self, options: Mapping[str, Any]) -> tuple[str, ...]:
         """`sources` of a cell with these options."""

@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dipper.checksums import code_sha256
 from dipper.errors import ConfigError
 from dipper.files import safe_name
 from dipper.kinds.kind import Context, stamp
@@ -13,7 +14,12 @@ from dipper.kinds.kind import Context, stamp
 if TYPE_CHECKING:
     from dipper.layout import BaseBits
 
-__all__ = ["bundle_of"]
+__all__ = ["bundle_of", "packing_code"]
+
+
+def packing_code() -> str:
+    """Names the code that packs: bundles of other code are not used again."""
+    return code_sha256(["packer"])[:12]
 
 
 def bundle_of(
@@ -47,7 +53,7 @@ def bundle_of(
     is_float = all(part.grid.is_float for part in parts if len(part.shape) == 2)
     packed_bits = str(bits or 4) if is_float else "source"
     split = "" if not base_bits else f"-base{base_bits}-unit{unit_bytes or UNIT_BYTES}"
-    told = f"{stamp(str(source))} {packed_bits}{split}"
+    told = f"{stamp(str(source))} {packed_bits}{split} {packing_code()}"
     context.workdir.mkdir(parents=True, exist_ok=True)
     out = context.workdir / f"{safe_name(context.name)}-{sha256(told.encode()).hexdigest()[:12]}.dipper"
     with locked(out.with_suffix(".lock")):

@@ -23,6 +23,7 @@ _SWEPT = (
     "methods", "densities", "d_in", "d_glu", "fetches", "fetch_glu", "read_cost", "whole", "gammas", "caches", "dram",
     "mlp_dram", "capacity", "splits", "cold", "host",
 )  # fmt: skip
+_LISTS = ("methods", "densities", "fetches", "whole", "gammas", "caches", "dram", "mlp_dram", "capacity", "splits")
 _LAID_OUT = ("bits", "other_bits", "base_bits", "unit_bytes")
 _MASKS = ("n_prompt", "n_tokens", "text", "generated", "variant", "seed")
 _DEVICE = ("flash_gbps", "cost_per_read_us", "alignment")
@@ -34,9 +35,11 @@ def _simulate(options: Options, context: Context) -> Result:
 
     from dipper.sweep import Sweep, run_sweep
 
-    for name in ("device", "n_prompt", "n_tokens"):
-        if name not in options:
-            raise ConfigError(f"a cell of kind simulate lacks {name}")
+    for name in _LISTS:
+        if not isinstance(options.get(name, []), list):
+            raise ConfigError(
+                f"{name} of a cell of kind simulate is {options[name]!r}: give a list, [{options[name]!r}]"
+            )
     bundle, workload = _workload(
         context,
         json.dumps({name: options[name] for name in (*_LAID_OUT, *_MASKS) if name in options}, sort_keys=True),
@@ -106,6 +109,7 @@ SIMULATE = Kind(
     name="simulate",
     measure=_simulate,
     options=frozenset(("device", "context", *_SWEPT, *_LAID_OUT, *_MASKS, *_DEVICE)),
-    sources=("kinds/simulated", "devices/*.toml", "generator.npz", "models.toml"),
+    required=frozenset(("device", "n_prompt", "n_tokens")),
+    sources=("kinds/simulated", "devices/{device}.toml", "bench.txt", "generator.npz", "models.toml"),
     needs_data=_simulate_data,
 )
