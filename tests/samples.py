@@ -51,6 +51,8 @@ models = ["small", "phi-3-medium"]
 [[cells]]
 kind = "simulate"
 device = "paper-phone"
+n_prompt = 1
+n_tokens = 1
 methods = ["dense-stream", "dip", "dip-ca"]
 densities = [0.8, 0.5]
 dram = ["60%", "80%"]
@@ -61,6 +63,8 @@ models = ["small"]
 [[cells]]
 kind = "simulate"
 device = "paper-phone"
+n_prompt = 1
+n_tokens = 1
 methods = ["dense-stream", "dip", "dip-ca"]
 densities = [0.5]
 dram = ["50%", "60%", "80%"]
@@ -71,6 +75,8 @@ models = ["small"]
 [[cells]]
 kind = "simulate"
 device = "paper-phone"
+n_prompt = 1
+n_tokens = 1
 methods = ["dense-stream", "dip"]
 densities = [0.5]
 dram = ["60%"]
@@ -83,6 +89,8 @@ models = ["small"]
 [[cells]]
 kind = "simulate"
 device = "paper-phone"
+n_prompt = 1
+n_tokens = 1
 methods = ["dip"]
 densities = [0.5]
 caches = ["lru", "lfu", "belady"]
@@ -103,6 +111,8 @@ density = [0.7, 0.5]
 [[cells]]
 kind = "simulate"
 device = "paper-phone"
+n_prompt = 1
+n_tokens = 1
 methods = ["dip", "dip-ca"]
 densities = [0.7, 0.5]
 capacity = [0.5]
@@ -112,6 +122,19 @@ title = "With and without LoRA"
 models = ["small"]
 [[cells]]
 kind = "compensation"
+group = "untrained"
+densities = [0.5]
+window = 1024
+tokens = 1024
+tokens_with_caches = 1024
+held_out_windows = 1
+batch_eval = 1
+methods = []
+caches = []
+residents = []
+[cells.train]
+[cells.search]
+[cells.tasks]
 """,
     "split": """
 title = "Split of a density: a < b"
@@ -151,8 +174,18 @@ kind = "perplexity"
 method = [{ name = "dip" }, { name = "planes", base_bits = [2, 2] }]
 density = [0.8, 0.6]
 [[cells]]
+kind = "perplexity"
+[cells.each]
+method = [
+  { name = "planes", base_bits = [2, 3], unit_bytes = 4096, fetch = 0.8 },
+  { name = "planes", base_bits = [2, 3], unit_bytes = 4096, fetch = 0.6 },
+  { name = "planes", base_bits = [2, 3], unit_bytes = 4096, fetch = 0.6, read_cost = 4096 },
+]
+[[cells]]
 kind = "simulate"
 device = "paper-phone"
+n_prompt = 1
+n_tokens = 1
 methods = ["dense-stream", "dip"]
 densities = [0.5]
 dram = ["60%"]
@@ -161,6 +194,8 @@ cost_per_read_us = [0, 8]
 [[cells]]
 kind = "benchmark"
 script = "bench_planes"
+[cells.each]
+arguments = [["--held"], ["--held", "--mlp-dram", "3.6b"], ["--mlp-dram", "3.6b", "--mlp-dram", "2.7b"]]
 [[cells]]
 kind = "benchmark"
 script = "bench_simulator"
@@ -211,7 +246,8 @@ def perplexity(options, model):
     method = options["method"]
     density = options.get("density", options.get("fit"))
     above = options.get("above", 0.0)
-    loss = 0.0 if density is None else WEIGHT[method["name"]] * 0.5 * (1 - density) ** 2 * (1 + 4 * above**2)
+    share = method.get("fetch", density)
+    loss = 0.0 if share is None else WEIGHT[method["name"]] * 0.5 * (1 - share) ** 2 * (1 + 4 * above**2)
     loss *= 0.7 if "fit" in options or method.get("select") == "threshold" else 1.0
     nll = [300.0 + 10 * i + (99 + i % 2 * 2) * math.log1p(loss) for i in range(4)]
     record = EvalRecord(
@@ -220,7 +256,7 @@ def perplexity(options, model):
         text_sha256="cd" * 32, rows_joined=True, engine="torch", model=model, device="cpu", dtype="fp32",
         method=method["name"], density=density, d_in=None if density is None else density + above,
         d_glu=None if density is None else density - 2 * above, gamma=method.get("gamma"), cache=None,
-        hit_rate=0.6 if "capacity" in method else None, touched=1.0 if density is None else density,
+        hit_rate=0.6 if "capacity" in method else None, touched=1.0 if share is None else share,
         mlp_bytes=1000, mlp_bytes_per_token=1000.0, kl=loss, kl_stderr=0.01, same_top1=0.9, same_top1_stderr=0.01,
         seconds=1.0, peak_rss_bytes=1, n_threads=1, window_nll=nll, window_tokens=[100] * 4,
     )  # fmt: skip
@@ -286,14 +322,24 @@ def compensation(options, model):
     }
 
 
+# Budget, fetch, fetch of GLU units, throughput over dense streaming and loss: a held disk, and as it is.
+PLANES = {
+    "--held": [("3.6b", 0.2, 0.2, 2.5, 0.013), ("3.6b", 0.4, 0.2, 1.4, 0.008), ("2.7b", 0.4, 0.2, 1.5, 0.02)],
+    "--held --mlp-dram 3.6b": [("3.6b", 0.6, 0.2, 1.2, 0.005)],
+    "--mlp-dram 3.6b --mlp-dram 2.7b": [("3.6b", 0.2, 0.2, 1.1, None), ("2.7b", 0.5, 0.2, 1.3, None)],
+}
+
+
 def benchmark(options, model):
     if options["script"] == "bench_planes":
+        runs = PLANES[" ".join(options["arguments"])]
         rows = [
-            {"model": "small", "budget": "3.6b", "method": "dense-stream", "token_ms": 10.0, "r": 1.0},
-            {"model": "small", "budget": "3.6b", "method": "planes", "fetch": 0.2, "token_ms": 4.0, "r": 2.5,
-             "relative": 0.013, "relative_stderr": 0.003},
+            {"model": "small", "budget": budget, "method": "planes", "fetch": fetch, "fetch_glu": fetch_glu,
+             "token_ms": 10.0 / r, "r": r, **({"relative": loss, "relative_stderr": 0.003} if loss else {})}
+            for budget, fetch, fetch_glu, r, loss in runs
         ]  # fmt: skip
-        return {"benchmark": "planes", "results": rows}
+        dense = {"model": "small", "budget": "3.6b", "method": "dense-stream", "token_ms": 10.0, "r": 1.0}
+        return {"benchmark": "planes", "results": [dense, *rows], "ppl_tokens": 8192 if runs[0][-1] else None}
     rows = [{"method": "dip", "predicted": 9.0, "measured": 10.0, "ok": True}]
     return {"benchmark": "simulator", "results": rows}
 

@@ -96,6 +96,28 @@ def test_gamma_joins_what_was_scored_with_what_was_simulated(book):
     assert table["rows"][1][5] == "55.0\u00a0%"
 
 
+def test_planes_that_fetch_a_share_are_points_at_what_they_touch(book):
+    lines = lines_of(shown(book, "beyond"))
+    assert lines["2,3 units fetch"].points == (pytest.approx((0.8, 0.01)), pytest.approx((0.6, 0.04)))
+    assert lines["2,3 units in runs"].points == (pytest.approx((0.6, 0.04)),)
+    assert lines["2,3 units fetch"].style == lines["2,3 units in runs"].style == ""
+    assert lines["2,2"].style == "-"
+
+
+def test_benchmarks_say_on_which_disk_they_ran(book):
+    titles = [table["title"] for table in shown(book, "beyond").tables]
+    assert titles.count("Model small: bench_planes, held disk") == 2
+    assert titles.count("Model small: bench_planes, disk as it is") == 1
+
+
+def test_looks_follow_options(book):
+    found = [s for s in savings(book.sheets("headline"), book) if s.model == "small"]
+    assert {(s.method, s.gamma, s.rule) for s in found} == {("dip", None, "dip"), ("dip-ca", 0.5, "dip-ca γ 0.5")}
+    assert {line.label for line in shown(book, "headline").panels[0].lines} == {"dip", "dip-ca γ 0.5"}
+    fitted = lines_of(shown(book, "density"))["dip, fitted"]
+    assert (fitted.marker, fitted.hollow) == ("s", "all")
+
+
 def test_compensation_goes_from_hollow_to_filled(book):
     (panel,) = shown(book, "compensation").panels
     assert panel.rows == ("dip, 0.5",)

@@ -1,11 +1,17 @@
+import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from dipper.cli import main
+from dipper.drawings import abstract
+from dipper.drawings.abstract import headline_table
 from dipper.errors import ConfigError
-from dipper.report import Report, headline_table, put_between_markers, write_report
+from dipper.experiment import results_path
+from dipper.report import Report, put_between_markers, write_report
+from dipper.savings import PAPER, savings
 from dipper.sheets import Book
 from samples import CONFIGS, write_samples
 
@@ -119,9 +125,65 @@ def test_the_headline_says_what_cannot_be_had(tmp_path):
     assert memory[1:3] == ["−46\u00a0%", memory[2]]
     assert re.fullmatch(r"(−\d+\u00a0%, of the MLP's −\d+\u00a0%: density 0\.[85](; )?){2}", memory[2])
     assert throughput[3] == "Model small: −9\u00a0% (−22 to +4\u00a0%), dip lfu, density 0.8"
-    assert throughput[4] == "Model small: +150\u00a0%, planes, 3.6b, disk as it is"
+    assert throughput[4].replace("\u00a0", " ").split("; ") == [
+        "Model small, held disk: +150 % (planes 20 % : 20 %, 3.6b), +50 % (planes 40 % : 20 %, 2.7b)",
+        "Model small, disk as it is: +10 % (planes 20 % : 20 %, 3.6b), +30 % (planes 50 % : 20 %, 2.7b)",
+    ]
     assert perplexity[2] == "cannot be had: needs the weights"
-    assert perplexity[3:] == ["Model small: +2.0 ± 0.0\u00a0%", "Model small: +1.3 ± 0.3\u00a0%, planes, 3.6b"]
+    assert perplexity[3] == "Model small: +2.0 ± 0.0\u00a0%"
+    assert perplexity[4].replace("\u00a0", " ") == (
+        "Model small: +1.3 ± 0.3 % on 8,192 tokens (planes 20 % : 20 %, 3.6b), "
+        "+2.0 ± 0.3 % on 8,192 tokens (planes 40 % : 20 %, 2.7b)"
+    )
+
+
+def change_results(folder, name, change):
+    path = results_path(folder, name, "small")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content["cells"])
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_headline_tells_the_disk_where_one_setting_lost_differently_on_each(tmp_path):
+    folder = write_samples(tmp_path / "e")
+
+    def score(cells):
+        (row,) = [r for c in cells if c["kind"] == "benchmark" for r in c["result"]["results"] if r.get("r") == 1.1]
+        row |= {"relative": 0.014, "relative_stderr": 0.003}
+
+    change_results(folder, "beyond", score)
+    told = headline_table(Book.open(folder))["rows"][2][4].replace("\u00a0", " ")
+    assert "+1.3 ± 0.3 % on 8,192 tokens (planes 20 % : 20 %, 3.6b, held disk)" in told
+    assert "+1.4 ± 0.3 % (planes 20 % : 20 %, 3.6b, disk as it is)" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "is_stale"),
+    [("headline", "simulate", True), ("density", "perplexity", True), ("beyond", "benchmark", True),
+     ("caches", "simulate", False), ("density", "tasks", False)],
+)  # fmt: skip
+def test_the_headline_is_stale_with_what_it_rests_on(tmp_path, name, kind, is_stale):
+    folder = write_samples(tmp_path / "e")
+
+    def spoil(cells):
+        for cell in cells:
+            cell["code"] = "0" * 64 if cell["kind"] == kind else cell["code"]
+
+    assert "stale" not in headline_table(Book.open(folder))["title"]
+    change_results(folder, name, spoil)
+    assert ("(of stale results)" in headline_table(Book.open(folder))["title"]) == is_stale
+
+
+def test_memory_of_the_process_and_of_the_mlp_are_of_one_gamma(tmp_path, monkeypatch):
+    book = Book.open(write_samples(tmp_path / "e"))
+    one = next(s for s in savings(book.sheets("headline"), book) if s.model == PAPER and s.gamma == 0.5)
+    found = [
+        replace(one, gamma=0.5, dram_saved=0.3, mlp_dram_saved=0.6),
+        replace(one, gamma=0.2, dram_saved=0.4, mlp_dram_saved=0.5),
+    ]
+    monkeypatch.setattr(abstract, "savings", lambda sheets, book: found)
+    told = headline_table(book)["rows"][0][2].replace("\u00a0", " ")
+    assert told == f"−40 %, of the MLP's −50 %: density {one.density:g}"
 
 
 def test_without_simulations_the_headline_is_not_measured(tmp_path):

@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipper.drawings import draw_all, gain_told, shown
+from dipper.drawings import draw_all, shown
+from dipper.drawings.abstract import NOTES, headline_table
 from dipper.errors import ConfigError
 from dipper.files import check_target, whole_file
-from dipper.savings import LOSSES, PAPER, Saving, at_loss, least_loss, savings
-from dipper.sheets import NOT_MEASURED, Book, Sheet, Table, percent, table, with_error
+from dipper.sheets import NOT_MEASURED, Book, Sheet, Table
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
     from dipper.experiment import Experiment
 
-__all__ = ["Report", "Section", "headline_table", "put_between_markers", "write_report"]
+__all__ = ["Report", "Section", "put_between_markers", "write_report"]
 
 MARKERS = ("<!-- results -->", "<!-- /results -->")
 TITLE = "dipper: the paper's tables and figures, rerun"
@@ -40,125 +40,6 @@ ABOUT = (
 )
 FOLDED = 14  # a longer table opens when it is asked for
 WRAPPED = 36  # letters of a cell from which on a table's lines are broken
-
-
-# ------------------------------------------------------------------------------------------------ headline
-
-
-def headline_table(book: Book) -> Table:
-    """The abstract's three figures beside what was found here; what cannot be had says so."""
-    found = [s for s in savings(book.sheets("headline"), book) if not s.place[2]]  # flat bandwidth, as published
-    paper = [s for s in found if s.model == PAPER and s.method == "dip-ca"]
-    real = [s for s in found if s.masks == "real masks"]
-    measured = _on_disk(book)
-    stale = any(cell.state == "stale" for sheet in book.sheets("headline") for cell in sheet.cells)
-    return table(
-        "The headline: pruned against a dense model streamed from flash" + (" (of stale results)" if stale else ""),
-        ["", "published", "Phi-3-medium, simulated", "small models, simulated", "small models, measured"],
-        [
-            ["memory, at equal throughput", "−46\u00a0%", _saved(paper), _best(real, _told_saved), NOT_MEASURED],
-            ["throughput, at equal memory", "+40\u00a0%", _gained(paper), _best(real, _told_gain), measured[0]],
-            [
-                "perplexity lost", "less than 0.1", "cannot be had: needs the weights",
-                _best(real, lambda s: with_error(s.loss)), measured[1],
-            ],
-        ],
-    )  # fmt: skip
-
-
-NOTES = (
-    "Published: the abstract of arXiv 2412.01380, DIP on Phi-3-medium in simulation. A loss of 0.1 is taken as "
-    f"{percent(LOSSES['+0.1'], 1)} for other models, which it is at a perplexity of about 4.3.",
-    "Phi-3-medium, simulated: DIP-CA at 4 bits on the paper's device (flash 1 GB/s, DRAM 60 GB/s, reads cost their "
-    "bytes alone), masks generated, of each density the better γ. Without its weights no perplexity can be measured, "
-    "so no density can be called the published one.",
-    "Small models, simulated: the same device, the model's own masks, real perplexities without LoRA; of the settings "
-    f"that lose at most {percent(LOSSES['+0.1'], 1)}, the one that gains most; where none that is simulated loses so "
-    "little, the one that loses least. The loss of DIP-CA is that with half of the columns cached, whatever the "
-    "budget.",
-    "Memory is the largest share of the process's, and of the MLP's, that is saved where the throughput is that of "
-    "dense streaming; where even the least DRAM simulated is as fast, it is at least this much. Throughput is the "
-    "median over the DRAM budgets simulated, in brackets the least and the most.",
-    "Small models, measured: the engine on a disk, of every budget (bits of DRAM per weight of the MLP) the fastest "
-    "pruned setting beside dense streaming at equal DRAM.",
-)
-
-
-def _by_density(found: Sequence[Saving]) -> Iterator[tuple[float, list[Saving]]]:
-    for density in sorted({s.density for s in found if s.density is not None}, reverse=True):
-        yield density, [s for s in found if s.density == density]
-
-
-def _saved(found: Sequence[Saving]) -> str:
-    parts = []
-    for density, group in _by_density(found):
-        whole = max((s.dram_saved for s in group if s.dram_saved is not None), default=None)
-        mlp = max((s.mlp_dram_saved for s in group if s.mlp_dram_saved is not None), default=None)
-        if whole is not None and mlp is not None:
-            parts.append(f"{percent(-whole)}, of the MLP's {percent(-mlp)}: density {density:g}")
-    return "; ".join(parts) or NOT_MEASURED
-
-
-def _gained(found: Sequence[Saving]) -> str:
-    parts = []
-    for density, group in _by_density(found):
-        best = max((s for s in group if s.gains), key=lambda s: s.gain, default=None)
-        if best is not None:
-            parts.append(f"{gain_told(best)}: density {density:g}")
-    return "; ".join(parts) or NOT_MEASURED
-
-
-def _best(found: Sequence[Saving], tell: Callable[[Saving], str]) -> str:
-    """Of each model the setting that gains most at the published loss; where none loses so little, the least lossy."""
-    parts = []
-    for model in dict.fromkeys(s.model for s in found):
-        mine = [s for s in found if s.model == model]
-        best, least = at_loss(mine, LOSSES["+0.1"]), least_loss(mine)
-        if best is not None:
-            parts.append(f"{best.title}: {tell(best)}")
-        elif least is not None:
-            parts.append(f"{least.title}: {tell(least)} (none simulated loses less than {with_error(least.loss)})")
-    return "; ".join(parts) or NOT_MEASURED
-
-
-def _told_gain(saving: Saving) -> str:
-    return f"{gain_told(saving)}, {saving.setting}"
-
-
-def _told_saved(saving: Saving) -> str:
-    if saving.dram_saved is None or saving.mlp_dram_saved is None:
-        return "never as fast"
-    return f"{percent(-saving.dram_saved)}, of the MLP's {percent(-saving.mlp_dram_saved)}"
-
-
-def _on_disk(book: Book) -> tuple[str, str]:
-    """Throughput over dense streaming and perplexity lost, of the fastest pruned setting of every budget and disk."""
-    gains: dict[str, dict[str, str]] = {}
-    losses: dict[str, dict[str, str]] = {}
-    cells = [
-        (sheet, cell) for name in book.experiments for sheet in book.sheets(name) for cell in sheet.of("benchmark")
-    ]
-    for sheet, cell in cells:
-        rows = [row for row in (cell.result or {}).get("results", []) if isinstance(row, dict) and row.get("r")]
-        disk = "held disk" if "--held" in cell.options.get("arguments", ()) else "disk as it is"
-        by_budget: dict[str, dict[str, Any]] = {}
-        for row in sorted((row for row in rows if not row["method"].startswith("dense")), key=lambda row: row["r"]):
-            by_budget[row["budget"]] = row
-        for budget, row in by_budget.items():
-            at = f"{budget}, {row['method']}"
-            gains.setdefault(f"{sheet.title}, {disk}", {})[at] = percent(row["r"] - 1)
-            if row.get("relative") is not None:
-                loss = with_error((row["relative"], row.get("relative_stderr")))
-                losses.setdefault(sheet.title, {})[at] = loss
-    return _by_setting(gains), _by_setting(losses)
-
-
-def _by_setting(found: Mapping[str, Mapping[str, str]]) -> str:
-    lines = (
-        f"{where}: {', '.join(f'{figure} ({setting})' for setting, figure in sorted(each.items(), reverse=True))}"
-        for where, each in found.items()
-    )
-    return "; ".join(lines) or NOT_MEASURED
 
 
 # ------------------------------------------------------------------------------------------------ sections

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from dipper.sheets import DENSE, Book, Loss, Sheet, dram_gb, way
+from dipper.sheets import DENSE, Book, Loss, Measured, Sheet, dram_gb, way
 
 __all__ = [
     "LOSSES",
@@ -34,10 +34,15 @@ PAPER = "phi-3-medium"  # the model of the published headline
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """One record of a sweep, and the options of its cell."""
+    """One record of a sweep, and its cell."""
 
-    options: dict[str, Any]
+    cell: Measured
     record: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of its cell."""
+        return self.cell.options
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -61,7 +66,7 @@ class Simulated:
 def simulated(sheet: Sheet, *, variants: bool = False) -> list[Simulated]:
     """All records of a sheet; those of single models' fits of the generator only where they are asked for."""
     return [
-        Simulated(options=cell.options, record=record)
+        Simulated(cell=cell, record=record)
         for cell in sheet.of("simulate")
         if cell.result is not None and ("variant" in cell.options) == variants
         for record in cell.result["records"]
@@ -87,22 +92,32 @@ class Saving:
 
     Attributes:
         gains: throughput over dense streaming, less 1, by DRAM in GB.
+        rule: the way to run, its cache's policy left out.
+        gamma: of dip-ca; None: another method.
         dram_saved, mlp_dram_saved: largest share of the process's, of the MLP's DRAM; None where it never is as fast.
         loss: of perplexity, and its error; None: not measured.
+        cells: all that this rests on: what was simulated, dense streaming too, and what was scored.
     """
 
     model: str
     title: str
     masks: str
     place: tuple[Any, ...]
-    way: str
+    rule: str
     method: str
+    gamma: float | None
     cache: str | None
     density: float | None
     gains: dict[float, float]
     dram_saved: float | None
     mlp_dram_saved: float | None
     loss: Loss | None
+    cells: tuple[Measured, ...] = field(repr=False)
+
+    @property
+    def way(self) -> str:
+        """The way to run."""
+        return self.rule if self.cache is None else f"{self.rule} {self.cache}"
 
     @property
     def gain(self) -> float:
@@ -122,7 +137,7 @@ def savings(sheets: Sequence[Sheet], book: Book) -> list[Saving]:
         runs = simulated(sheet)
         for place in dict.fromkeys(run.place for run in runs):
             here = [run for run in runs if run.place == place]
-            dense = [run.record for run in here if run.record["method"] == "dense-stream"]
+            dense = [run for run in here if run.record["method"] == "dense-stream"]
             lines: dict[tuple[str, float | None], list[Simulated]] = {}
             for run in here:
                 if run.record["method"] not in DENSE:
@@ -132,23 +147,26 @@ def savings(sheets: Sequence[Sheet], book: Book) -> list[Saving]:
     return found
 
 
-def _saving(sheet: Sheet, book: Book, masks: str, dense: Sequence[dict[str, Any]], line: Sequence[Simulated]) -> Saving:
+def _saving(sheet: Sheet, book: Book, masks: str, streamed: Sequence[Simulated], line: Sequence[Simulated]) -> Saving:
     first, records, gains = line[0].record, [run.record for run in line], {}
+    dense = [run.record for run in streamed]
     for record in records:
         same = nearest_dense(record, dense)
         if same is not None:
             gains[round(dram_gb(record), 3)] = record["tok_per_s"] / same["tok_per_s"] - 1
     method, density = first["method"], line[0].line[1]
+    gamma = first["gamma"] if method == "dip-ca" else None
     more: dict[str, Any] = {}
     if method == "planes":
         more = {name: line[0].options.get(name) for name in ("base_bits", "unit_bytes")}
         more |= {name: first.get(name) for name in ("fetch", "fetch_glu", "read_cost")}
+    loss, scored = book.loss_of(sheet.model, method, density, gamma, **more)
     return Saving(
-        model=sheet.model, title=sheet.title, masks=masks, place=line[0].place, way=line[0].line[0], method=method,
-        cache=first["cache"], density=density, gains=gains,
+        model=sheet.model, title=sheet.title, masks=masks, place=line[0].place, rule=way(first, cache=False),
+        method=method, gamma=gamma, cache=first["cache"], density=density, gains=gains,
         dram_saved=_saved(dense, records, dram_gb),
         mlp_dram_saved=_saved(dense, records, lambda r: float(r["mlp_bits_per_weight"])),
-        loss=book.loss_of(sheet.model, method, density, first["gamma"] if method == "dip-ca" else None, **more),
+        loss=loss, cells=(*(run.cell for run in (*streamed, *line)), *scored),
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ NOT_MEASURED = "not measured"
 NONE = "–"
 DENSE = ("dense", "dense-stream", "dense-resident")
 RUINED = 20.0  # a loss from where on it makes no sense to tell how much
+CACHED = 0.5  # share of the columns that is cached where a loss that depends on it is told
 
 Table = dict[str, Any]  # title, columns, rows: strings
 Loss = tuple[float, "float | None"]  # 0.05: perplexity 5 % above dense; and its standard error, None for one window
@@ -67,6 +68,11 @@ class Measured:
     options: dict[str, Any]
     result: dict[str, Any] | None
     state: str = "done"  # done, stale or missing
+
+    @property
+    def held(self) -> bool:
+        """Whether a benchmark ran on the held disk."""
+        return "--held" in self.options.get("arguments", ()) or bool((self.result or {}).get("held"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +140,23 @@ class Book:
         return [model for model in self.experiments[experiment].models if model not in measured]
 
     @cached_property
-    def _dense(self) -> dict[tuple[str, str, int], dict[str, Any]]:
-        """Dense records by model, tokens and window."""
-        found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    def _dense(self) -> dict[tuple[str, str, int], list[tuple[Sheet, Measured]]]:
+        """Dense cells by model, tokens and window."""
+        found: dict[tuple[str, str, int], list[tuple[Sheet, Measured]]] = {}
         for sheet in self._sheets:
             for cell in sheet.of("perplexity"):
                 if cell.result is not None and cell.result["method"] in DENSE:
-                    found.setdefault((sheet.model, cell.result["tokens_sha256"], cell.result["window"]), cell.result)
+                    key = sheet.model, cell.result["tokens_sha256"], cell.result["window"]
+                    found.setdefault(key, []).append((sheet, cell))
         return found
+
+    def dense(self, sheet: Sheet, cell: Measured) -> Measured | None:
+        """The dense model on the same tokens: of the same sheet, else of another, rather one that is not stale."""
+        if cell.result is None:
+            return None
+        found = self._dense.get((sheet.model, cell.result["tokens_sha256"], cell.result["window"]), [])
+        order = sorted(found, key=lambda one: (one[0] is not sheet, one[1].state == "stale"))
+        return order[0][1] if order else None
 
     def loss(self, sheet: Sheet, cell: Measured) -> Loss | None:
         """How much higher a perplexity is than the dense model's on the same tokens, and the error of that.
@@ -154,39 +169,40 @@ class Book:
         return self._losses[id(cell)]
 
     def _loss(self, sheet: Sheet, cell: Measured) -> Loss | None:
-        if cell.result is None:
+        dense = self.dense(sheet, cell)
+        if cell.result is None or dense is None or dense.result is None or dense is cell:
             return None
-        dense = self._dense.get((sheet.model, cell.result["tokens_sha256"], cell.result["window"]))
-        if dense is None or dense is cell.result:
-            return None
-        change = paired_change(cell.result["window_nll"], dense["window_nll"], cell.result["window_tokens"])
+        change = paired_change(cell.result["window_nll"], dense.result["window_nll"], cell.result["window_tokens"])
         relative = change["relative"]
         return None if relative is None else (relative, change["relative_stderr"])
 
     def loss_of(
         self, model: str, method: str, density: float | None, gamma: float | None, **options: Any
-    ) -> Loss | None:
+    ) -> tuple[Loss | None, tuple[Measured, ...]]:
         """The loss of a method as it is by default, from whichever experiment scored it on the most tokens.
 
         Args:
             model, method, density, gamma: as in a `SimRecord`.
-            options: what else must agree, such as `fetch`; a cache's capacity need not.
+            options: what else must agree, such as `fetch`. A cache's capacity need not, but for dip-ca, whose masks
+                depend on the cache: half of the columns are cached.
+
+        Returns:
+            The loss, None where it was not measured; and the cells that it is from.
         """
-        best, n_tokens = None, 0
+        best: Loss | None = None
+        cells: tuple[Measured, ...] = ()
+        n_tokens = 0
+        wanted = {"name": method, "density": density, "gamma": gamma, "deferred": False, **options}
+        wanted |= {"capacity": CACHED} if method == "dip-ca" else {}
         for sheet in (s for s in self._sheets if s.model == model):
             for cell in (c for c in sheet.of("perplexity") if c.result is not None):
-                found = _plain(cell)
-                if found is None or found["name"] != method or cell.result is None:
+                found, dense = _plain(cell), self.dense(sheet, cell)
+                if found is None or dense is None or cell.result is None or cell.result["n_tokens"] <= n_tokens:
                     continue
-                same = close(found["density"], density) and close(found["gamma"], gamma)
-                same = (
-                    same
-                    and not found["deferred"]
-                    and all(close(found.get(name), value) for name, value in options.items())
-                )
-                if same and cell.result["n_tokens"] > n_tokens and (loss := self.loss(sheet, cell)) is not None:
-                    best, n_tokens = loss, cell.result["n_tokens"]
-        return best
+                same = all(close(found.get(name), value) for name, value in wanted.items())
+                if same and (loss := self.loss(sheet, cell)) is not None:
+                    best, cells, n_tokens = loss, (cell, dense), cell.result["n_tokens"]
+        return best, cells
 
 
 def _sheet(experiment: Experiment, results: Results, model: str) -> Sheet:
@@ -201,11 +217,10 @@ def _sheet(experiment: Experiment, results: Results, model: str) -> Sheet:
 
 
 def _plain(cell: Measured) -> dict[str, Any] | None:
-    """Method, density and gamma of a perplexity, None where a rule was changed in a way that no simulation knows."""
+    """What a perplexity asked for, None where a rule was changed in a way that no simulation knows."""
     method = dict(cell.options.get("method", {}))
     if method.keys() & {"select", "norms", "compensate", "linears"} or cell.options.keys() & {"fit", "above"}:
         return None
-    method.pop("capacity", None)
     if "fetch" in method:
         method.setdefault("fetch_glu", method["fetch"])
     return {"density": density_of(cell), "gamma": None, "deferred": False, "read_cost": None, **method}
@@ -251,8 +266,8 @@ def with_error(loss: Loss | None, measured: bool = True) -> str:
     return f"{percent(value, 1)[:-2]} ± {100 * stderr:.1f}\u00a0%"
 
 
-def rule(options: Mapping[str, Any]) -> str:
-    """A pruning rule in words: its name and what is not as by default."""
+def rule(options: Mapping[str, Any], *, cache: bool = True) -> str:
+    """A pruning rule in words: its name and what is not as by default; its cache only where that is asked for."""
     method = dict(options.get("method", {}))
     words = [str(method.pop("name", "?"))]
     method.pop("density", None)
@@ -260,7 +275,7 @@ def rule(options: Mapping[str, Any]) -> str:
     words += [] if gamma is None else [f"γ {gamma:g}"]
     words += [name if value is True else f"{name} {told(value)}" for name, value in method.items()]
     words += ["fitted"] if "fit" in options else []
-    words += [] if capacity is None else [f"cache {capacity:g}"]
+    words += [f"cache {capacity:g}"] if cache and capacity is not None else []
     return ", ".join(words)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dipper.drawings.beyond import beyond
 from dipper.drawings.compensation import compensation
-from dipper.drawings.headline import gain_told, headline
+from dipper.drawings.headline import headline
 from dipper.drawings.perplexities import density, split, thresholds
 from dipper.drawings.simulations import bandwidth, cache_aware, caches, dram
 from dipper.drawings.view import View
@@ -23,7 +23,7 @@ from dipper.errors import ConfigError
 from dipper.figures import draw
 from dipper.sheets import Book, Sheet
 
-__all__ = ["VIEWS", "View", "draw_all", "gain_told", "shown"]
+__all__ = ["VIEWS", "View", "draw_all", "shown"]
 
 VIEWS: dict[str, Callable[[Sequence[Sheet], Book], View]] = {
     "density": density,

@@ -30,7 +30,7 @@ from dipper.sheets import (
     with_error,
 )
 
-__all__ = ["beyond"]
+__all__ = ["bench_way", "benchmarks", "beyond"]
 
 
 def beyond(sheets: Sequence[Sheet], book: Book) -> View:
@@ -71,16 +71,19 @@ def _cost_panels(sheet: Sheet, _: Book) -> list[Panel]:
 
 
 def _planes_panels(sheet: Sheet, book: Book) -> list[Panel]:
-    """Loss of planes and of what they are compared with."""
+    """Loss of planes and of what they are compared with: by density as lines, by what is fetched as points."""
     found: dict[str, list[Measured]] = {}
     for cell in sheet.of("perplexity"):
-        if density_of(cell) is not None:
-            found.setdefault(rule(cell.options), []).append(cell)
-    styles = ("-", "-", "--", ":", "-.") * len(found)
+        if density_of(cell) is not None or "fetch" in cell.options["method"]:
+            found.setdefault(_without_fetch(cell), []).append(cell)
+    styles = itertools.cycle(("-", "-", "--", ":", "-."))
     lines = [
-        loss_line(book, sheet, name, cells, label=_planes_label(cells[0].options["method"]), style=style)
-        for (name, cells), style in zip(found.items(), styles, strict=False)
-    ]
+        loss_line(
+            book, sheet, _planes_label(cells[0].options["method"]), cells,
+            style="" if "fetch" in cells[0].options["method"] else next(styles),
+        )
+        for cells in found.values()
+    ]  # fmt: skip
     lines = [line for line in lines if line.points]
     if not lines:
         return []
@@ -89,40 +92,43 @@ def _planes_panels(sheet: Sheet, book: Book) -> list[Panel]:
     return [replace(panel, x_limits=(max(x) + 0.02, min(x) - 0.02), y_limits=loss_limits(lines))]
 
 
+def _without_fetch(cell: Measured) -> str:
+    """What all cells of a line have in common: the rule, and that a share is fetched, not how large it is."""
+    method = {name: value for name, value in cell.options["method"].items() if name != "fetch_glu"}
+    return rule({**cell.options, "method": {**method, "fetch": True} if "fetch" in method else method})
+
+
 def _planes_label(method: Mapping[str, Any]) -> str:
-    """Base bits of input and GLU columns, whether units are fetched, and whether a token late."""
+    """Base bits of input and GLU columns, whether units are fetched, how, and whether a token late."""
     if method["name"] != "planes":
         return str(method["name"])
     words = [told(method.get("base_bits", "planes"))]
     words += ["units"] if "unit_bytes" in method else []
     words += ["late"] if method.get("deferred") else []
+    if "fetch" in method:
+        words.append("fetch" if method.get("read_cost") is None else "in runs")
     return " ".join(words)
 
 
 def _planes_table(sheet: Sheet, book: Book) -> Table:
     rows = [
-        [
-            rule(cell.options), number(density_of(cell)),
-            with_error(book.loss(sheet, cell), cell.result is not None),
-            number(None if cell.result is None else cell.result["mlp_bits_per_weight"]),
-        ]
+        [rule(cell.options), number(density_of(cell)), with_error(book.loss(sheet, cell), cell.result is not None)]
         for cell in sheet.of("perplexity")
         if cell.result is None or cell.result["method"] not in DENSE
-    ]  # fmt: skip
-    columns = ["rule", "density", "perplexity above dense", "bits held a weight"]
-    return table(f"{sheet.title}: perplexity", columns, rows)
+    ]
+    return table(f"{sheet.title}: perplexity", ["rule", "density", "perplexity above dense"], rows)
 
 
-def _benchmarks(sheet: Sheet) -> Iterator[tuple[Measured, list[dict[str, Any]]]]:
+def benchmarks(sheet: Sheet) -> Iterator[tuple[Measured, list[dict[str, Any]]]]:
     """Benchmarks and the rows of their result."""
     for cell in sheet.of("benchmark"):
-        found = (cell.result or {}).get("results") or (cell.result or {}).get("rows") or []
+        found = (cell.result or {}).get("results") or []
         yield cell, [row for row in found if isinstance(row, dict)]
 
 
 def _accuracy_panels(sheet: Sheet, _: Book) -> list[Panel]:
     """Of `bench_simulator.py`: on the held disk if it was measured there, which drifts less."""
-    found = [(not _held(cell), rows) for cell, rows in _benchmarks(sheet) if rows and "predicted" in rows[0]]
+    found = [(not cell.held, rows) for cell, rows in benchmarks(sheet) if rows and "predicted" in rows[0]]
     if not found:
         return []
     as_it_is, rows = min(found, key=lambda one: one[0])
@@ -134,8 +140,8 @@ def _accuracy_panels(sheet: Sheet, _: Book) -> list[Panel]:
 def _ratio_panels(sheet: Sheet, _: Book) -> list[Panel]:
     """Of `bench_planes.py`, on every disk."""
     shown = [
-        (f"{_bench_way(row)}, {'held disk' if _held(cell) else 'as it is'}", row["method"], float(row["r"]))
-        for cell, rows in _benchmarks(sheet)
+        (f"{bench_way(row)}, {'held disk' if cell.held else 'as it is'}", row["method"], float(row["r"]))
+        for cell, rows in benchmarks(sheet)
         for row in rows
         if row.get("r") is not None and row["method"] not in DENSE
     ]
@@ -168,15 +174,12 @@ def _accuracy_panel(title: str, rows: Sequence[Mapping[str, Any]]) -> Panel:
     )  # fmt: skip
 
 
-def _held(cell: Measured) -> bool:
-    return "--held" in cell.options.get("arguments", ()) or bool((cell.result or {}).get("held"))
-
-
-def _bench_way(row: Mapping[str, Any]) -> str:
+def bench_way(row: Mapping[str, Any]) -> str:
     """A setting of `bench_planes.py` in words."""
     words = [str(row["method"])]
     if row.get("fetch") is not None:
-        words.append(f"{percent(row['fetch'], signed=False)} : {percent(row.get('fetch_glu'), signed=False)}")
+        shares = [row["fetch"], row["fetch"] if row.get("fetch_glu") is None else row["fetch_glu"]]
+        words.append(" : ".join(percent(share, signed=False) for share in shares))
     for name in ("density", "gamma"):
         if row.get(name) is not None:
             words.append(f"{name} {row[name]:g}")
@@ -189,8 +192,8 @@ _HIDDEN = ("model", "ok", "ledger_ms", "predicted_ms", "sustained_ms", "profiles
 
 def _bench_tables(sheet: Sheet) -> list[Table]:
     tables, missing = [], []
-    for cell, rows in _benchmarks(sheet):
-        name = f"{cell.options['script']}, {'held disk' if _held(cell) else 'disk as it is'}"
+    for cell, rows in benchmarks(sheet):
+        name = f"{cell.options['script']}, {'held disk' if cell.held else 'disk as it is'}"
         if cell.result is None:
             missing.append([name, NOT_MEASURED])
             continue

@@ -95,11 +95,12 @@ def _trade_lines(found: Sequence[Saving]) -> list[Line]:
         if saving.loss is not None and saving.loss[0] > 0 and saving.gains and saving.cache != "belady":
             by_way.setdefault(saving.way, []).append(saving)
     lines = []
-    for name, group in by_way.items():
+    for group in by_way.values():
+        first = group[0]
         points = sorted((s.loss[0], 1 + s.gain) for s in group if s.loss is not None)
-        style = "--" if "γ 0.2" in name else ":" if name.endswith("lru") else "-"
-        label = name.removesuffix(" lfu")
-        lines.append(Line(label=label, method=group[0].method, points=tuple(points), style=style))
+        style = "--" if first.gamma == 0.2 else ":" if first.cache == "lru" else "-"
+        label = first.rule if first.cache == "lfu" else first.way
+        lines.append(Line(label=label, method=first.method, points=tuple(points), style=style))
     return lines
 
 

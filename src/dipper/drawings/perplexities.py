@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dipper.drawings.view import View, loss_limits, loss_line, loss_panel, mean_answers, right_answers
 from dipper.figures import Line, Panel, Reference
@@ -25,7 +26,15 @@ __all__ = ["density", "split", "thresholds"]
 
 
 # What the figure of all rules shows of them; the table has them all.
-_SHOWN = ("glu-oracle", "teal", "dip, fitted", "dip", "dip-ca, γ 0.5, cache 0.5", "gate", "up")
+_SHOWN: tuple[dict[str, Any], ...] = (
+    {"name": "glu-oracle"},
+    {"name": "teal"},
+    {"name": "dip", "fitted": True},
+    {"name": "dip"},
+    {"name": "dip-ca", "gamma": 0.5, "capacity": 0.5},
+    {"name": "gate"},
+    {"name": "up"},
+)
 
 
 def density(sheets: Sequence[Sheet], book: Book) -> View:
@@ -33,7 +42,7 @@ def density(sheets: Sequence[Sheet], book: Book) -> View:
     panels = [
         loss_panel(
             sheet.title,
-            [loss_line(book, sheet, name, cells, label=name.split(", cache")[0]) for name, cells in _by_rule(sheet)],
+            [loss_line(book, sheet, rule(cells[0].options, cache=False), cells) for cells in _by_rule(sheet)],
         )
         for sheet in sheets
         if any(cell.result for cell in sheet.of("perplexity"))
@@ -44,12 +53,20 @@ def density(sheets: Sequence[Sheet], book: Book) -> View:
     return View(panels=(*panels, *answered), columns=max(len(panels), len(answered), 1), tables=tuple(tables))
 
 
-def _by_rule(sheet: Sheet) -> list[tuple[str, list[Measured]]]:
+def _by_rule(sheet: Sheet) -> list[list[Measured]]:
     """Cells of the rules that the figure shows, in its order."""
-    found: dict[str, list[Measured]] = {}
+    found: dict[int, list[Measured]] = {}
     for cell in sheet.of("perplexity"):
-        found.setdefault(rule(cell.options), []).append(cell)
-    return [(name, found[name]) for name in _SHOWN if name in found]
+        if (at := _shown_at(cell)) is not None:
+            found.setdefault(at, []).append(cell)
+    return [found[at] for at in sorted(found)]
+
+
+def _shown_at(cell: Measured) -> int | None:
+    """Where a cell's rule is among those that figures show; None: it is not."""
+    options = {name: value for name, value in cell.options.get("method", {}).items() if name != "density"}
+    options |= {"fitted": True} if "fit" in cell.options else {}
+    return _SHOWN.index(options) if options in _SHOWN else None
 
 
 def _densities(cells: Sequence[Measured]) -> list[float]:
@@ -78,25 +95,25 @@ def _loss_table(book: Book, sheet: Sheet) -> Table:
 
 
 def _answers_panel(sheet: Sheet) -> Panel:
-    by_rule: dict[str, list[tuple[float, float, float]]] = {}
-    methods: dict[str, str] = {}
+    by_rule: dict[int, list[tuple[float, float, float]]] = {}
+    options: dict[int, Mapping[str, Any]] = {}
     references = []
     for cell in (c for c in sheet.of("tasks") if c.result is not None):
         assert cell.result is not None
         mean, error = mean_answers(cell.result)
-        name, at = rule(cell.options), density_of(cell)
+        place, at = _shown_at(cell), density_of(cell)
         if at is None:
             references.append(Reference(y=mean, label="dense"))
-        elif name in _SHOWN:
-            by_rule.setdefault(name, []).append((at, mean, error))
-            methods[name] = cell.options["method"]["name"]
+        elif place is not None:
+            by_rule.setdefault(place, []).append((at, mean, error))
+            options[place] = cell.options
     lines = []
-    for name in (n for n in _SHOWN if n in by_rule):
-        points = sorted(by_rule[name], reverse=True)
+    for place in sorted(by_rule):
+        points = sorted(by_rule[place], reverse=True)
         lines.append(
             Line(
-                label=name.split(", cache")[0], method=methods[name], points=tuple((x, y) for x, y, _ in points),
-                errors=tuple(error for *_, error in points),
+                label=rule(options[place], cache=False), method=options[place]["method"]["name"],
+                points=tuple((x, y) for x, y, _ in points), errors=tuple(error for *_, error in points),
             )
         )  # fmt: skip
     return Panel(

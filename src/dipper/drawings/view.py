@@ -62,9 +62,7 @@ def loss_limits(lines: Iterable[Line]) -> tuple[float, float] | None:
     return max(LOSS_TICKS[0], 0.7 * min(values)), min(LOSS_TICKS[1], 1.4 * max(values))
 
 
-def loss_line(
-    book: Book, sheet: Sheet, name: str, cells: Sequence[Measured], *, label: str | None = None, style: str = "-"
-) -> Line:
+def loss_line(book: Book, sheet: Sheet, label: str, cells: Sequence[Measured], *, style: str = "-") -> Line:
     """Loss by the share of bytes touched."""
     points, errors = [], []
     for cell in cells:
@@ -73,11 +71,11 @@ def loss_line(
             points.append((float(cell.result["touched"]), loss[0]))
             errors.append(loss[1] or 0.0)
     order = sorted(range(len(points)), key=lambda i: -points[i][0])
-    marker = "s" if "fitted" in name else "o"
+    options = cells[0].options
+    fitted = "fit" in options
     return Line(
-        label=name if label is None else label, method=str(cells[0].options["method"]["name"]), style=style,
-        points=tuple(points[i] for i in order), errors=tuple(errors[i] for i in order), marker=marker,
-        hollow="all" if "fitted" in name else "none",
+        label=label, method=str(options["method"]["name"]), style=style, points=tuple(points[i] for i in order),
+        errors=tuple(errors[i] for i in order), marker="s" if fitted else "o", hollow="all" if fitted else "none",
     )  # fmt: skip
 
 
