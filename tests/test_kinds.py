@@ -88,7 +88,9 @@ def test_an_option_that_is_needed_is_named(kind):
 def test_what_decides_a_result_is_among_its_sources():
     options = {"script": "bench_planes", "device": "paper-phone"}
     found = {name: {p.name for p in modules_of(kind.sources_of(options))} for name, kind in KINDS.items()}
-    assert {"kind.py", "evaluated.py", "methods.py", "calibration.py", "checkpoint.py", "glu.py"} <= found["perplexity"]
+    assert {"kind.py", "evaluated.py", "method.py", "dip.py", "calibration.py", "checkpoint.py", "glu.py"} <= found[
+        "perplexity"
+    ]
     assert found["perplexity"] | {"compensated.py", "compensation.py", "distill.py"} == found["compensation"]
     read = {"workload.py", "trace.py", "reads.py", "glu.py", "paper-phone.toml", "bench.txt", "generator.npz"}
     assert {"simulated.py", *read} <= found["simulate"]

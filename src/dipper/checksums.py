@@ -110,7 +110,8 @@ def _module(name: str, importer: Path) -> Path | None:
     if name == "dipper._core":
         return _CORE
     if first == "dipper":
-        path = _ROOT / f"{rest.replace('.', '/')}.py"
+        path = _ROOT / rest.replace(".", "/")
+        path = path / "__init__.py" if rest and path.is_dir() else path.with_suffix(".py")
         return None if path.name in _CARRIERS or not path.is_file() else path
     beside = importer.with_name(f"{first}.py")
     return beside if not importer.is_relative_to(_ROOT) and beside.is_file() else None
