@@ -21,6 +21,8 @@ TRAIN_SPEC ?= 'peft>=0.18' 'accelerate>=1.10'
 CLANG_FORMAT_SPEC ?= clang-format==18.1.8
 
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+# An editable install knows the modules that there were: one more, or one less, and it is made anew.
+SETUP := .venv/.setup-$(shell find src -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 NATIVE_FILES = $(shell find csrc tests/cpp benchmarks -name '*.[chi]pp' -o -name '*.inl')
 
 .DEFAULT_GOAL := help
@@ -29,16 +31,16 @@ NATIVE_FILES = $(shell find csrc tests/cpp benchmarks -name '*.[chi]pp' -o -name
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 
-setup: .venv/.setup
+setup: $(SETUP)
 
-.venv/.setup: $(BUILD_INPUTS)
+$(SETUP): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[pack,dev]' '$(CLANG_FORMAT_SPEC)'
 	command -v cmake >/dev/null || $(BIN)/python -m pip install -q cmake
 	command -v ninja >/dev/null || $(BIN)/python -m pip install -q ninja
 	touch $@
 
-.venv/.torch: .venv/.setup
+.venv/.torch: $(SETUP)
 ifneq ($(TORCH_SPEC),)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH_OPTIONS) '$(TORCH_SPEC)'
 	$(BIN)/python -c 'import transformers' 2>/dev/null || $(BIN)/python -m pip install -q '$(TRANSFORMERS_SPEC)'
@@ -52,7 +54,7 @@ demo: setup
 bench: setup models/smollm2.dipper
 	$(BIN)/dipper bench models/smollm2.dipper --mlp-dram 60%
 
-models/smollm2.dipper: | .venv/.setup
+models/smollm2.dipper: | $(SETUP)
 	mkdir -p models
 	$(BIN)/dipper pack "$$($(BIN)/dipper pull smollm2)" -o $@
 
