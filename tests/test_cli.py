@@ -73,7 +73,7 @@ def lines(capsys):
         (
             ["zzz"],
             "there is no verb 'zzz'; the verbs are pull, pack, energies, sensitivity, inspect, run, chat, eval, "
-            "calibrate, distill, merge, compare, report, bench, doctor, simulate, plan, reproduce.",
+            "calibrate, distill, merge, bench, doctor, simulate, plan, reproduce, report, compare.",
         ),
         (
             ["run", "b", "p", "--densty", "1"],

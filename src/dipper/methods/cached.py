@@ -31,6 +31,8 @@ class _Sequence:
 class CachedMethod(Method):
     """Rules that follow sequences, with column caches that go on from call to call."""
 
+    has_caches = True
+
     def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
         super().__init__(config, glu, layer)
         self._caches: list[tuple[ColumnCache, ColumnCache]] = []

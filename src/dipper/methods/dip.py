@@ -161,6 +161,7 @@ class DipCacheAware(Dip):
 
     name = "dip-ca"
     summary = "dip whose scores favour cached columns by 1 / gamma"
+    has_gamma = True
 
     @classmethod
     def check(cls, config: MethodConfig) -> None:

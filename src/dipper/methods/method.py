@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from dipper.errors import ConfigError
-from dipper.methods.cached import CachedMethod
-from dipper.methods.dip import DipCacheAware
 from dipper.selector import SELECTIONS, ColumnMean, Selector
 from dipper.split_weights import SplitMatrix
 
@@ -215,6 +213,8 @@ class Method(ABC):
     least: ClassVar[float] = 0.0  # densities at or below cannot be reached
     selection: ClassVar[str] = "topk"  # the paper's way
     n_densities: ClassVar[int] = 0  # how many of its own it takes
+    has_caches: ClassVar[bool] = False  # its choice may depend on column caches
+    has_gamma: ClassVar[bool] = False  # it favours what they hold
     follows_weights: ClassVar[bool] = True  # computes with `glu` as it is now: weights may be trained under the rule
 
     def __init__(self, config: MethodConfig, glu: Glu, layer: int) -> None:
@@ -236,9 +236,9 @@ class Method(ABC):
             raise ConfigError(
                 f"{cls.name} takes {cls.n_densities or 'no'} densities of its own, {len(config.densities)} were given"
             )
-        if config.gamma is not None and cls is not DipCacheAware:
+        if config.gamma is not None and not cls.has_gamma:
             raise ConfigError(f"gamma is dip-ca's alone, and the method is {cls.name}")
-        if config.capacity is not None and not issubclass(cls, CachedMethod):
+        if config.capacity is not None and not cls.has_caches:
             raise ConfigError(f"column caches are simulated for dip, dip-ca and planes, and the method is {cls.name}")
 
     @classmethod
