@@ -168,11 +168,13 @@ def test_a_bundle_of_other_code_is_not_used_again(tmp_path, gguf, monkeypatch):
     assert bundle_of(given).is_dir()
 
 
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 320, "num_attention_heads": 4}
+
+
 @pytest.fixture
 def gguf(tmp_path: Path) -> Path:
     types = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "Q4_0")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 320, "num_attention_heads": 4}
-    return tiny.write_gguf(tmp_path / "m.gguf", "llama", types, vocabulary=tiny.bpe_keys(), **shape)
+    return tiny.write_gguf(tmp_path / "m.gguf", "llama", types, vocabulary=tiny.bpe_keys(), **SHAPE)
 
 
 def test_real_masks_and_a_bundle_packed_once(tmp_path, gguf):
@@ -368,6 +370,19 @@ def test_tasks_as_by_the_library(tmp_path, torch_model, data):
     del figures["seconds"]
     assert result["tasks"]["lambada_openai"] == pytest.approx(figures)
     assert result["density"] == pytest.approx(0.5)
+
+
+@pytest.mark.torch
+def test_planes_have_the_models_own_codes(tmp_path):
+    torch = pytest.importorskip("torch")
+    types = dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "Q5_0")  # quantised anew they would have 4 bits
+    path = tiny.write_gguf(tmp_path / "m.gguf", "llama", types, vocabulary=tiny.bpe_keys(), **SHAPE)
+    given = context(tmp_path, path)
+    with evaluated._opened({"method": {"name": "planes", "fetch": 0.5}}, given) as (opened, _):
+        for rule, layer in zip(opened.sparse.rules, opened.loaded.model.model.layers, strict=True):
+            for matrix, linear in zip(rule.regions[0].matrices, (layer.mlp.gate_proj, layer.mlp.up_proj), strict=True):
+                assert matrix.can_split
+                torch.testing.assert_close(matrix.whole, linear.weight, rtol=0, atol=0)
 
 
 @pytest.mark.torch
