@@ -379,7 +379,7 @@ def test_planes_have_the_models_own_codes(tmp_path):
     path = tiny.write_gguf(tmp_path / "m.gguf", "llama", types, vocabulary=tiny.bpe_keys(), **SHAPE)
     given = context(tmp_path, path)
     with evaluated._opened({"method": {"name": "planes", "fetch": 0.5}}, given) as (opened, _):
-        for rule, layer in zip(opened.sparse.rules, opened.loaded.model.model.layers, strict=True):
+        for rule, layer in zip(opened.sparsity.rules, opened.loaded.model.model.layers, strict=True):
             for matrix, linear in zip(rule.regions[0].matrices, (layer.mlp.gate_proj, layer.mlp.up_proj), strict=True):
                 assert matrix.can_split
                 torch.testing.assert_close(matrix.whole, linear.weight, rtol=0, atol=0)
