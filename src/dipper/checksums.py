@@ -1,7 +1,7 @@
 """What a result rests on, as checksums: the weights and data it was measured on, and the code that measured it.
 
-    file_sha256("model.gguf")
-    code_sha256(["kinds/simulated", "devices/*.toml"])  # with all that the module imports
+file_sha256("model.gguf")
+code_sha256(["kinds/simulated", "devices/*.toml"])  # with all that the module imports
 """
 
 from __future__ import annotations
