@@ -644,7 +644,9 @@ def test_ctrl_c_in_processes(lab):
     """The whole group is told, as a terminal does it."""
     lab.write(SQUARES.replace('kind = "fake"', 'kind = "fake"\nsleep = 0.5'))
     code = (
-        "import sys, fake_kinds; from dipper import kinds; from dipper.cli import main; kinds.KINDS = fake_kinds.KINDS;"
+        # In a job that a shell put into the background it would be ignored from the start.
+        "import signal, sys, fake_kinds; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from dipper import kinds; from dipper.cli import main; kinds.KINDS = fake_kinds.KINDS;"
         f"sys.exit(main(['reproduce', 'squares', '--jobs', '2', '--experiments', {str(lab.path)!r},"
         f"'--workdir', {str(lab.path / 'work')!r}]))"
     )
