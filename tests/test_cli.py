@@ -922,6 +922,15 @@ def test_simulate_says_what_it_leaves_out(capsys):
     )
 
 
+def test_simulate_where_nothing_fits(capsys):
+    args = ["phi-3-mini", "--device", "paper-phone", "--method", "dip", "--dram", "100MB,200MB", "-p", "2", "-n", "2"]
+    assert main(["simulate", *args]) == 1
+    out, err = lines(capsys)
+    assert out == []
+    assert [line.partition(":")[0] for line in err] == ["left out", "left out", "dipper"]
+    assert err[-1].endswith("nothing fits, for the reasons above: give more DRAM, another device, or less --ctx")
+
+
 def test_simulate_says_that_capacity_leaves_dense_out(tiny_bundle, letters, capsys):
     assert main(["simulate", str(tiny_bundle), *SIMULATE, "--text", letters, "--split", "uniform,miss-curve"]) == 0
     out, err = lines(capsys)

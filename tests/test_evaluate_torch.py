@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,22 @@ def test_sums_are_those_of_whole_logits(sparse):
     name = sparse.sparsity.config.name
     assert score.touched == pytest.approx(1.0 if name == "dense" else 0.5, abs=0.01)
     assert (score.traffic.hit_rate is None) == (name != "dip-ca")
+
+
+def test_dense_states_are_computed_once(sparse, monkeypatch):
+    windows = [ids_of(40, seed) for seed in range(3)]
+    expected = TorchScorer(sparse, against_dense=True).score(windows)
+    shared = replace(sparse, dense_states={})
+    assert TorchScorer(shared, against_dense=True).score(windows) == expected
+    assert [states.shape for states in shared.dense_states.values()] == [(3, 39, sparse.model.config.hidden_size)]
+    passes = []
+    scorer = TorchScorer(shared, against_dense=True)
+    monkeypatch.setattr(scorer, "_hidden", lambda ids, run=scorer._hidden: passes.append(ids) or run(ids))
+    assert scorer.score(windows) == expected
+    assert len(passes) == 1  # the method's own
+    scorer.score([ids_of(40, 7)])
+    assert len(passes) == 3  # of other ids both
+    assert len(shared.dense_states) == 2
 
 
 def test_a_batch_scores_what_its_windows_do_alone(sparse):

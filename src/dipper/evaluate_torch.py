@@ -81,6 +81,8 @@ class Opened:
     mlp_bytes: int | None = None  # of the dense MLP weights that a token uses, in the grid of the source
     calibration: dict[str, str] = field(default_factory=dict)  # sha256 of the files it was calibrated by
     adapter_bytes: int | None = None  # of an adapter kept apart, which every token reads
+    # The dense model's hidden states by the ids they are of, kept for whoever scores many methods against one model.
+    dense_states: dict[bytes, torch.Tensor] | None = None
 
     @property
     def model(self) -> Any:
@@ -231,6 +233,15 @@ class TorchScorer:
         hidden: torch.Tensor = self._body(input_ids=ids, use_cache=False).last_hidden_state
         return hidden
 
+    def _dense_hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] -> [B, T, D] of the dense model, out of `Opened.dense_states` where it was asked before."""
+        states = {} if self.opened.dense_states is None else self.opened.dense_states
+        key = ids.cpu().numpy().tobytes()
+        if key not in states:
+            with self.opened.sparsity.paused():
+                states[key] = self._hidden(ids)
+        return states[key]
+
     def _log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, V] fp64; N is small."""
         return torch.log_softmax(self._head(hidden).double(), dim=-1)
@@ -264,10 +275,7 @@ class TorchScorer:
 
     def _score(self, ids: torch.Tensor) -> list[WindowScore]:
         inputs, targets = ids[:, :-1], ids[:, 1:]
-        dense = None
-        if self._against_dense:
-            with self.opened.sparsity.paused():
-                dense = self._hidden(inputs)
+        dense = self._dense_hidden(inputs) if self._against_dense else None
         sparsity = self.opened.sparsity
         sparsity.reset_meters()
         sparsity.reset()

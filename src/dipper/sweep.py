@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from dipper.budget import DEFAULT_FETCH, EngineConfig, parse_bytes, rss_bytes
 from dipper.bundle import UNIT_BYTES, Bundle
 from dipper.device import Device
 from dipper.errors import BudgetError, ConfigError
-from dipper.figures import panels
 from dipper.layout import BaseBits
-from dipper.records import LEDGER, SimRecord
+from dipper.records import SimRecord
 from dipper.simulator import check_fits, miss_curve_split, sim_record
 from dipper.workload import GeneratedWorkload, ModelWorkload, Setting, TraceWorkload, Workload
 
-__all__ = ["Sweep", "draw_sweep", "has_weights", "open_model", "open_workload", "run_sweep"]
+__all__ = ["Sweep", "has_weights", "open_model", "open_workload", "run_sweep"]
 
 SPLITS = ("uniform", "miss-curve")
 _ONLY_PRUNED = ("density", "d_in", "d_glu", "gamma", "split")
@@ -256,11 +254,14 @@ def run_sweep(
         devices: where.
         context: positions of the KV cache; None: as many as the workload has.
         threads: of compute, whose scratch the DRAM holds; None: all cores of this machine.
-        on_skip: told of a combination that its budget does not hold; None: that is an error.
+        on_skip: told of a combination that its budget does not hold, and why; None: that is an error.
+
+    Returns:
+        A record of every combination that fits, which may be none.
 
     Raises:
-        BudgetError: too little DRAM (the least of that combination is named), or more than the device has: of the first
-            combination when `on_skip` is None, of the last when nothing is left.
+        BudgetError: without `on_skip`: too little DRAM (the least of that combination is named), or more than the
+            device has.
     """
     if on_skip is not None:
         for method in sweep.dense_left_out:
@@ -272,14 +273,12 @@ def run_sweep(
     if context is None:
         context = workload.n_prompt + workload.n_tokens
     records = []
-    refused: BudgetError | None = None
     for device in devices:
         settings: list[tuple[Setting, str]] = []
         for options in sweep.options():
             try:
                 settings.append(_setting(bundle, workload, device, options, context, threads, host))
             except BudgetError as error:
-                refused = error
                 if on_skip is None:
                     raise
                 on_skip(f"{device.name}, {_told(options)}: {error}")
@@ -288,8 +287,6 @@ def run_sweep(
         for setting, split in settings:
             record = sim_record(workload, setting, counts.get(id(setting)), device)
             records.append(dataclasses.replace(record, split=split))
-    if not records and refused is not None:
-        raise refused
     return records
 
 
@@ -333,76 +330,3 @@ def _setting(
 
 
 _ENGINE_CACHES = ("lru", "lfu", "lfu-decay", "static")
-
-
-# ------------------------------------------------------------------------------------------------ figure
-
-
-def draw_sweep(records: Sequence[SimRecord], path: str | os.PathLike[str]) -> None:
-    """A row of panels a device: throughput against DRAM, a line a way to run; where a token's time goes, as bars.
-
-    Args:
-        records: of `run_sweep`.
-        path: .svg, .png or .pdf.
-
-    Raises:
-        ConfigError: matplotlib is missing.
-    """
-    devices = list(dict.fromkeys(r.device for r in records))
-    most = max(sum(r.device == device for r in records) for device in devices)
-    with panels(path, 2, n_rows=len(devices), width=6.6, height=max(4.4, 1.2 + 0.2 * most)) as axes:
-        for i, device in enumerate(devices):
-            shown = [r for r in records if r.device == device]
-            _draw_speed(axes[2 * i], shown)
-            _draw_time(axes[2 * i + 1], shown)
-
-
-def _draw_speed(axis: Any, records: Sequence[SimRecord]) -> None:
-    for label in dict.fromkeys(map(_label, records)):
-        line = sorted((r for r in records if _label(r) == label), key=_dram_gb)
-        x = [_dram_gb(r) for r in line]
-        (drawn,) = axis.plot(x, [r.tok_per_s for r in line], marker="o", markersize=3, label=label)
-        axis.plot(x, [r.tok_per_s_flat for r in line], linestyle=":", linewidth=0.9, color=drawn.get_color())
-    axis.set(xlabel="DRAM held, GB", ylabel="tokens/s (dotted: reads cost their bytes alone)", ylim=(0, None))
-    axis.set_title(f"{records[0].model} on {records[0].device}, {_kinds(records)}", fontsize="small")
-    axis.legend(fontsize="xx-small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
-
-
-def _draw_time(axis: Any, records: Sequence[SimRecord]) -> None:
-    left = [0.0] * len(records)
-    for part in LEDGER:
-        width = [1e3 * r.ledger_s[part] / r.n_tokens for r in records]
-        if any(width):
-            axis.barh(range(len(records)), width, left=left, label=part, height=0.75)
-        left = [b + w for b, w in zip(left, width, strict=True)]
-    axis.set_yticks(range(len(records)), [f"{_label(r)}, {_dram_gb(r):.2f} GB" for r in records], fontsize="xx-small")
-    axis.invert_yaxis()
-    axis.set(xlabel="ms a token")
-    axis.set_title("where the time goes", fontsize="small")
-    axis.legend(fontsize="xx-small")
-
-
-def _dram_gb(record: SimRecord) -> float:
-    return sum(record.dram_bytes.values()) / 1e9
-
-
-def _label(record: SimRecord) -> str:
-    words = [record.method]
-    if record.density is not None:
-        words.append(f"{record.density:.2f}")
-    if record.fetch is not None:
-        words.append(f"{record.fetch:g} : {record.fetch_glu:g}")
-    if record.read_cost is not None:
-        words.append(f"in runs by {record.read_cost} B")
-    if record.method == "dip-ca":
-        words.append(f"γ {record.gamma:g}")
-    if record.cache is not None:
-        words.append(record.cache)
-    if record.split != "uniform":
-        words.append(record.split)
-    return " ".join(words)
-
-
-def _kinds(records: Sequence[SimRecord]) -> str:
-    kinds = sorted({str(r.workload["kind"]) for r in records} - {"dense"})
-    return f"masks {', '.join(kinds)}" if kinds else "dense"

@@ -9,7 +9,7 @@ import typer
 
 from dipper.cli.app import app
 from dipper.cli.shared import parse_base_bits, refuse, say, size_of
-from dipper.errors import ConfigError
+from dipper.errors import BudgetError, ConfigError
 from dipper.options import SWEPT, WORKLOAD, Ctx, Debug, Dram, Given, Json, MlpDram, listed, numbers, with_options
 
 
@@ -48,7 +48,7 @@ def simulate(
     from dipper.budget import DEFAULT_FETCH
     from dipper.figures import check_figure
     from dipper.records import json_line
-    from dipper.sweep import Sweep, draw_sweep, open_model, open_workload, run_sweep
+    from dipper.sweep import Sweep, open_model, open_workload, run_sweep
     from dipper.tables import sim_table
 
     check_figure(figure)
@@ -73,15 +73,14 @@ def simulate(
     devices = [_device(name, bundle) for name in listed("--device", device)]
     workload = open_workload(bundle, **{**work, "generated": bool(work["generated"])})
     records = run_sweep(
-        bundle,
-        workload,
-        sweep,
-        devices,
-        context=ctx,
-        threads=work["threads"],
+        bundle, workload, sweep, devices, context=ctx, threads=work["threads"],
         on_skip=lambda why: say(f"left out: {why}"),
-    )
+    )  # fmt: skip
+    if not records:
+        raise BudgetError("nothing fits, for the reasons above: give more DRAM, another device, or less --ctx")
     if figure is not None:
+        from dipper.drawings.sweep import draw_sweep
+
         draw_sweep(records, figure)
     if as_json:
         best = max(records, key=lambda record: record.tok_per_s).as_dict()

@@ -70,6 +70,12 @@ def load(model: str, device: str, threads: int) -> tuple[LoadedModel, int]:
     return replace(loaded, encode=lru_cache(maxsize=8)(loaded.encode)), mlp_bytes(model, loaded.model)
 
 
+@lru_cache(maxsize=1)
+def _dense_states(model: str, device: str, threads: int) -> dict[bytes, torch.Tensor]:
+    """`Opened.dense_states` of a model, which all its cells share: half of what they compute is the same."""
+    return {}
+
+
 @lru_cache(maxsize=2)
 def _shown(model: str, device: str, threads: int, text: Path, n_windows: int) -> list[torch.Tensor]:
     """Windows of calibration text on the model's device."""
@@ -108,7 +114,8 @@ def _opened(options: Options, context: Context) -> Iterator[tuple[Opened, Calibr
             fitted = _fit(*at, text, n_windows, options["fit"])
     splits = Splits(loaded.codes) if config.name == "planes" else None
     with sparsify_(loaded.model, config, calibration=shown, fitted=fitted, splits=splits) as sparse:
-        yield Opened(loaded, sparse, source=context.model, mlp_bytes=size), fitted
+        states = _dense_states(*at)
+        yield Opened(loaded, sparse, source=context.model, mlp_bytes=size, dense_states=states), fitted
 
 
 def _perplexity(options: Options, context: Context) -> Result:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipper.errors import BudgetError, ConfigError
+from dipper.errors import ConfigError
 from dipper.kinds.kind import Context, Kind, Options, Result
 from dipper.kinds.packed import bundle_of
 
@@ -48,15 +48,10 @@ def _simulate(options: Options, context: Context) -> Result:
     swept: dict[str, Any] = {"host": "0", **{name: value for name, value in options.items() if name in _SWEPT}}
     swept = {name: tuple(value) if isinstance(value, list) else value for name, value in swept.items()}
     skipped: list[str] = []
-    try:
-        records = run_sweep(
-            bundle, workload, Sweep(**swept), [_device_of(options)], context=options.get("context"), threads=1,
-            on_skip=skipped.append,
-        )  # fmt: skip
-    except BudgetError:
-        if not skipped:
-            raise
-        records = []  # no budget holds any of it: a result too
+    records = run_sweep(
+        bundle, workload, Sweep(**swept), [_device_of(options)], context=options.get("context"), threads=1,
+        on_skip=skipped.append,
+    )  # fmt: skip
     return {"records": [replace(record, provenance=None).as_dict() for record in records], "skipped": skipped}
 
 
