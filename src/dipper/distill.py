@@ -34,8 +34,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from dipper.adapter import Adapter, model_fields
 from dipper.calibration import Calibration
@@ -44,6 +42,7 @@ from dipper.evaluate import cut_windows, read_text
 from dipper.evaluate_torch import broken_module, split_head
 from dipper.figures import panels
 from dipper.files import whole_file, write_json
+from dipper.head_losses import cross_entropy, divergence
 from dipper.methods import METHODS, MethodConfig
 from dipper.sparsify import Sparsified, sparsify_
 from dipper.split_weights import Splits
@@ -58,7 +57,6 @@ except ImportError as error:
 __all__ = ["DistillConfig", "Distilled", "distill", "distill_source", "draw_curves", "end_processes"]
 
 TARGETS = ("logits", "layers", "text")
-_LOGITS_AT_ONCE = 1 << 26  # numbers of a chunk of logits: 256 MiB in fp32
 _NO_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # what torch has no error of its own for
 _CHECKPOINT, _CURVE, _FIGURE, _ADAPTER = "checkpoint.pt", "curve.json", "curve.svg", "adapter"
 
@@ -500,31 +498,16 @@ class _Run:
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Mean KL(teacher || student) of rows [N, D], nats, times temperature squared."""
         temperature = self.config.temperature
-
-        def summed(rows: Tensor, dense: Tensor) -> Tensor:
-            q, p = (torch.log_softmax(self.head(r).float() / temperature, -1) for r in (rows, dense))
-            return functional.kl_div(q, p, log_target=True, reduction="sum")
-
-        return self._by_chunks(summed, student, teacher) * (temperature**2 / len(student))
+        summed = divergence(self.head, self._as_model(student), self._as_model(teacher), temperature=temperature)
+        return summed * (temperature**2 / len(student))
 
     def _cross_entropy(self, student: Tensor, targets: Tensor) -> Tensor:
         """Mean over rows [N, D] and targets [...] of N in all, nats."""
+        return cross_entropy(self.head, self._as_model(student), targets.flatten()) / len(student)
 
-        def summed(rows: Tensor, wanted: Tensor) -> Tensor:
-            return functional.cross_entropy(self.head(rows).float(), wanted, reduction="sum")
-
-        return self._by_chunks(summed, student, targets.flatten()) / len(student)
-
-    def _by_chunks(self, summed: Callable[[Tensor, Tensor], Tensor], rows: Tensor, others: Tensor) -> Tensor:
-        """Sum over chunks of rows; their logits are made again for the gradient instead of being kept."""
-        dtype = next(self.loaded.model.parameters()).dtype
-        rows = rows.to(dtype)
-        others = others.to(dtype) if others.is_floating_point() else others
-        n = max(16, _LOGITS_AT_ONCE // self.loaded.model.config.get_text_config().vocab_size)
-        parts = [
-            checkpoint(summed, *pair, use_reentrant=False) for pair in zip(rows.split(n), others.split(n), strict=True)
-        ]
-        return torch.stack(parts).sum()
+    def _as_model(self, rows: Tensor) -> Tensor:
+        """In the type of the model's weights."""
+        return rows.to(next(self.loaded.model.parameters()).dtype)
 
     def _backward_by_layers(self, ids: Tensor, weight: float) -> Tensor:
         """Every layer's own loss, whose graph is gone before the next layer."""
