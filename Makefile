@@ -77,7 +77,7 @@ test-neon: setup
 	cd build/neon && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j 2 --verbose
 
 test-python: .venv/.torch
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m 'not slow' --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/.torch
 	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install -q '$(RAY_SPEC)'

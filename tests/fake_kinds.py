@@ -39,6 +39,12 @@ def clock(options, context):
     return {"speed": options["speed"], "threads": context.threads}
 
 
+def graphic(options, context):
+    """The GPUs that its process sees."""
+    time.sleep(0.2)
+    return {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "device": context.device}
+
+
 def infinite(options, context):
     return {"value": float("inf")}
 
@@ -81,6 +87,6 @@ KINDS = {
             varies=("speed",), within=("speed",),
         ),
         Kind(name="infinite", measure=infinite, options=frozenset(), sources=("errors",)),
-        Kind(name="graphic", measure=measure, options=frozenset(("x",)), sources=("errors",), gpu=True),
+        Kind(name="graphic", measure=graphic, options=frozenset(("x",)), sources=("errors",), gpu=True),
     )
 }  # fmt: skip

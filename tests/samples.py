@@ -306,16 +306,27 @@ def _record(options, large, model, method, density, cache, budget, share):
 
 
 def compensation(options, model):
-    def cell(name, density, perplexity, back=None):
-        found = {"perplexity": perplexity, "stderr": 0.5, "recovered": back, "recovered_stderr": 0.01 if back else None}
-        return {"method": {"name": name, "density": density}, "wikitext": found, "c4": found, "extra_bytes": 0.0}
+    def cell(name, density, perplexity, back=None, *, n=4, first=None, **more):
+        """Scored on n windows of 100 tokens; first: perplexity of the first two of them."""
+        nll = 100 * math.log(perplexity)
+        early = nll if first is None else 100 * math.log(first)
+        found = {
+            "perplexity": perplexity, "stderr": 0.5, "recovered": back, "recovered_stderr": 0.01 if back else None,
+            "n_tokens": 100 * n, "window_nll": [early, early, 2 * nll - early, 2 * nll - early][:n],
+            "window_tokens": [100] * n,
+        }  # fmt: skip
+        method = {"name": name, "density": density}
+        return {"method": method, "wikitext": found, "c4": found, "extra_bytes": 0.0, **more}
 
     right = {"tasks": {"arc_easy": {"n": 10, "acc": 0.5, "acc_stderr": 0.1}}}
     return {
         "cells": {
-            "dense": cell("dense", 1.0, 20.0),
-            "dip@0.5": cell("dip", 0.5, 30.0),
+            "dense": cell("dense", 1.0, 20.0, first=18.0),
+            "dip@0.5": cell("dip", 0.5, 30.0, first=27.0),
             "dip@0.5 + lora": cell("dip", 0.5, 24.0, 0.6),
+            "dip-ca@0.5": cell("dip-ca", 0.5, 33.0, n=2),
+            "resident: rescale": cell("dip-rescale", 0.5, 29.0, 0.1, extra_bytes=2e5),
+            "resident: lora, apart": cell("dip", 0.4, 35.0, -0.5, held_beside_bytes=3_000_000),
             "train:dip": {"best": {"step": 1, "loss": 0.1}},
             "tasks: dense": right,
         }

@@ -6,9 +6,9 @@ import pytest
 
 from dipper.drawings import VIEWS, draw_all, shown
 from dipper.errors import ConfigError
-from dipper.figures import COLOURS, Line, Panel, Reference, colour_of, draw
+from dipper.figures import _OTHERS, COLOURS, Line, Panel, Reference, colour_of, draw
 from dipper.files import write_json
-from dipper.savings import at_loss, least_loss, savings
+from dipper.savings import Place, at_loss, dense_at, least_loss, savings
 from dipper.sheets import NOT_MEASURED, Book
 from samples import CONFIGS, write_samples
 
@@ -125,6 +125,82 @@ def test_compensation_goes_from_hollow_to_filled(book):
     assert panel.references == (Reference(x=20.0, label="dense"),)
 
 
+def test_what_is_held_beside_the_model_is_all_told(book):
+    table = shown(book, "compensation").tables[0]
+    held = {row[0]: row[5] for row in table["rows"]}
+    assert table["columns"][5] == "held beside the model"
+    assert held == {
+        "dense": "–", "dip@0.5": "–", "dip@0.5 + lora": "–", "resident: rescale": "200 KB",
+        "resident: lora, apart": "3 MB",
+    }  # fmt: skip
+
+
+def test_rules_with_caches_stand_beside_the_same_windows(book):
+    """They are scored on the first windows alone, where the others have another perplexity than on the whole text."""
+    table = shown(book, "compensation").tables[1]
+    assert table["title"].endswith(": with column caches, the first 200 and 200 tokens of WikiText-2 and C4")
+    assert [(row[0], row[1], row[3]) for row in table["rows"]] == [
+        ("dense", "18.00", "18.00"), ("dip@0.5", "27.00", "27.00"), ("dip@0.5 + lora", "24.00", "24.00"),
+        ("dip-ca@0.5", "33.00", "33.00"),
+    ]  # fmt: skip
+
+
+def test_dense_streaming_is_told_at_the_very_same_dram():
+    def record(gb, ms):
+        return {"dram_bytes": {"a": gb * 1e9}, "tok_per_s": 1000 / ms}
+
+    dense = [record(3, 60), record(1, 100), record(2, 80)]  # 20 ms a GB
+    for gb, ms in ((1, 100), (1.5, 90), (2, 80), (2.25, 75), (3, 60), (0.5, 110), (0, 120), (4, 40)):
+        assert dense_at(gb, dense) == pytest.approx(1000 / ms), gb
+    for gb in (-0.1, 4.1):  # farther than the next budget is
+        assert dense_at(gb, dense) is None
+    assert dense_at(2.2, [record(1, 100), record(2, 1)]) is None  # no time at all
+    assert dense_at(1.01, dense[1:2]) == pytest.approx(10)
+    assert dense_at(1.1, dense[1:2]) is None
+    assert dense_at(1, []) is None
+
+
+def test_no_budget_is_left_out_of_a_gain(tmp_path):
+    """The least one too, where pruning holds a little less than dense streaming can."""
+    folder = write_samples(tmp_path / "e")
+    path = folder / "results" / "headline-small.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = [r for cell in content["cells"] for r in cell["result"]["records"] if r["method"] == "dip"]
+    least = min(found, key=lambda r: r["dram_bytes"]["slots"])
+    before = savings(Book.open(folder).sheets("headline"), Book.open(folder))
+    least["dram_bytes"]["slots"] = int(0.9 * least["dram_bytes"]["slots"])
+    path.write_text(json.dumps(content), encoding="utf-8")
+    after = savings(Book.open(folder).sheets("headline"), Book.open(folder))
+    assert [len(s.gains) for s in after] == [len(s.gains) for s in before]
+
+
+@pytest.mark.parametrize(
+    ("place", "cost", "told"),
+    [
+        (Place("phone", None, None, None), "", "phone"),
+        (Place("phone", None, 0, None), "flat", "phone, flat"),
+        (Place("phone", 2, 0, 1), "flat", "phone, 2 GB/s, flat"),
+        (Place("phone", None, 0, 4096), "0 µs a read", "phone, 0 µs a read, 4096 B aligned"),
+        (Place("phone", None, 8, 4096), "8 µs a read", "phone, 8 µs a read, 4096 B aligned"),
+        (Place(None, None, None, None), "", "as it is"),
+    ],
+)
+def test_flat_is_where_reads_cost_their_bytes_alone(place, cost, told):
+    assert (place.cost, place.told) == (cost, told)
+
+
+def test_settings_that_do_not_fit_are_told(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    path = folder / "results" / "dram-small.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    why = "paper-phone, dip mlp_dram {} density 0.5 cache lfu split uniform: --mlp-dram gives 1 MB"
+    content["cells"][0]["result"]["skipped"] = [why.format("20%"), why.format("20%"), why.format("10%")]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    (table,) = [t for t in shown(Book.open(folder), "dram").tables if t["title"].startswith("Model small")]
+    assert [row[0] for row in table["rows"] if "not fit" in row[0]] == ["3 settings at 20%, 10% do not fit"]
+    assert len({len(row) for row in table["rows"]}) == 1
+
+
 def test_what_was_not_measured_is_not_drawn_and_said(tmp_path):
     whole, part = write_samples(tmp_path / "whole"), write_samples(tmp_path / "part", without=1)
     for name in CONFIGS:
@@ -185,7 +261,7 @@ def test_figures_are_the_same_bytes_for_the_same_results(folder):
 
 def test_a_method_has_one_colour():
     assert colour_of("dense-stream") == colour_of("dense") == COLOURS["dense"]
-    assert colour_of("something-new") == colour_of("something-new")
+    assert colour_of("something-new") in _OTHERS
     assert len(set(COLOURS.values())) == len(COLOURS)
 
 

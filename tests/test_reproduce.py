@@ -8,6 +8,7 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from dipper.checksums import code_sha256, file_sha256
 from dipper.cli import main
 from dipper.errors import ConfigError
 from dipper.experiment import Experiment, Results, sole_writer
-from dipper.reproduce import Request, check, failures, find_model, reproduce, split_model
+from dipper.reproduce import Request, check, disagreements, failures, find_model, reproduce, split_model
 from test_lean_import import modules_after
 
 SQUARES = """
@@ -244,6 +245,35 @@ def test_parts_can_be_chosen(lab):
     assert lab.run(timed=True)[0].measured == 1
     with pytest.raises(ConfigError, match=r"no cell is of this model and of these kinds \(squares phi-3-mini\)"):
         lab.run(kinds=("graphic",))
+
+
+GRAPHICS = """
+title = "Graphics"
+models = ["phi-3-mini"]
+
+[[cells]]
+kind = "graphic"
+[cells.each]
+x = [1, 2, 3, 4]
+"""
+
+
+def test_processes_share_the_gpus(lab, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    lab.write(GRAPHICS)
+    lab.run(device="cuda", jobs=3)
+    found = [value["gpus"] for value in lab.values().values()]
+    assert set(found) == {"3", "5"}
+    lab.run(device="cuda:1", jobs=2, refresh="all")  # one that is named is all processes'
+    assert {tuple(value.values()) for value in lab.values().values()} == {("3, 5", "cuda:1")}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3, 5"
+
+
+def test_the_least_used_gpu_is_next():
+    workers = [SimpleNamespace(gpu=gpu) for gpu in ("0", "1", "0")]
+    assert executors._least_used(["0", "1"], workers) == "1"
+    assert executors._least_used(["0", "1", "2"], workers) == "2"
+    assert executors._least_used([], workers) is None
 
 
 def test_figures_are_drawn_at_the_end(lab, monkeypatch):
@@ -534,6 +564,19 @@ def test_a_check_measures_again_and_writes_nothing(lab):
     assert json.loads(lab.file().read_text()) == held
 
 
+def test_a_check_uses_nothing_that_was_kept_and_tells_failures_apart(lab):
+    lab.write(TROUBLE.replace("HOW", "raise"))  # x = 3 fails where its log is empty, once
+    lab.run()
+    (found,) = lab.check()
+    assert (found.checked, found.differences) == (5, {})
+    assert found.failed == {"fake x 3 times 1 how raise": "RuntimeError: the roof fell in"}
+    assert disagreements([found]) == (
+        "1 of 5 cells could not be measured: squares phi-3-mini: fake x 3 times 1 how raise: RuntimeError: the roof "
+        "fell in"
+    )
+    assert [path.name for path in (lab.path / "work").iterdir()] == ["phi-3-mini"]
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -563,7 +606,7 @@ def test_the_command(lab, capsys):
     ]
     assert shown[1].split() == ["squares", "phi-3-mini", str(lab.file()), "6", "0", "6", "0", "0", "0.0"]
     assert cli(lab, "squares", "--check", *more) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["squares", "phi-3-mini", "6", "6", "0", "0"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["squares", "phi-3-mini", "6", "6", "0", "0", "0"]
     lab.file().write_text(lab.file().read_text().replace('"square": 36', '"square": 37'))
     assert cli(lab, "squares", "--check", *more) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -592,7 +635,14 @@ def test_a_failure_ends_with_1_and_one_line(lab, capsys):
         (["squares", "--model", "phi-3-mni"],
          "there is no model 'phi-3-mni'; did you mean phi-3-mini?; or give org/name, or NAME=PATH"),
         (["squares", "--check", "--refresh", "all"],
-         "--refresh writes new results, and --check writes nothing: drop one of them"),
+         "--refresh has no effect with --check: drop it, or leave --check out."),
+        (["squares", "--check", "--retries", "2"],
+         "--retries has no effect with --check: drop it, or leave --check out."),
+        (["--list", "--model", "phi-3-mini"],
+         "--model has no effect with --list, which measures nothing: drop it, or leave --list out."),
+        (["--list", "--all"], "--all has no effect with --list, which measures nothing: drop it, or leave --list out."),
+        (["--list", "--no-timed"],
+         "--timed has no effect with --list, which measures nothing: drop it, or leave --list out."),
         (["--list", "sqares"], "there is no experiment 'sqares'; did you mean squares?"),
         (["squares", "--check"], "nothing of this has a result to check: measure it first, without --check"),
     ],

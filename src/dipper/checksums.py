@@ -41,7 +41,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def code_sha256(sources: Sequence[str]) -> str:
-    """Of modules and those that they import, the native core too; comments, docstrings and layout do not count.
+    """Of modules and those that they import, the native core too; comments, docstrings and blank lines do not count.
 
     Args:
         sources: paths from dipper's folder: modules without their suffix, data files with it, or patterns of these.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -140,15 +141,20 @@ def run_serial(tasks: Sequence[Task]) -> Done:
 
 
 class _Worker:
-    """A process that measures one cell at a time. When it dies, only that cell is lost."""
+    """A process that measures one cell at a time. When it dies, only that cell is lost.
 
-    def __init__(self) -> None:
+    Args:
+        gpu: the only one that it sees, as in CUDA_VISIBLE_DEVICES; None: all there are.
+    """
+
+    def __init__(self, gpu: str | None = None) -> None:
         from multiprocessing import get_context
 
         # A new interpreter: after a fork neither CUDA nor the threads of a library work.
         spawned = get_context("spawn")
+        self.gpu = gpu
         self.pipe, theirs = spawned.Pipe()
-        self.process = spawned.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = spawned.Process(target=_serve, args=(theirs, gpu), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -181,12 +187,14 @@ class _Worker:
             self.process.join()
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, gpu: str | None) -> None:
     """A worker's life: tasks in, outcomes out, until the other end closes.
 
     It ends as by Ctrl-C, and with it what its cell has started; once, since it may be told twice. The handler stays:
     one that is taken away while a signal waits for it is an OSError of Python's.
     """
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # PyTorch looks when it first needs one
     told: list[bool] = []
 
     def stop(*_: Any) -> None:
@@ -204,9 +212,13 @@ def _serve(pipe: Connection) -> None:
 
 
 def run_processes(tasks: Sequence[Task], jobs: int) -> Done:
-    """In so many processes of this machine, which live on from cell to cell and keep their models loaded."""
+    """In so many processes of this machine, which live on from cell to cell and keep their models loaded.
+
+    Where cells want a GPU and name none, the processes share all that this one may use, evenly.
+    """
     from multiprocessing.connection import wait
 
+    gpus = _gpus() if any(task.wants_gpu and ":" not in task.context.device for task in tasks) else []
     waiting = deque(range(len(tasks)))
     idle: list[_Worker] = []
     busy: dict[Any, tuple[_Worker, int]] = {}  # by pipe
@@ -214,7 +226,7 @@ def run_processes(tasks: Sequence[Task], jobs: int) -> Done:
         while waiting or busy:
             while waiting and len(busy) < jobs:
                 number = waiting.popleft()
-                worker = idle.pop() if idle else _Worker()
+                worker = idle.pop() if idle else _Worker(_least_used(gpus, [w for w, _ in busy.values()]))
                 busy[worker.pipe] = worker, number
                 with suppress(ConnectionError):  # it has died since: that is what waiting for it finds
                     worker.measure(tasks[number])
@@ -229,6 +241,24 @@ def run_processes(tasks: Sequence[Task], jobs: int) -> Done:
     finally:
         for worker in [*idle, *(worker for worker, _ in busy.values())]:
             worker.end()
+
+
+def _gpus() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu.strip() for gpu in named.split(",") if gpu.strip()]
+    try:
+        import torch
+    except ImportError:
+        return []  # the cells will say so
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _least_used(gpus: Sequence[str], workers: Sequence[_Worker]) -> str | None:
+    """The GPU for another worker beside these; None: there are none."""
+    return min(gpus, key=lambda gpu: sum(worker.gpu == gpu for worker in workers), default=None)
 
 
 def run_ray(tasks: Sequence[Task], address: str) -> Done:

@@ -168,7 +168,8 @@ class Report:
 
     def _headline_parts(self) -> list[str]:
         rows = [[cell.replace("; ", "<br>") for cell in row] for row in self.headline["rows"]]
-        return [_markdown_table({**self.headline, "rows": rows}), "\n".join(f"- {note}" for note in NOTES)]
+        shown_table = _markdown_table({**self.headline, "rows": rows})
+        return [f"**{self.headline['title']}**", shown_table, "\n".join(f"- {note}" for note in NOTES)]
 
 
 def _section_parts(section: Section, figures: str) -> Iterator[str]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from dipper import kinds
@@ -35,7 +36,7 @@ from dipper.experiment import (
     results_path,
     sole_writer,
 )
-from dipper.files import safe_name
+from dipper.files import locked, safe_name
 from dipper.kinds import Context
 from dipper.sources import PACKAGED_MODELS, Progress, default_cache_dir, pull
 
@@ -66,7 +67,8 @@ class Request:
             each experiment names.
         data: folder of texts and tasks; None: no cell reads any.
         device: cpu or cuda, for the kinds that compute in PyTorch.
-        jobs: processes; 1: all is measured in this one, timed cells apart.
+        jobs: processes, which share the GPUs unless `device` names one (cuda:1); 1: all is measured in this one, timed
+            cells apart.
         ray: address of a cluster, or auto: the one that runs on this machine; None: locally.
         kinds: only these; empty: all.
         timed: only kinds that are timed, or only those that are not; None: both.
@@ -348,17 +350,21 @@ def _task(cell: Cell, model: Model, sums: Mapping[str, str], request: Request, s
         inputs = {str(path.resolve()): sums[name] for name, path in _data_of([cell], request.data).items()}
         if model.sha256 is not None:
             inputs[model.path] = model.sha256
-    workdir = request.workdir or default_cache_dir() / "reproduce"
     own = safe_name(model.name) if model.sha256 is None else f"{safe_name(model.name)}-{model.sha256[:12]}"
     context = Context(
         model=model.path, name=model.name, data=None if request.data is None else request.data.resolve(),
-        device=request.device if kind.gpu else "cpu", workdir=(workdir / own).resolve(),
+        device=request.device if kind.gpu else "cpu", workdir=(_workdir(request) / own).resolve(),
         threads=request.threads_of(kind.timed), batch=request.batch,
     )  # fmt: skip
     return Task(
         cell=cell, measure=kind.measure, sources=cell.sources, code=code_sha256(cell.sources), context=context,
         inputs=inputs, wants_gpu=kind.gpu and request.device.startswith("cuda"), started=started,
     )  # fmt: skip
+
+
+def _workdir(request: Request) -> Path:
+    """Where what cells share is kept."""
+    return request.workdir or default_cache_dir() / "reproduce"
 
 
 def _settle(job: _Job, request: Request) -> None:
@@ -416,11 +422,15 @@ def _keep(item: _Work, outcome: Outcome, last: bool) -> None:
 
 
 def _draw(folder: Path, say: Say) -> None:
-    """The figures of all results. What was measured is kept whether they can be drawn or not."""
+    """The figures of all results. What was measured is kept whether they can be drawn or not.
+
+    One process at a time: the last one that draws has read what all before it wrote.
+    """
     from dipper import drawings
 
     try:
-        drawings.draw_all(folder)
+        with locked(folder / "results" / ".figures.lock"):
+            drawings.draw_all(folder)
     except DipperError as error:
         say(f"the figures were not drawn anew: {error}")
 
@@ -452,7 +462,8 @@ class Check:
     model: str
     checked: int = 0
     missing: int = 0  # not checked: there is no result
-    differences: dict[str, list[str]] = field(default_factory=dict)  # by cell; also the error of one that failed
+    differences: dict[str, list[str]] = field(default_factory=dict)  # by cell
+    failed: dict[str, str] = field(default_factory=dict)  # errors by cell
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -467,10 +478,13 @@ def check(
     say: Say = lambda line: None,
     progress: Progress | None = None,
 ) -> list[Check]:
-    """Measures what has a result once more, and compares; writes nothing.
+    """Measures what has a result once more, and compares; writes nothing into the folder.
+
+    Nothing that an earlier run kept is used again: bundles are packed and adapters are trained anew, in a folder of its
+    own below the work folder.
 
     Args:
-        experiments, folder, request, say, progress: as of `reproduce`; `refresh` has no part in it.
+        experiments, folder, request, say, progress: as of `reproduce`; `refresh` and `retries` have no part in it.
 
     Raises:
         ConfigError: as of `reproduce`, or nothing of it has a result.
@@ -483,28 +497,43 @@ def check(
         checks[job.label].missing = len(job.cells) - len(job.todo)
     if not any(job.todo for job in jobs):
         raise ConfigError("nothing of this has a result to check: measure it first, without --check")
-    work = _prepare(jobs, request, progress)
-    n_done = 0
-    for is_timed in (False, True):
-        group = [item for item in work if kinds.KINDS[item.task.cell.kind].timed == is_timed]
-        with closing(_execute([item.task for item in group], request, is_timed)) as done:
-            for number, outcome in done:
-                n_done += 1
-                job, cell = group[number].job, group[number].task.cell
-                found = [outcome.error] if outcome.error is not None else _compared(job, cell, outcome)
-                checks[job.label].checked += 1
-                if found:
-                    checks[job.label].differences[str(cell)] = found
-                say(f"[{n_done}/{len(work)}] {job.label}: {cell}: {'; '.join(found) or 'the same'}")
+    workdir = _workdir(request)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="check-", dir=workdir) as own:
+        work = _prepare(jobs, replace(request, workdir=Path(own)), progress)
+        n_done = 0
+        for is_timed in (False, True):
+            group = [item for item in work if kinds.KINDS[item.task.cell.kind].timed == is_timed]
+            with closing(_execute([item.task for item in group], request, is_timed)) as done:
+                for number, outcome in done:
+                    n_done += 1
+                    job, cell = group[number].job, group[number].task.cell
+                    one = checks[job.label]
+                    one.checked += 1
+                    if outcome.error is not None:
+                        one.failed[str(cell)] = outcome.error
+                        told = f"failed: {outcome.error}"
+                    else:
+                        found = _compared(job, cell, outcome)
+                        told = "; ".join(found) or "the same"
+                        if found:
+                            one.differences[str(cell)] = found
+                    say(f"[{n_done}/{len(work)}] {job.label}: {cell}: {told}")
     return list(checks.values())
 
 
 def disagreements(checks: Sequence[Check]) -> str | None:
-    """What did not come out the same, in one line; None: nothing."""
-    wrong = [
-        f"{one.experiment} {one.model}: {cell}: {found[0]}" for one in checks for cell, found in one.differences.items()
-    ]
-    return _counted(wrong, f"of {sum(one.checked for one in checks)} cells came out otherwise")
+    """What did not come out the same, or not at all, in one line; None: nothing."""
+    n = sum(one.checked for one in checks)
+    wrong, failed = (
+        [f"{one.experiment} {one.model}: {cell}: {told}" for one in checks for cell, told in part(one)]
+        for part in (
+            lambda one: ((cell, found[0]) for cell, found in one.differences.items()),
+            lambda one: one.failed.items(),
+        )
+    )
+    parts = _counted(wrong, f"of {n} cells came out otherwise"), _counted(failed, f"of {n} cells could not be measured")
+    return "; ".join(part for part in parts if part is not None) or None
 
 
 def _compared(job: _Job, cell: Cell, outcome: Outcome) -> list[str]:

@@ -7,22 +7,25 @@ best = at_loss([s for s in found if s.model == "smollm2"], 0.023)     # of setti
 from __future__ import annotations
 
 import itertools
+import math
+from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from dipper.sheets import DENSE, Book, Loss, Measured, Sheet, dram_gb, way
 
 __all__ = [
     "LOSSES",
     "PAPER",
+    "Place",
     "Saving",
     "Simulated",
     "at_loss",
+    "dense_at",
     "kind_of_masks",
     "least_loss",
-    "nearest_dense",
     "savings",
     "simulated",
 ]
@@ -30,6 +33,34 @@ __all__ = [
 # The published loss, +0.1, and +0.2 and +0.5, at a perplexity of about 4.3, as a share: what it is for other models.
 LOSSES = {"+0.1": 0.023, "+0.2": 0.046, "+0.5": 0.115}
 PAPER = "phi-3-medium"  # the model of the published headline
+
+
+class Place(NamedTuple):
+    """Where something was simulated: a device, and what of its flash is not as in its profile."""
+
+    device: str | None
+    flash_gbps: float | None
+    cost_per_read_us: float | None
+    alignment: int | None
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether reads cost their bytes alone, as in the paper."""
+        return self.cost_per_read_us == 0 and self.alignment in (None, 1)
+
+    @property
+    def cost(self) -> str:
+        """What a read costs beside its bytes; empty: as the profile has it."""
+        if self.cost_per_read_us is None:
+            return ""
+        return "flat" if self.is_flat else f"{self.cost_per_read_us:g} µs a read"
+
+    @property
+    def told(self) -> str:
+        """All of it."""
+        words = [self.device or "", "" if self.flash_gbps is None else f"{self.flash_gbps:g} GB/s", self.cost]
+        words += [] if self.alignment in (None, 1) else [f"{self.alignment} B aligned"]
+        return ", ".join(word for word in words if word) or "as it is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +76,9 @@ class Simulated:
         return self.cell.options
 
     @property
-    def place(self) -> tuple[Any, ...]:
-        """On what device, and what of it is not as in its profile."""
-        named = ("device", "flash_gbps", "cost_per_read_us", "alignment")
-        return tuple(self.options.get(name) for name in named)
+    def place(self) -> Place:
+        """Where."""
+        return Place(*(self.options.get(name) for name in Place._fields))
 
     @property
     def budget(self) -> str | None:
@@ -73,11 +103,20 @@ def simulated(sheet: Sheet, *, variants: bool = False) -> list[Simulated]:
     ]
 
 
-def nearest_dense(record: Mapping[str, Any], dense: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The record of dense streaming that holds as much DRAM, to 2 %; None: there is none."""
-    size = dram_gb(record)
-    same = [d for d in dense if abs(dram_gb(d) / size - 1) < 0.02]
-    return min(same, key=lambda d: abs(dram_gb(d) - size), default=None)
+def dense_at(gb: float, dense: Iterable[Mapping[str, Any]]) -> float | None:
+    """Tokens a second of dense streaming that holds so much DRAM, from records of it.
+
+    What a token streams falls with what is held: its time is taken from the line through the two nearest budgets, as
+    far beyond the least or the greatest as that is from the next. None: nothing near was simulated.
+    """
+    times = sorted({dram_gb(d): 1 / d["tok_per_s"] for d in dense}.items())
+    if len(times) < 2:
+        return next((1 / time for size, time in times if math.isclose(size, gb, rel_tol=0.02)), None)
+    above = min(max(bisect(times, (gb,)), 1), len(times) - 1)
+    (less, slower), (more, faster) = times[above - 1 : above + 1]
+    share = (gb - less) / (more - less)
+    time = slower + share * (faster - slower)
+    return 1 / time if -1 <= share <= 2 and time > 0 else None
 
 
 def kind_of_masks(runs: Iterable[Simulated]) -> str:
@@ -102,7 +141,7 @@ class Saving:
     model: str
     title: str
     masks: str
-    place: tuple[Any, ...]
+    place: Place
     rule: str
     method: str
     gamma: float | None
@@ -151,9 +190,9 @@ def _saving(sheet: Sheet, book: Book, masks: str, streamed: Sequence[Simulated],
     first, records, gains = line[0].record, [run.record for run in line], {}
     dense = [run.record for run in streamed]
     for record in records:
-        same = nearest_dense(record, dense)
-        if same is not None:
-            gains[round(dram_gb(record), 3)] = record["tok_per_s"] / same["tok_per_s"] - 1
+        streamed_at = dense_at(dram_gb(record), dense)
+        if streamed_at is not None:
+            gains[round(dram_gb(record), 3)] = record["tok_per_s"] / streamed_at - 1
     method, density = first["method"], line[0].line[1]
     gamma = first["gamma"] if method == "dip-ca" else None
     more: dict[str, Any] = {}

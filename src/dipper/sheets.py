@@ -290,9 +290,9 @@ def way(record: Mapping[str, Any], *, cache: bool = True) -> str:
     """A way to run in words, without its density: of a `SimRecord`."""
     words = [str(record["method"])]
     if record.get("fetch") is not None:
-        shares = [percent(record[name], signed=False) for name in ("fetch", "fetch_glu")]
+        shares = [f"{100 * record[name]:g}\u00a0%" for name in ("fetch", "fetch_glu")]
         words.append(shares[0] if shares[0] == shares[1] else " : ".join(shares))
-    words += [] if record.get("read_cost") is None else ["in runs"]
+    words += [] if record.get("read_cost") is None else [f"in runs by {record['read_cost']} B"]
     if record["method"] == "dip-ca":
         words.append(f"γ {record['gamma']:g}")
     if cache and record.get("cache") is not None:
@@ -307,7 +307,11 @@ def dram_gb(record: Mapping[str, Any]) -> float:
 
 def memory(gb: float) -> str:
     """A size, given in GB."""
-    return f"{gb:.2f} GB" if gb >= 1 else f"{1e3 * gb:.0f} MB"
+    for unit, form in (("GB", "{:.2f}"), ("MB", "{:.0f}")):
+        if gb >= 1:
+            return f"{form.format(gb)} {unit}"
+        gb *= 1000
+    return f"{gb:.0f} KB"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

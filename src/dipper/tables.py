@@ -444,8 +444,9 @@ def reproduced_table(summaries: Sequence[Summary]) -> str:
 
 def checks_table(checks: Sequence[Check]) -> str:
     """What a check found, an experiment and model a row."""
-    rows = [["experiment", "model", "checked", "the same", "otherwise", "no result"]]
+    rows = [["experiment", "model", "checked", "the same", "otherwise", "failed", "no result"]]
     for one in checks:
-        n_wrong = len(one.differences)
-        rows.append([one.experiment, one.model, *map(str, (one.checked, one.checked - n_wrong, n_wrong, one.missing))])
+        n_wrong, n_failed = len(one.differences), len(one.failed)
+        counts = (one.checked, one.checked - n_wrong - n_failed, n_wrong, n_failed, one.missing)
+        rows.append([one.experiment, one.model, *map(str, counts)])
     return align(rows, left=2)

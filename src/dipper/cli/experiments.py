@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dipper.cli.app import app
-from dipper.cli.shared import download_bar, say
+from dipper.cli.shared import download_bar, refuse, say
 from dipper.errors import ConfigError, DipperError
 from dipper.options import MEASURED, Debug, Given, Json, with_options
 
@@ -52,14 +52,18 @@ def reproduce(
     from dipper.tables import checks_table, experiments_table, reproduced_table
 
     if show:
+        options = {"model" if k == "models" else "kind" if k == "kinds" else k: v for k, v in asked.items()}
+        del options["data"]  # it may be of the environment
+        options |= {"all": every, "check": check, "timed": None if timed is None else True}
+        refuse({k: v or None for k, v in options.items()}, "with --list, which measures nothing", "leave --list out")
         listed = run.list_experiments(experiments, names or ())
         told = {"schema": "dipper-experiments/1", "experiments": [one.as_dict() for one in listed]}
         print(json_line(told) if as_json else experiments_table(listed))
         return
     if every == bool(names):
         raise ConfigError("name experiments, or give --all: `dipper reproduce --list` shows what there is.")
-    if check and asked.get("refresh") is not None:
-        raise ConfigError("--refresh writes new results, and --check writes nothing: drop one of them")
+    if check:
+        refuse({name: asked.get(name) for name in ("refresh", "retries")}, "with --check", "leave --check out")
     chosen = load_all(experiments) if every else [find(experiments, name) for name in names or ()]
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()}
     request = run.Request(timed=timed, **{name: value for name, value in given.items() if value is not None})

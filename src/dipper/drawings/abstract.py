@@ -16,7 +16,7 @@ __all__ = ["NOTES", "headline_table"]
 
 def headline_table(book: Book) -> Table:
     """The abstract's three figures beside what was found here; what cannot be had says so."""
-    found = [s for s in savings(book.sheets("headline"), book) if not s.place[2]]  # flat bandwidth, as published
+    found = [s for s in savings(book.sheets("headline"), book) if not s.place.cost_per_read_us]  # flat, as published
     paper = [s for s in found if s.model == PAPER and s.method == "dip-ca"]
     real = [s for s in found if s.masks == "real masks"]
     measured = _on_disk(book)
@@ -48,7 +48,8 @@ NOTES = (
     "budget.",
     "Memory is the largest share of the process's, and of the MLP's, that is saved where the throughput is that of "
     "dense streaming; where even the least DRAM simulated is as fast, it is at least this much. Throughput is the "
-    "median over the DRAM budgets simulated, in brackets the least and the most.",
+    "median over the DRAM budgets simulated, in brackets the least and the most; dense streaming has the very same "
+    "DRAM, by the line through its two nearest budgets.",
     "Small models, measured: the engine on a disk, of every budget (bits of DRAM per weight of the MLP) the fastest "
     "pruned setting beside dense streaming at equal DRAM, with the shares of input and GLU units that a token fetches. "
     "The loss is that of the very same setting, on whichever disk it was scored, beside the dense model on the same "

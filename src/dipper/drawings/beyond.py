@@ -10,7 +10,7 @@ from typing import Any
 from dipper.drawings.simulations import speed_table, sweep_lines, sweep_panel
 from dipper.drawings.view import View, loss_limits, loss_line, loss_panel
 from dipper.figures import Line, Panel, Reference
-from dipper.savings import Simulated, nearest_dense, simulated
+from dipper.savings import Place, Simulated, dense_at, simulated
 from dipper.sheets import (
     DENSE,
     NONE,
@@ -49,21 +49,23 @@ def beyond(sheets: Sequence[Sheet], book: Book) -> View:
 
 def _cost_panels(sheet: Sheet, _: Book) -> list[Panel]:
     """Throughput over dense streaming with the same cost per read and DRAM, in the middle of the budgets."""
-    runs = [run for run in simulated(sheet) if run.options.get("cost_per_read_us") is not None]
-    dense: dict[float, list[dict[str, Any]]] = {}
+    runs = [run for run in simulated(sheet) if run.place.cost_per_read_us is not None]
+    dense: dict[Place, list[dict[str, Any]]] = {}
     for run in runs:
         if run.record["method"] == "dense-stream":
-            dense.setdefault(run.options["cost_per_read_us"], []).append(run.record)
+            dense.setdefault(run.place, []).append(run.record)
 
     def ratio(run: Simulated) -> float | None:
-        budgets = sorted(dense.get(run.options["cost_per_read_us"], []), key=dram_gb)
-        same = nearest_dense(run.record, budgets)
-        if same is None or same is not budgets[len(budgets) // 2]:
+        budgets = sorted(dense.get(run.place, []), key=dram_gb)
+        gb = dram_gb(run.record)
+        nearest = min(budgets, key=lambda record: abs(dram_gb(record) - gb), default=None)
+        streamed = dense_at(gb, budgets)
+        if streamed is None or nearest is not budgets[len(budgets) // 2]:
             return None
-        return float(run.record["tok_per_s"] / same["tok_per_s"])
+        return float(run.record["tok_per_s"] / streamed)
 
     shown = [run for run in runs if run.record["method"] not in DENSE and ratio(run) is not None]
-    lines = sweep_lines(shown, lambda run: float(run.options["cost_per_read_us"]), ratio)
+    lines = sweep_lines(shown, lambda run: float(run.place.cost_per_read_us or 0), ratio)
     if not lines:
         return []
     axes: dict[str, Any] = {"x": "cost of a read, µs", "y": "throughput over dense streaming", "y_scale": "log"}

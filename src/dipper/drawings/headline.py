@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
-from dipper.drawings.simulations import by_dram, drawn_models, read_cost_told, sweep_panel
+from dipper.drawings.simulations import by_dram, drawn_models, sweep_panel
 from dipper.drawings.view import LOSS_TICKS, View, missing_rows, n_columns
 from dipper.figures import Line, Panel, Reference
 from dipper.savings import (
@@ -47,8 +46,9 @@ def headline(sheets: Sequence[Sheet], book: Book) -> View:
             here = [run for run in runs if run.place == place]
             traded = _trade_lines([s for s in found if s.model == sheet.model and s.place == place])
             lines, axes = by_dram(here)
-            about = f", {read_cost_told(here[0])}" if read_cost_told(here[0]) else ""
-            if traded and not place[2]:  # a cost per read is in the table: figures have the published setting
+            about = f", {place.cost}" if place.cost else ""
+            # A cost per read is in the table: figures have the published setting.
+            if traded and not place.cost_per_read_us:
                 trades.append(_trade_panel(f"{sheet.title}\n{kind_of_masks(here)}{about}", traded))
             elif lines and not traded:
                 panel = sweep_panel(sheet, here, lines, **axes)
@@ -121,7 +121,7 @@ def _at_losses(found: Sequence[Saving]) -> Table:
             continue
         for place in dict.fromkeys(s.place for s in mine):
             here = [s for s in mine if s.place == place]
-            row = [here[0].title, _place(place)]
+            row = [here[0].title, place.told]
             for limit in LOSSES.values():
                 best = at_loss(here, limit)
                 row.append("none loses so little" if best is None else f"{gain_told(best)}: {best.setting}")
@@ -133,19 +133,10 @@ def _at_losses(found: Sequence[Saving]) -> Table:
     return table(title + "loses at most so much perplexity", ["model", "on", *names], rows)
 
 
-def _place(place: tuple[Any, ...]) -> str:
-    device, gbps, cost, alignment = place
-    words = [str(device)] if device else []
-    words += [] if gbps is None else [f"{gbps:g} GB/s"]
-    words += [] if cost is None else [f"{cost:g} µs a read" if cost else "flat"]
-    words += [] if not alignment or alignment == 1 else [f"{alignment} B aligned"]
-    return ", ".join(words) or "as it is"
-
-
 def _savings_table(found: Sequence[Saving]) -> Table:
     rows = [
         [
-            s.title, _place(s.place), s.way, number(s.density, "{:g}"), with_error(s.loss, measured=False),
+            s.title, s.place.told, s.way, number(s.density, "{:g}"), with_error(s.loss, measured=False),
             gain_told(s) if s.gains else NONE, percent(s.dram_saved, signed=False),
             percent(s.mlp_dram_saved, signed=False),
         ]

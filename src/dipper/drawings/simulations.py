@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from dipper.figures import Line, Panel
 from dipper.savings import PAPER, Simulated, kind_of_masks, simulated
 from dipper.sheets import (
     DENSE,
+    NONE,
     Book,
     Sheet,
     Table,
@@ -33,7 +35,6 @@ __all__ = [
     "caches",
     "dram",
     "drawn_models",
-    "read_cost_told",
     "speed_table",
     "sweep_lines",
     "sweep_panel",
@@ -115,13 +116,23 @@ def speed_table(sheet: Sheet, title: str, column: str, first: Callable[[Simulate
     ]  # fmt: skip
     columns = ["way to run", "density", *(["on"] if len(places) > 1 else []), column, "tok/s", "hits"]
     columns += ["flash a token", "reads a token"]
-    return table(f"{sheet.title}: {title}", columns, [*rows, *missing_rows(sheet, "simulate", len(columns))])
+    rows += [*_skipped_rows(sheet, len(columns)), *missing_rows(sheet, "simulate", len(columns))]
+    return table(f"{sheet.title}: {title}", columns, rows)
+
+
+def _skipped_rows(sheet: Sheet, n_columns: int) -> Iterator[list[str]]:
+    """One row for all settings that their budget does not hold, with the budgets."""
+    told = [why for cell in sheet.of("simulate") if cell.result is not None for why in cell.result["skipped"]]
+    budgets = dict.fromkeys(found[1] for why in told if (found := re.search(r"dram ([^\s:]+)", why)))
+    if told:
+        at = f" at {', '.join(budgets)}" if budgets else ""
+        n = f"{len(told)} settings{at} do" if len(told) > 1 else f"1 setting{at} does"
+        yield [f"{n} not fit", *([NONE] * (n_columns - 1))]
 
 
 def _place_told(run: Simulated) -> str:
     """Where, bandwidth aside, and with what budget if the cell has one."""
-    words = [str(run.options.get("device", "")), read_cost_told(run), f"{run.budget} in DRAM" if run.budget else ""]
-    return ", ".join(word for word in words if word)
+    return run.place._replace(flash_gbps=None).told + (f", {run.budget} in DRAM" if run.budget else "")
 
 
 def by_dram(runs: Sequence[Simulated]) -> tuple[list[Line], dict[str, Any]]:
@@ -141,8 +152,7 @@ def _tok_per_s(run: Simulated) -> float:
 
 
 def _gbps(run: Simulated) -> float | None:
-    value = run.options.get("flash_gbps")
-    return None if value is None else float(value)
+    return None if run.place.flash_gbps is None else float(run.place.flash_gbps)
 
 
 def _by_place(
@@ -177,15 +187,9 @@ def dram(sheets: Sequence[Sheet], book: Book) -> View:
     return View(panels=panels, columns=columns, tables=tuple(tables))
 
 
-def read_cost_told(run: Simulated) -> str:
-    """What a read costs beside its bytes; empty where the cell leaves that to the device."""
-    cost = run.options.get("cost_per_read_us")
-    return "" if cost is None else f"{cost:g} µs a read" if cost else "flat"
-
-
 def bandwidth(sheets: Sequence[Sheet], book: Book) -> View:
     """Tokens a second by what the flash gives."""
-    panels, columns = _by_place(sheets, read_cost_told, _by_flash)
+    panels, columns = _by_place(sheets, lambda run: run.place.cost, _by_flash)
     tables = [
         speed_table(sheet, "tokens a second by flash bandwidth", "flash", lambda run: number(_gbps(run), "{:g} GB/s"))
         for sheet in sheets

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dipper.checksums import code_sha256
+from dipper.checksums import code_sha256, file_sha256
 from dipper.kinds.evaluated import load, task_files
 from dipper.kinds.kind import Context, Kind, Options, Result, stamp
 
@@ -40,8 +40,9 @@ def _compensation(options: Options, context: Context) -> Result:
     config = {name: value for name, value in options.items() if name != "group"}
     files = [context.file(name) for name in FILES]
     text = json.dumps(config, sort_keys=True)
-    # Adapters serve the cells of other processes; another configuration, model or code has its own.
+    # Adapters serve the cells of other processes; another configuration, model, code or data has its own.
     told = [text, stamp(context.model), code_sha256(_SOURCES), context.device.partition(":")[0]]
+    told += [file_sha256(path) for path in files]
     state = context.workdir / f"adapters-{context.name}-{sha256(json.dumps(told).encode()).hexdigest()[:12]}"
     earlier = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # TF32 where there is some, the same for all that is compared
