@@ -76,8 +76,9 @@ test-neon: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/neon
 	cd build/neon && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j 2 --verbose
 
+# In processes, a core each: PyTorch's own threads would only stand in their way.
 test-python: .venv/.torch
-	$(BIN)/python -m pytest -q -m 'not slow' --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/.torch
 	$(BIN)/python -c 'import ray' 2>/dev/null || $(BIN)/python -m pip install -q '$(RAY_SPEC)'
