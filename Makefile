@@ -26,7 +26,7 @@ SETUP := .venv/.setup-$(shell find src -name '*.py' | LC_ALL=C sort | cksum | cu
 NATIVE_FILES = $(shell find csrc tests/cpp benchmarks -name '*.[chi]pp' -o -name '*.inl')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test test-native test-neon test-python test-slow lint fix clean
+.PHONY: help setup demo bench test build-native test-native build-neon test-neon test-python test-slow lint fix clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
@@ -61,20 +61,24 @@ models/smollm2.dipper: | $(SETUP)
 test: lint test-native test-python
 
 # The library alone, without Python, with every report of a sanitizer an error.
-test-native: setup
+test-native: build-native
+	cd build/native && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j 2 --output-on-failure
+
+build-native: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/native -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 	  -DDIPPER_NATIVE_TESTS=ON -DDIPPER_SANITIZE=address,undefined -Wno-dev >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/native
-	cd build/native && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j 2 --output-on-failure
 
 # The same as compiled for AArch64, without sanitizers. An AArch64 machine has these kernels in `make test`.
-test-neon: setup
+test-neon: build-neon
+	cd build/neon && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j 2 --verbose
+
+build-neon: setup
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64-static; do command -v $$tool >/dev/null || { \
 	  echo "test-neon: $$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }; done
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/neon -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DDIPPER_NATIVE_TESTS=ON -Wno-dev >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/neon
-	cd build/neon && PATH="$(CURDIR)/$(BIN):$$PATH" ctest -j 2 --verbose
 
 # In processes, a core each: PyTorch's own threads would only stand in their way.
 test-python: .venv/.torch
