@@ -130,7 +130,7 @@ def test_what_is_held_beside_the_model_is_all_told(book):
     held = {row[0]: row[5] for row in table["rows"]}
     assert table["columns"][5] == "held beside the model"
     assert held == {
-        "dense": "–", "dip@0.5": "–", "dip@0.5 + lora": "–", "resident: rescale": "200 KB",
+        "dense": "–", "dip@0.5": "–", "dip@0.5 + lora": "–", "gate@0.5 + lora": "–", "resident: rescale": "200 KB",
         "resident: lora, apart": "3 MB",
     }  # fmt: skip
 
@@ -139,10 +139,32 @@ def test_rules_with_caches_stand_beside_the_same_windows(book):
     """They are scored on the first windows alone, where the others have another perplexity than on the whole text."""
     table = shown(book, "compensation").tables[1]
     assert table["title"].endswith(": with column caches, the first 200 and 200 tokens of WikiText-2 and C4")
-    assert [(row[0], row[1], row[3]) for row in table["rows"]] == [
-        ("dense", "18.00", "18.00"), ("dip@0.5", "27.00", "27.00"), ("dip@0.5 + lora", "24.00", "24.00"),
-        ("dip-ca@0.5", "33.00", "33.00"),
+    assert [tuple(row[:3]) for row in table["rows"]] == [
+        ("dense", "18.00", "–"), ("dip@0.5", "27.00", "–"), ("dip@0.5 + lora", "24.00", "33 ± 0.0 %"),  # of 9, 3
+        ("dip-ca@0.5", "33.00", "–"), ("dip-ca@0.5 + lora of dip, more steps", "30.00", "20 ± 1.0 %"),
+        ("dip-ca@0.5 + lora of the closed loop", "27.00", "30 ± 1.0 %"),
     ]  # fmt: skip
+    assert all(row[3:5] == row[1:3] for row in table["rows"])  # C4, the same in these samples
+
+
+def test_ways_to_compensate_are_compared_on_the_same_windows(book):
+    table = shown(book, "compensation").tables[2]
+    assert table["columns"] == ["setting", "against", "WikiText-2", "C4"]
+    gate, loop = table["rows"]
+    assert gate == ["gate@0.5 + lora", "dip@0.5 + lora", "+10.0 ± 0.0\u00a0%", "+10.0 ± 0.0\u00a0%"]
+    assert loop[:2] == ["dip-ca@0.5 + lora of the closed loop", "dip-ca@0.5 + lora of dip, more steps"]
+    assert loop[2].startswith("−10.0 ± 0.0")  # 27 to 30 in either window
+
+
+def test_what_has_no_dense_run_yet_is_shown_without_it(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    path = folder / "results" / "compensation-small.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("dense", "dip@0.5"):
+        del content["cells"][0]["result"]["cells"][name]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tables = shown(Book.open(folder), "compensation").tables
+    assert tables[1]["rows"][0][0] == "dip-ca@0.5"
 
 
 def test_dense_streaming_is_told_at_the_very_same_dram():

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dipper.drawings.view import View, mean_answers, missing_rows, n_columns, right_answers
+from dipper.evaluate import paired_change, recovered
 from dipper.figures import Line, Panel, Reference
-from dipper.sheets import (
-    NONE,
-    RUINED,
-    Book,
-    Sheet,
-    Table,
-    memory,
-    table,
-)
+from dipper.sheets import NONE, RUINED, Book, Sheet, Table, memory, table, with_error
 
 __all__ = ["compensation"]
 
 
 def compensation(sheets: Sequence[Sheet], book: Book) -> View:
     """Perplexity without and with LoRA under the masks."""
-    panels, tables = [], []
+    panels: list[Panel] = []
+    tables: list[Table] = []
     for sheet in sheets:
         cells: dict[str, Any] = {}
         for cell in sheet.of("compensation"):
             cells |= cell.result["cells"] if cell.result is not None else {}
         pairs = [
-            (name, cells[name], cells[f"{name} + lora"])
+            (name, cells[name], cells[name + _LORA])
             for name in cells
-            if "wikitext" in cells[name] and f"{name} + lora" in cells
+            if "wikitext" in cells[name] and name + _LORA in cells
         ]
         if pairs and "dense" in cells:
             panels.append(_dumbbells(sheet, cells, pairs))
@@ -54,19 +48,7 @@ def _dumbbells(sheet: Sheet, cells: Mapping[str, Any], pairs: Sequence[tuple[str
 
 
 _TEXTS = ("wikitext", "c4")
-
-
-def _has_caches(name: str) -> bool:
-    return name.startswith("dip-ca@")
-
-
-def _first_windows(cell: Mapping[str, Any], n_windows: Mapping[str, int]) -> dict[str, Any]:
-    """A scored cell as it would be had it seen so many windows; what came back is known of the whole texts alone."""
-    told: dict[str, Any] = {name: value for name, value in cell.items() if name not in _TEXTS}
-    for text, n in n_windows.items():
-        nll, n_tokens = (sum(cell[text][name][:n]) for name in ("window_nll", "window_tokens"))
-        told[text] = {"perplexity": math.exp(nll / n_tokens)}
-    return told
+_LORA = " + lora"
 
 
 def _compensation_row(name: str, cell: Mapping[str, Any]) -> list[str]:
@@ -80,31 +62,79 @@ def _compensation_row(name: str, cell: Mapping[str, Any]) -> list[str]:
     return [*row, memory(held / 1e9) if held else NONE]
 
 
-def _compensation_tables(sheet: Sheet, cells: Mapping[str, Any]) -> list[Table]:
+_COLUMNS = ("setting", "WikiText-2", "brought back", "C4", "brought back", "held beside the model")
+
+
+def _compensation_tables(sheet: Sheet, cells: Mapping[str, Any]) -> Iterator[Table]:
     scored = {name: cell for name, cell in cells.items() if "wikitext" in cell}
     # Rules with column caches are scored on the first windows alone: no perplexity beside those of whole texts.
-    whole = {name: cell for name, cell in scored.items() if not _has_caches(name)}
-    columns = ["setting", "WikiText-2", "brought back", "C4", "brought back", "held beside the model"]
+    cached = {name: cell for name, cell in scored.items() if name.startswith("dip-ca@")}
+    whole = {name: cell for name, cell in scored.items() if name not in cached}
     rows = [_compensation_row(name, cell) for name, cell in whole.items()]
-    rows += list(missing_rows(sheet, "compensation", len(columns)))
-    tables = [table(f"{sheet.title}: perplexity, and the share of the loss that came back", columns, rows)]
-    cached = {name: cell for name, cell in scored.items() if _has_caches(name)}
+    rows += list(missing_rows(sheet, "compensation", len(_COLUMNS)))
+    yield table(f"{sheet.title}: perplexity, and the share of the loss that came back", _COLUMNS, rows)
     if cached:
-        first = next(iter(cached.values()))
-        n_windows = {text: len(first[text]["window_nll"]) for text in _TEXTS}
-        density = first["method"]["density"]
-        beside = ("dense", f"dip@{density}", f"dip@{density} + lora")
-        shown = {name: _first_windows(whole[name], n_windows) for name in beside if name in whole} | cached
-        n_tokens = " and ".join(f"{first[text]['n_tokens']:,}" for text in _TEXTS)
-        title = f"{sheet.title}: with column caches, the first {n_tokens} tokens of WikiText-2 and C4"
-        tables.append(table(title, columns, [_compensation_row(name, cell) for name, cell in shown.items()]))
-    answered = {name: cell["tasks"] for name, cell in cells.items() if "tasks" in cell}
+        yield _cached_table(sheet, cached, whole)
+    changes = [[name, other, *_changes(scored[name], scored[other])] for name, other in _pairs(scored)]
+    if changes:
+        title = f"{sheet.title}: how much higher a perplexity is than another's, on the same windows"
+        yield table(title, ("setting", "against", "WikiText-2", "C4"), changes)
+    answered = {name.removeprefix("tasks: "): cell["tasks"] for name, cell in cells.items() if "tasks" in cell}
     if answered:
-        tasks = list(dict.fromkeys(task for found in answered.values() for task in found))
-        answers = []
-        for name, found in answered.items():
-            mean, error = mean_answers({"tasks": found})
-            shares = [right_answers(found[task]) if task in found else NONE for task in tasks]
-            answers.append([name.removeprefix("tasks: "), *shares, f"{100 * mean:.1f} ± {100 * error:.1f}"])
-        tables.append(table(f"{sheet.title}: right answers, %", ["setting", *tasks, "mean"], answers))
-    return tables
+        yield _answers_table(sheet, answered)
+
+
+def _cached_table(sheet: Sheet, cached: Mapping[str, Any], whole: Mapping[str, Any]) -> Table:
+    """Rules with column caches, beside dense and dip on the windows that those have seen."""
+    first = next(iter(cached.values()))
+    n_windows = {text: len(first[text]["window_nll"]) for text in _TEXTS}
+    dense, dip = whole.get("dense"), f"dip@{first['method']['density']}"
+    shown = {name: _first_windows(whole[name], n_windows) for name in ("dense", dip) if name in whole}
+    if dense is not None and dip in whole and dip + _LORA in whole:
+        shown[dip + _LORA] = _first_windows(whole[dip + _LORA], n_windows, (dense, whole[dip]))
+    n_tokens = " and ".join(f"{first[text]['n_tokens']:,}" for text in _TEXTS)
+    title = f"{sheet.title}: with column caches, the first {n_tokens} tokens of WikiText-2 and C4"
+    return table(title, _COLUMNS, [_compensation_row(name, cell) for name, cell in {**shown, **cached}.items()])
+
+
+def _first_windows(
+    cell: Mapping[str, Any], n_windows: Mapping[str, int], compensates: tuple[Any, Any] | None = None
+) -> dict[str, Any]:
+    """A scored cell as it would be had it seen so many windows; compensates: dense, and what lost against it."""
+    told: dict[str, Any] = {name: value for name, value in cell.items() if name not in _TEXTS}
+    for text, n in n_windows.items():
+        nll, counts = (cell[text][name][:n] for name in ("window_nll", "window_tokens"))
+        told[text] = {"perplexity": math.exp(sum(nll) / sum(counts))}
+        if compensates is not None:
+            dense, sparse = (other[text]["window_nll"][:n] for other in compensates)
+            told[text] |= recovered(dense, sparse, nll, counts)
+    return told
+
+
+def _pairs(scored: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is compared: adapted rules with adapted dip, which touches as many bytes; ways to train one for dip-ca."""
+    trained = [name for name in scored if name.startswith(("gate@", "up@")) and name.endswith(_LORA)]
+    pairs = [(name, "dip@" + name.partition("@")[2]) for name in trained]
+    loop, more = " + lora of the closed loop", " + lora of dip, more steps"
+    pairs += [(name, name.removesuffix(loop) + more) for name in scored if name.endswith(loop)]
+    return [(name, other) for name, other in pairs if other in scored]
+
+
+def _changes(cell: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    found = []
+    for text in _TEXTS:
+        a, b = cell[text], other[text]
+        change = paired_change(a["window_nll"], b["window_nll"], a["window_tokens"])
+        value = change["relative"]
+        found.append(with_error(None if value is None else (value, change["relative_stderr"])))
+    return found
+
+
+def _answers_table(sheet: Sheet, answered: Mapping[str, Mapping[str, Any]]) -> Table:
+    tasks = list(dict.fromkeys(task for found in answered.values() for task in found))
+    rows = []
+    for name, found in answered.items():
+        mean, error = mean_answers({"tasks": found})
+        shares = [right_answers(found[task]) if task in found else NONE for task in tasks]
+        rows.append([name, *shares, f"{100 * mean:.1f} ± {100 * error:.1f}"])
+    return table(f"{sheet.title}: right answers, %", ("setting", *tasks, "mean"), rows)
