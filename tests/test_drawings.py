@@ -5,8 +5,9 @@ from xml.etree import ElementTree
 import pytest
 
 from dipper.drawings import VIEWS, draw_all, shown
+from dipper.drawings.beyond import at_equal_dram
 from dipper.errors import ConfigError
-from dipper.figures import _OTHERS, COLOURS, Line, Panel, Reference, colour_of, draw
+from dipper.figures import _OTHERS, COLOURS, Line, Panel, Reference, _last_in_sight, colour_of, draw
 from dipper.files import write_json
 from dipper.savings import Place, at_loss, dense_at, least_loss, savings
 from dipper.sheets import NOT_MEASURED, Book
@@ -180,6 +181,36 @@ def test_dense_streaming_is_told_at_the_very_same_dram():
     assert dense_at(1.01, dense[1:2]) == pytest.approx(10)
     assert dense_at(1.1, dense[1:2]) is None
     assert dense_at(1, []) is None
+
+
+def test_dense_streaming_on_a_disk_is_told_at_the_very_same_dram():
+    """It holds whole blocks: 3 of the 5 bits where it may hold 3.5, and streams 2 of them in place of 1.5."""
+    dense = [{"budget": "3.5b", "method": "dense-resident", "bits": 5.0, "r": 8.0},
+             {"budget": "3.5b", "method": "dense-stream", "bits": 3.0, "r": 1.0}]  # fmt: skip
+    pruned = {"budget": "3.5b", "method": "planes", "bits": 3.5, "r": 1.6}
+    assert at_equal_dram(pruned, [*dense, pruned]) == pytest.approx(1.2)
+    assert at_equal_dram({**pruned, "bits": 3.0}, dense) == 1.6
+    assert at_equal_dram({**pruned, "bits": 5.0}, dense) == 1.6  # it holds all, as dense streaming never does
+    assert at_equal_dram({**pruned, "budget": "2.7b"}, dense) == 1.6
+    assert at_equal_dram({"budget": "3.5b", "method": "planes", "r": 1.6}, dense) == 1.6
+
+
+@pytest.mark.parametrize(
+    ("points", "end"),
+    [
+        ([(0.2, 0.5), (0.8, 0.6)], (0.8, 0.6)),
+        ([(0.8, 0.6), (0.2, 0.5)], (0.8, 0.6)),  # from the right to the left
+        ([(0.2, 0.5), (0.6, 1.5)], (0.4, 1.0)),  # out at the top
+        ([(0.2, 0.5), (0.4, -0.5)], (0.3, 0.0)),
+        ([(0.2, 0.5), (0.6, 1.5), (0.8, 0.7)], (0.8, 0.7)),  # and in again
+        ([(0.9, 0.5), (1.5, 0.6)], (0.9, 0.5)),
+        ([(0.2, 3.0), (0.5, 2.0)], (0.5, 1.0)),  # never in sight, but above
+        ([(1.2, 0.5)], None),
+        ([], None),
+    ],
+)
+def test_a_name_stands_where_its_line_leaves(points, end):
+    assert _last_in_sight(points) == (None if end is None else pytest.approx(end))
 
 
 def test_no_budget_is_left_out_of_a_gain(tmp_path):

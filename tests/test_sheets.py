@@ -1,6 +1,9 @@
+import json
+
 import pytest
 
 from dipper.sheets import Book, Measured, Sheet
+from samples import write_samples
 
 
 def perplexity(method, nll, *, tokens="ab", n_tokens=200, state="done", **options):
@@ -81,3 +84,23 @@ def test_a_benchmark_ran_on_the_held_disk_if_it_was_asked_to_or_says_so():
     assert held({"script": "s"}, {"held": True})
     assert not held({"script": "s"}, {"held": False})
     assert not held({"script": "s", "arguments": ["--tokens"]}, None)
+
+
+def test_stale_results_are_marked_where_they_are_shown():
+    done, stale = perplexity(DIP, 3.0), perplexity(DIP, 3.1, state="stale")
+    missing = Measured(kind="perplexity", options={}, result=None, state="missing")
+    assert sheet("density", done, missing).marked == "Small"
+    assert sheet("density", done, stale).marked == "Small (partly stale)"
+    assert sheet("density", stale, missing).marked == "Small (stale)"
+
+
+def test_of_a_model_that_no_experiment_asks_for_what_is_there_is_shown(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    path = folder / "results" / "density-small.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"] |= {"name": "unasked", "title": "Unasked"}
+    n = len(content["cells"]) - 2
+    content["cells"] = content["cells"][:n]
+    (folder / "results" / "density-unasked.json").write_text(json.dumps(content), encoding="utf-8")
+    found = Book.open(folder).sheets("density")[-1]
+    assert (found.model, len(found.cells), found.count("missing")) == ("unasked", n, 0)

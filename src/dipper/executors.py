@@ -209,6 +209,8 @@ def _serve(pipe: Connection, gpu: str | None) -> None:
             pipe.send(measure_cell(pipe.recv()))
     except (EOFError, ConnectionError, KeyboardInterrupt):
         return
+    finally:
+        told.append(True)  # what comes now interrupts nothing
 
 
 def run_processes(tasks: Sequence[Task], jobs: int) -> Done:

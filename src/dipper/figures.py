@@ -282,15 +282,15 @@ def _label_ends(axis: Any, panel: Panel, gap: float) -> None:
     """
     ends = []  # height of the name, point it is of, name, colour
     for line in panel.lines:
-        inside = [p for p in (_fraction(axis, *point) for point in line.points) if -0.01 <= p[0] <= 1.01]
-        if line.label and inside:
-            x, y = max(inside)
-            ends.append((min(max(y, 0.0), 1.0), (x, y), line.label, colour_of(line.method)))
+        seen = _last_in_sight([_fraction(axis, *point) for point in line.points]) if line.label else None
+        if seen is not None:
+            ends.append((seen[1], seen, line.label, colour_of(line.method)))
     for reference in panel.references:
         if reference.y is not None and reference.label:
             _, y = _fraction(axis, axis.get_xlim()[1], reference.y)
             ends.append((y, (1.0, y), reference.label, _INK))
-    ends.sort(key=lambda end: end[0])
+    # Of those that leave at the top, who leaves first is the highest; at the bottom, the lowest.
+    ends.sort(key=lambda end: (end[0], -end[1][0] if end[0] > 0.5 else end[1][0]))
     places: list[float] = []
     for y, *_ in ends:
         places.append(max(y, places[-1] + gap) if places else y)
@@ -298,13 +298,30 @@ def _label_ends(axis: Any, panel: Panel, gap: float) -> None:
         places[-1] = 1.02
         for i in range(len(places) - 2, -1, -1):
             places[i] = min(places[i], places[i + 1] - gap)
-    for place, (y, (x, exact), label, colour) in zip(places, ends, strict=True):
-        if exact == y and (x < 0.96 or abs(place - y) > gap / 4):
+    for place, (y, (x, _), label, colour) in zip(places, ends, strict=True):
+        if x < 0.96 or abs(place - y) > gap / 4:
             axis.plot(
                 (x, 1.03), (y, place), transform=axis.transAxes, color=colour, linewidth=0.5, alpha=0.55,
                 clip_on=False,
             )  # fmt: skip
         axis.text(1.04, place, label, transform=axis.transAxes, color=colour, fontsize=8, va="center", ha="left")
+
+
+def _last_in_sight(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Where a line ends within the axes, or leaves them upwards or downwards; points: in shares of the axes."""
+    points = sorted(points)
+    inside = [i for i, (x, y) in enumerate(points) if -0.01 <= x <= 1.01 and -0.01 <= y <= 1.01]
+    if not inside:
+        shown = [p for p in points if -0.01 <= p[0] <= 1.01]
+        return (shown[-1][0], min(max(shown[-1][1], 0.0), 1.0)) if shown else None
+    x, y = points[inside[-1]]
+    if inside[-1] + 1 == len(points):
+        return x, y
+    x1, y1 = points[inside[-1] + 1]
+    edge = min(max(y1, 0.0), 1.0)
+    if edge == y1:  # it leaves to the right
+        return x, y
+    return x + (x1 - x) * (edge - y) / (y1 - y), edge
 
 
 def _fraction(axis: Any, x: float, y: float) -> tuple[float, float]:

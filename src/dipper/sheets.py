@@ -90,6 +90,14 @@ class Sheet:
     content: Mapping[str, Any] = field(default_factory=dict, repr=False)
     cells: tuple[Measured, ...] = field(repr=False)
 
+    @property
+    def marked(self) -> str:
+        """The title, and whether what is shown under it is stale."""
+        n_stale, n_missing = self.count("stale"), self.count("missing")
+        if not n_stale:
+            return self.title
+        return f"{self.title} ({'stale' if n_stale + n_missing == len(self.cells) else 'partly stale'})"
+
     def of(self, kind: str) -> list[Measured]:
         """Cells of a kind, measured or not."""
         return [cell for cell in self.cells if cell.kind == kind]
@@ -209,6 +217,8 @@ def _sheet(experiment: Experiment, results: Results, model: str) -> Sheet:
     cells = []
     for cell in experiment.cells(model):
         held = results.cell(cell)
+        if held is None and model not in experiment.models:
+            continue  # it is there for some cells alone
         result = None if held is None else held["result"]
         cells.append(Measured(kind=cell.kind, options=cell.options, result=result, state=results.state(cell)))
     packaged = PACKAGED_MODELS.get(model)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dipper.drawings.beyond import bench_way, benchmarks
+from dipper.drawings.beyond import at_equal_dram, bench_way, benchmarks
 from dipper.drawings.headline import gain_told
 from dipper.savings import LOSSES, PAPER, Saving, at_loss, least_loss, savings
 from dipper.sheets import DENSE, NOT_MEASURED, Book, Measured, Table, percent, table, with_error
@@ -16,32 +16,47 @@ __all__ = ["NOTES", "headline_table"]
 
 def headline_table(book: Book) -> Table:
     """The abstract's three figures beside what was found here; what cannot be had says so."""
-    found = [s for s in savings(book.sheets("headline"), book) if not s.place.cost_per_read_us]  # flat, as published
-    paper = [s for s in found if s.model == PAPER and s.method == "dip-ca"]
-    real = [s for s in found if s.masks == "real masks"]
+    found = savings(book.sheets("headline"), book)
+    flat = [s for s in found if not s.place.cost_per_read_us]  # as published
+    paper, real = _parted(flat)
+    paper_costly, real_costly = _parted(s for s in found if s.place.cost_per_read_us)
     measured = _on_disk(book)
-    used = [*(cell for s in (*paper, *real) for cell in s.cells), *(cell for f in measured for cell in f.cells)]
+    simulated = (*paper, *real, *paper_costly, *real_costly)
+    used = [*(cell for s in simulated for cell in s.cells), *(cell for f in measured for cell in f.cells)]
     stale = any(cell.state == "stale" for cell in used)
+    costs = " or ".join(dict.fromkeys(s.place.cost for s in (*paper_costly, *real_costly)))
+    rows = [
+        [
+            "memory, at equal throughput", "−46\u00a0%", _each(paper, _told_saved, lambda s: s.dram_saved),
+            _best(real, _told_saved), NOT_MEASURED,
+        ],
+        [
+            "throughput, at equal memory", "+40\u00a0%", _each(paper, gain_told, _gain),
+            _best(real, _told_gain), _gains(measured),
+        ],
+        [
+            f"throughput, at equal memory, with {costs}", "not given", _each(paper_costly, gain_told, _gain),
+            _best(real_costly, _told_gain), "a disk has its own: above",
+        ],
+        [
+            "perplexity lost", "less than 0.1", _lost_elsewhere(paper, real),
+            _best(real, lambda s: with_error(s.loss)), _losses(measured),
+        ],
+    ]  # fmt: skip
     return table(
         "The headline: pruned against a dense model streamed from flash" + (" (of stale results)" if stale else ""),
         ["", "published", "Phi-3-medium, simulated", "small models, simulated", "small models, measured"],
-        [
-            ["memory, at equal throughput", "−46\u00a0%", _saved(paper), _best(real, _told_saved), NOT_MEASURED],
-            ["throughput, at equal memory", "+40\u00a0%", _gained(paper), _best(real, _told_gain), _gains(measured)],
-            [
-                "perplexity lost", "less than 0.1", "cannot be had: needs the weights",
-                _best(real, lambda s: with_error(s.loss)), _losses(measured),
-            ],
-        ],
-    )  # fmt: skip
+        rows if costs else [row for row in rows if row[1] != "not given"],
+    )
 
 
 NOTES = (
     "Published: the abstract of arXiv 2412.01380, DIP on Phi-3-medium in simulation. A loss of 0.1 is taken as "
     f"{percent(LOSSES['+0.1'], 1)} for other models, which it is at a perplexity of about 4.3.",
-    "Phi-3-medium, simulated: DIP-CA at 4 bits on the paper's device (flash 1 GB/s, DRAM 60 GB/s, reads cost their "
-    "bytes alone), masks generated, of each density the better γ. Without its weights no perplexity can be measured, "
-    "so no density can be called the published one.",
+    "Phi-3-medium, simulated: 4 bits on the paper's device (flash 1 GB/s, DRAM 60 GB/s, reads cost their bytes alone), "
+    "masks generated; of DIP and DIP-CA at each density what gains most. Without its weights no perplexity can be "
+    "measured, so no setting can be called the published one; what the same one loses on the small models is told "
+    "instead.",
     "Small models, simulated: the same device, the model's own masks, real perplexities without LoRA; of the settings "
     f"that lose at most {percent(LOSSES['+0.1'], 1)}, the one that gains most; where none that is simulated loses so "
     "little, the one that loses least. The loss of DIP-CA is that with half of the columns cached, whatever the "
@@ -50,35 +65,52 @@ NOTES = (
     "dense streaming; where even the least DRAM simulated is as fast, it is at least this much. Throughput is the "
     "median over the DRAM budgets simulated, in brackets the least and the most; dense streaming has the very same "
     "DRAM, by the line through its two nearest budgets.",
+    "A cost of each read beside its bytes, in blocks of 4,096 bytes, is what UFS 4.0 and disks have, and the paper's "
+    "device has not.",
     "Small models, measured: the engine on a disk, of every budget (bits of DRAM per weight of the MLP) the fastest "
-    "pruned setting beside dense streaming at equal DRAM, with the shares of input and GLU units that a token fetches. "
-    "The loss is that of the very same setting, on whichever disk it was scored, beside the dense model on the same "
-    "tokens.",
+    "setting of DIP, which drops columns, and of planes, which refines them (the shares of input and GLU units that a "
+    "token fetches); dense streaming at the very same DRAM, its time in proportion to what it then streams. One run "
+    "each, on a machine with other guests: a setting that was run again came out up to a tenth otherwise (docs/log.md, "
+    "2026-11-28). The loss is that of the very same setting, on whichever disk it was scored, beside the dense model "
+    "on the same tokens.",
 )
 
 
-def _by_density(found: Sequence[Saving]) -> Iterator[tuple[float, list[Saving]]]:
-    for density in sorted({s.density for s in found if s.density is not None}, reverse=True):
-        yield density, [s for s in found if s.density == density]
+def _parted(found: Iterable[Saving]) -> tuple[list[Saving], list[Saving]]:
+    """DIP and DIP-CA of the published model, and everything of those with weights; nobody knows the future."""
+    known = [s for s in found if s.cache != "belady"]
+    paper = [s for s in known if s.model == PAPER and s.method in ("dip", "dip-ca")]
+    return paper, [s for s in known if s.masks == "real masks"]
 
 
-def _saved(found: Sequence[Saving]) -> str:
-    parts = []
-    for density, group in _by_density(found):
-        both = [s for s in group if s.dram_saved is not None and s.mlp_dram_saved is not None]
-        best = max(both, key=lambda s: s.dram_saved or 0.0, default=None)
-        if best is not None:
-            parts.append(f"{_told_saved(best)}: density {density:g}")
-    return "; ".join(parts) or NOT_MEASURED
+def _gain(saving: Saving) -> float | None:
+    return saving.gain if saving.gains else None
 
 
-def _gained(found: Sequence[Saving]) -> str:
-    parts = []
-    for density, group in _by_density(found):
-        best = max((s for s in group if s.gains), key=lambda s: s.gain, default=None)
-        if best is not None:
-            parts.append(f"{gain_told(best)}: density {density:g}")
-    return "; ".join(parts) or NOT_MEASURED
+def _each(found: Sequence[Saving], tell: Callable[[Saving], str], value: Callable[[Saving], float | None]) -> str:
+    """Of each density and method the setting of the highest value."""
+    best: dict[tuple[float, str], Saving] = {}
+    for s in found:
+        at = -(s.density or 0), s.method
+        if value(s) is not None and (at not in best or (value(s) or 0) > (value(best[at]) or 0)):
+            best[at] = s
+    return "; ".join(f"{best[at].setting}: {tell(best[at])}" for at in sorted(best)) or NOT_MEASURED
+
+
+def _lost_elsewhere(paper: Sequence[Saving], real: Sequence[Saving]) -> str:
+    """Of the published model no loss is known: what each setting loses on the models that have weights here."""
+    parts = ["cannot be had: needs the weights. The small models lose with"]
+    rules = sorted({(-(s.density or 0), s.method, s.gamma or 0, s.rule) for s in paper})
+    for density, method, gamma, name in rules:
+        losses = sorted(
+            s.loss[0]
+            for s in real
+            if s.loss is not None and (s.method, s.gamma or 0, s.density or 0) == (method, gamma, -density)
+        )
+        if losses:
+            most = f" to {percent(losses[-1])}" if len(losses) > 1 else ""
+            parts.append(f"{name}, density {-density:g}: {percent(losses[0])}{most}")
+    return "; ".join(parts) if len(parts) > 1 else "cannot be had: needs the weights"
 
 
 def _best(found: Sequence[Saving], tell: Callable[[Saving], str]) -> str:
@@ -112,11 +144,12 @@ _SETTING = ("budget", "method", "base", "density", "gamma", "fetch", "fetch_glu"
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """A pruned setting that was measured, and its benchmark."""
+    """A pruned setting that was measured, its throughput over dense streaming at equal DRAM, and its benchmark."""
 
     title: str
     cell: Measured
     row: Mapping[str, Any]
+    ratio: float
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -137,7 +170,7 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class _Fastest:
-    """The fastest pruned setting of a model, disk and budget, and the same one where it was scored: itself if it was,
+    """The fastest setting of a model, disk, budget and kind, and the same one where it was scored: itself if it was,
     else that on the most tokens; None: nowhere."""
 
     gain: _Row
@@ -157,18 +190,21 @@ class _Fastest:
 
 
 def _on_disk(book: Book) -> list[_Fastest]:
-    """Of every model, disk and budget."""
+    """Of every model, disk and budget, planes and what drops columns apart."""
     by_model: dict[str, list[_Row]] = {}
     for sheet in (sheet for name in book.experiments for sheet in book.sheets(name)):
         for cell, rows in benchmarks(sheet):
-            pruned = [row for row in rows if row.get("r") and row["method"] not in DENSE]
-            by_model.setdefault(sheet.model, []).extend(_Row(title=sheet.title, cell=cell, row=r) for r in pruned)
+            by_model.setdefault(sheet.model, []).extend(
+                _Row(title=sheet.title, cell=cell, row=row, ratio=at_equal_dram(row, rows))
+                for row in rows
+                if row.get("r") and row["method"] not in DENSE
+            )
     found = []
     for mine in by_model.values():
-        best: dict[tuple[bool, str], _Row] = {}
+        best: dict[tuple[bool, str, bool], _Row] = {}
         for one in mine:
-            at = one.cell.held, one.row["budget"]
-            if at not in best or one.row["r"] > best[at].row["r"]:
+            at = one.cell.held, one.row["budget"], one.row["method"] == "planes"
+            if at not in best or one.ratio > best[at].ratio:
                 best[at] = one
         for one in best.values():
             scored = [other for other in mine if other.setting == one.setting and other.loss is not None]
@@ -180,7 +216,7 @@ def _on_disk(book: Book) -> list[_Fastest]:
 def _gains(found: Sequence[_Fastest]) -> str:
     told: dict[str, list[str]] = {}
     for one in found:
-        words = f"{percent(one.gain.row['r'] - 1)} ({one.way})"
+        words = f"{percent(one.gain.ratio - 1)} ({one.way})"
         told.setdefault(f"{one.gain.title}, {one.disk}", []).append(words)
     return _told(told)
 

@@ -41,7 +41,7 @@ def _dumbbells(sheet: Sheet, cells: Mapping[str, Any], pairs: Sequence[tuple[str
     dense = cells["dense"]["wikitext"]["perplexity"]
     shown = max(x for line in lines for x, _ in line.points)
     return Panel(
-        title=f"{sheet.title}\nhollow: without, filled: with LoRA", x="perplexity of WikiText-2", lines=tuple(lines),
+        title=f"{sheet.marked}\nhollow: without, filled: with LoRA", x="perplexity of WikiText-2", lines=tuple(lines),
         x_scale="log", rows=tuple(name.replace("@", ", ") for name, *_ in pairs),
         references=(Reference(x=dense, label="dense"),), x_limits=(0.96 * dense, min(1.1 * shown, most)),
     )  # fmt: skip
@@ -51,14 +51,15 @@ _TEXTS = ("wikitext", "c4")
 _LORA = " + lora"
 
 
-def _compensation_row(name: str, cell: Mapping[str, Any]) -> list[str]:
+def _compensation_row(name: str, cell: Mapping[str, Any], apart: float = 0.0) -> list[str]:
+    """apart: bytes of an adapter that is not merged, beside what the cell says of itself."""
     row = [name]
     for text in _TEXTS:
         found = cell[text]
         back = found.get("recovered")
         bar = "" if found.get("recovered_stderr") is None else f" ± {100 * found['recovered_stderr']:.1f}"
         row += [f"{found['perplexity']:.2f}", NONE if back is None else f"{100 * back:.0f}{bar} %"]
-    held = cell.get("extra_bytes", 0) + cell.get("held_beside_bytes", 0)
+    held = cell.get("extra_bytes", 0) + cell.get("held_beside_bytes", 0) + apart
     return [*row, memory(held / 1e9) if held else NONE]
 
 
@@ -70,14 +71,17 @@ def _compensation_tables(sheet: Sheet, cells: Mapping[str, Any]) -> Iterator[Tab
     # Rules with column caches are scored on the first windows alone: no perplexity beside those of whole texts.
     cached = {name: cell for name, cell in scored.items() if name.startswith("dip-ca@")}
     whole = {name: cell for name, cell in scored.items() if name not in cached}
-    rows = [_compensation_row(name, cell) for name, cell in whole.items()]
+    # All adapters have one size. Those of planes cannot be merged: the weights would have to be split anew.
+    adapter = scored.get("resident: lora, apart", {}).get("held_beside_bytes", 0.0)
+    apart = {name: adapter for name in whole if name.startswith("planes@") and name.endswith(_LORA)}
+    rows = [_compensation_row(name, cell, apart.get(name, 0.0)) for name, cell in whole.items()]
     rows += list(missing_rows(sheet, "compensation", len(_COLUMNS)))
-    yield table(f"{sheet.title}: perplexity, and the share of the loss that came back", _COLUMNS, rows)
+    yield table(f"{sheet.marked}: perplexity, and the share of the loss that came back", _COLUMNS, rows)
     if cached:
         yield _cached_table(sheet, cached, whole)
     changes = [[name, other, *_changes(scored[name], scored[other])] for name, other in _pairs(scored)]
     if changes:
-        title = f"{sheet.title}: how much higher a perplexity is than another's, on the same windows"
+        title = f"{sheet.marked}: how much higher a perplexity is than another's, on the same windows"
         yield table(title, ("setting", "against", "WikiText-2", "C4"), changes)
     answered = {name.removeprefix("tasks: "): cell["tasks"] for name, cell in cells.items() if "tasks" in cell}
     if answered:
@@ -93,7 +97,7 @@ def _cached_table(sheet: Sheet, cached: Mapping[str, Any], whole: Mapping[str, A
     if dense is not None and dip in whole and dip + _LORA in whole:
         shown[dip + _LORA] = _first_windows(whole[dip + _LORA], n_windows, (dense, whole[dip]))
     n_tokens = " and ".join(f"{first[text]['n_tokens']:,}" for text in _TEXTS)
-    title = f"{sheet.title}: with column caches, the first {n_tokens} tokens of WikiText-2 and C4"
+    title = f"{sheet.marked}: with column caches, the first {n_tokens} tokens of WikiText-2 and C4"
     return table(title, _COLUMNS, [_compensation_row(name, cell) for name, cell in {**shown, **cached}.items()])
 
 
@@ -137,4 +141,4 @@ def _answers_table(sheet: Sheet, answered: Mapping[str, Mapping[str, Any]]) -> T
         mean, error = mean_answers({"tasks": found})
         shares = [right_answers(found[task]) if task in found else NONE for task in tasks]
         rows.append([name, *shares, f"{100 * mean:.1f} ± {100 * error:.1f}"])
-    return table(f"{sheet.title}: right answers, %", ("setting", *tasks, "mean"), rows)
+    return table(f"{sheet.marked}: right answers, %", ("setting", *tasks, "mean"), rows)

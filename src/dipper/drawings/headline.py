@@ -49,14 +49,14 @@ def headline(sheets: Sequence[Sheet], book: Book) -> View:
             about = f", {place.cost}" if place.cost else ""
             # A cost per read is in the table: figures have the published setting.
             if traded and not place.cost_per_read_us:
-                trades.append(_trade_panel(f"{sheet.title}\n{kind_of_masks(here)}{about}", traded))
+                trades.append(_trade_panel(f"{sheet.marked}\n{kind_of_masks(here)}{about}", traded))
             elif lines and not traded:
                 panel = sweep_panel(sheet, here, lines, **axes)
                 curves.append(replace(panel, title=panel.title + about))
     panels = (*trades, *curves)
     beside = _savings_table(found)
     for sheet in sheets:
-        beside["rows"] += [[sheet.title, *row] for row in missing_rows(sheet, "simulate", len(beside["columns"]) - 1)]
+        beside["rows"] += [[sheet.marked, *row] for row in missing_rows(sheet, "simulate", len(beside["columns"]) - 1)]
     tables = [_at_losses(found), beside, *(t for sheet in sheets if (t := _band_table(sheet))["rows"])]
     return View(panels=panels, columns=n_columns(panels), tables=tuple(tables))
 
@@ -79,7 +79,7 @@ def _band_table(sheet: Sheet) -> Table:
         for run in simulated(sheet, variants=True)
     ]  # fmt: skip
     columns = ["masks like those of", "way to run", "density", "DRAM", "tok/s", "hits"]
-    return table(f"{sheet.title}: how much the generator matters", columns, rows)
+    return table(f"{sheet.marked}: how much the generator matters", columns, rows)
 
 
 def _loss_limits(lines: Iterable[Line]) -> tuple[float, float]:

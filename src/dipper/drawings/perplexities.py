@@ -41,7 +41,7 @@ def density(sheets: Sequence[Sheet], book: Book) -> View:
     """Loss and right answers of every rule by density."""
     panels = [
         loss_panel(
-            sheet.title,
+            sheet.marked,
             [loss_line(book, sheet, rule(cells[0].options, cache=False), cells) for cells in _by_rule(sheet)],
         )
         for sheet in sheets
@@ -90,7 +90,7 @@ def _loss_table(book: Book, sheet: Sheet) -> Table:
         rows.append(row)
     scored = NOT_MEASURED if dense is None else f"{dense['perplexity']:.2f} over {dense['n_tokens']} tokens"
     return table(
-        f"{sheet.title}: perplexity above dense ({scored}), by density", ["rule", *(f"{d:g}" for d in densities)], rows
+        f"{sheet.marked}: perplexity above dense ({scored}), by density", ["rule", *(f"{d:g}" for d in densities)], rows
     )
 
 
@@ -117,7 +117,7 @@ def _answers_panel(sheet: Sheet) -> Panel:
             )
         )  # fmt: skip
     return Panel(
-        title=sheet.title, x="density", y="right answers, mean of tasks", lines=tuple(lines), percent="xy",
+        title=sheet.marked, x="density", y="right answers, mean of tasks", lines=tuple(lines), percent="xy",
         references=tuple(references), x_limits=(0.73, 0.47),
     )  # fmt: skip
 
@@ -137,7 +137,7 @@ def _answers_table(sheet: Sheet) -> Table:
         rows.append([*row, f"{100 * mean:.1f} ± {100 * error:.1f}"])
     limit = next((cell.options["limit"] for cell in cells if cell.options.get("limit")), None)
     items = "all items" if limit is None else f"{limit} items each"
-    return table(f"{sheet.title}: right answers, % ({items})", ["rule", "density", *names, "mean"], rows)
+    return table(f"{sheet.marked}: right answers, % ({items})", ["rule", "density", *names, "mean"], rows)
 
 
 def split(sheets: Sequence[Sheet], book: Book) -> View:
@@ -162,7 +162,7 @@ def split(sheets: Sequence[Sheet], book: Book) -> View:
         rows.sort(key=lambda row: row[:2])
         tables.append(
             table(
-                f"{sheet.title}: perplexity above dense, by split",
+                f"{sheet.marked}: perplexity above dense, by split",
                 ["density", "d_in", "d_glu", "perplexity above dense"],
                 [row for *_, row in rows],
             )
@@ -179,7 +179,7 @@ def split(sheets: Sequence[Sheet], book: Book) -> View:
         if lines:
             panels.append(
                 Panel(
-                    title=sheet.title, x="density of inputs, d_in", y="perplexity above dense", lines=tuple(lines),
+                    title=sheet.marked, x="density of inputs, d_in", y="perplexity above dense", lines=tuple(lines),
                     y_scale="log", percent="xy", y_limits=loss_limits(lines),
                 )
             )  # fmt: skip
@@ -202,7 +202,7 @@ def thresholds(sheets: Sequence[Sheet], book: Book) -> View:
             loss_line(book, sheet, f"{name}, {how}", cells, style=_SELECT_STYLES.get(how, "-."))
             for (name, how), cells in found.items()
         ]
-        panels.append(loss_panel(sheet.title, lines))
+        panels.append(loss_panel(sheet.marked, lines))
         rows = []
         for (name, how), cells in found.items():
             for cell in cells:
@@ -211,7 +211,7 @@ def thresholds(sheets: Sequence[Sheet], book: Book) -> View:
                 rows.append([name, how, number(density_of(cell)), number(touched, "{:.3f}"), loss])
         tables.append(
             table(
-                f"{sheet.title}: perplexity above dense, by how columns are selected",
+                f"{sheet.marked}: perplexity above dense, by how columns are selected",
                 ["rule", "select", "density asked", "touched", "perplexity above dense"],
                 rows,
             )

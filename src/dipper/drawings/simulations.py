@@ -42,9 +42,9 @@ __all__ = [
 
 
 def _drawn_density(runs: Iterable[Simulated]) -> float | None:
-    """The density that figures show: a half, else the least."""
+    """The density that figures show: the one nearest to 0.7, where a model still works without training."""
     found = {run.line[1] for run in runs if run.line[1] is not None}
-    return min(found, key=lambda d: (abs(d - 0.5) > 0.01, d), default=None)
+    return min(found, key=lambda d: abs(d - 0.7), default=None)
 
 
 def sweep_lines(
@@ -98,7 +98,7 @@ def sweep_panel(sheet: Sheet, runs: Sequence[Simulated], lines: Sequence[Line], 
     """Lines of a model, titled by its masks and the density that they are at."""
     at = _drawn_density(runs)
     about = [kind_of_masks(runs), *([] if at is None else [f"density {at:g}"])]
-    return Panel(title=f"{sheet.title}\n{', '.join(about)}", lines=tuple(lines), **axes)
+    return Panel(title=f"{sheet.marked}\n{', '.join(about)}", lines=tuple(lines), **axes)
 
 
 def speed_table(sheet: Sheet, title: str, column: str, first: Callable[[Simulated], str]) -> Table:
@@ -117,7 +117,7 @@ def speed_table(sheet: Sheet, title: str, column: str, first: Callable[[Simulate
     columns = ["way to run", "density", *(["on"] if len(places) > 1 else []), column, "tok/s", "hits"]
     columns += ["flash a token", "reads a token"]
     rows += [*_skipped_rows(sheet, len(columns)), *missing_rows(sheet, "simulate", len(columns))]
-    return table(f"{sheet.title}: {title}", columns, rows)
+    return table(f"{sheet.marked}: {title}", columns, rows)
 
 
 def _skipped_rows(sheet: Sheet, n_columns: int) -> Iterator[list[str]]:
@@ -233,9 +233,9 @@ def cache_aware(sheets: Sequence[Sheet], book: Book) -> View:
             if lines:
                 limits = loss_limits(lines) if what == "loss" else None
                 x: Any = {"x": "γ, weight of columns not cached", "x_limits": (1.05, 0.05)}
-                panels[what].append(Panel(title=sheet.title, lines=tuple(lines), y_limits=limits, **x, **axes))
+                panels[what].append(Panel(title=sheet.marked, lines=tuple(lines), y_limits=limits, **x, **axes))
         columns = ["density", "γ", "cache", "perplexity above dense", "hits, scoring", "hits, simulated", "tok/s"]
-        tables.append(table(f"{sheet.title}: γ and density", columns, rows))
+        tables.append(table(f"{sheet.marked}: γ and density", columns, rows))
     most = max(map(len, panels.values()))
     whole = [row for row in panels.values() if len(row) in (0, most)]  # each row of the figure has all models
     return View(panels=tuple(itertools.chain(*whole)), columns=max(1, most), tables=tuple(tables))
