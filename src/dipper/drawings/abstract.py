@@ -88,13 +88,17 @@ def _gain(saving: Saving) -> float | None:
 
 
 def _each(found: Sequence[Saving], tell: Callable[[Saving], str], value: Callable[[Saving], float | None]) -> str:
-    """Of each density and method the setting of the highest value."""
+    """Of each density the setting of the highest value of every method; one line where methods come to the same."""
     best: dict[tuple[float, str], Saving] = {}
     for s in found:
         at = -(s.density or 0), s.method
         if value(s) is not None and (at not in best or (value(s) or 0) > (value(best[at]) or 0)):
             best[at] = s
-    return "; ".join(f"{best[at].setting}: {tell(best[at])}" for at in sorted(best)) or NOT_MEASURED
+    lines: dict[tuple[float, str], str] = {}
+    for density, method in sorted(best):
+        one = best[density, method]
+        lines.setdefault((density, tell(one)), f"{one.setting}: {tell(one)}")
+    return "; ".join(lines.values()) or NOT_MEASURED
 
 
 def _lost_elsewhere(paper: Sequence[Saving], real: Sequence[Saving]) -> str:
