@@ -219,7 +219,8 @@ def _draw_panel(axis: Any, panel: Panel, height: float) -> None:
             ticks.set_major_locator(LogLocator(subs=subs, numticks=20))
             ticks.set_minor_formatter(NullFormatter())
         elif not (name == "y" and panel.rows):
-            ticks.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+            # Numbers with a unit are wide: fewer of them below a panel.
+            ticks.set_major_locator(MaxNLocator(6, steps=[1, 2, 10] if share and name == "x" else [1, 2, 2.5, 5, 10]))
         if share or scale == "log":
             unit, factor = (" %", 100) if share else ("", 1)
             ticks.set_major_formatter(FuncFormatter(lambda v, _, u=unit, f=factor: f"{f * v:,.10g}{u}"))

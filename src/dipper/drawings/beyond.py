@@ -34,8 +34,8 @@ __all__ = ["bench_way", "benchmarks", "beyond"]
 
 
 def beyond(sheets: Sequence[Sheet], book: Book) -> View:
-    """Cost per read, planes, and what was measured on a disk: a row each, a column a model."""
-    rows = [[panel for sheet in sheets for panel in part(sheet, book)] for part in _PARTS]
+    """Cost per read, planes, and what was measured on a disk, one after the other."""
+    parts = [[panel for sheet in sheets for panel in part(sheet, book)] for part in _PARTS]
     tables: list[Table] = []
     for sheet in sheets:
         if sheet.of("simulate"):
@@ -43,8 +43,8 @@ def beyond(sheets: Sequence[Sheet], book: Book) -> View:
         if sheet.of("perplexity"):
             tables.append(_planes_table(sheet, book))
         tables += _bench_tables(sheet)
-    panels = tuple(itertools.chain(*rows))
-    return View(panels=panels, columns=min(3, max(1, *map(len, rows))), tables=tuple(tables))
+    panels = tuple(itertools.chain(*parts))
+    return View(panels=panels, columns=min(3, max(1, *map(len, parts))), tables=tuple(tables))
 
 
 def _cost_panels(sheet: Sheet, _: Book) -> list[Panel]:
@@ -249,7 +249,7 @@ def _bench_value(name: str, row: Mapping[str, Any]) -> str:
     if name == "useful_bytes_per_token" and row["method"] in DENSE:
         return "all"
     if name == "relative":
-        return with_error((value, row.get("relative_stderr")))
+        return NONE if row["method"] in DENSE else with_error((value, row.get("relative_stderr")))
     if name.endswith("bytes_per_token"):
         return f"{value / 1e6:.4g} MB"
     if name in ("r", "r_max"):
