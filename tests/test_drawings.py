@@ -168,6 +168,15 @@ def test_what_has_no_dense_run_yet_is_shown_without_it(tmp_path):
     assert tables[1]["rows"][0][0] == "dip-ca@0.5"
 
 
+def test_every_row_of_a_benchmark_says_what_it_is_of(book):
+    tables = [table for table in shown(book, "beyond").tables if "bench_" in table["title"]]
+    assert tables
+    for table in tables:
+        assert table["columns"][0] == "way to run"
+        ways = [row[0] for row in table["rows"]]
+        assert len(set(ways)) == len(ways), table["title"]
+
+
 def test_dense_streaming_is_told_at_the_very_same_dram():
     def record(gb, ms):
         return {"dram_bytes": {"a": gb * 1e9}, "tok_per_s": 1000 / ms}
@@ -205,6 +214,8 @@ def test_dense_streaming_on_a_disk_is_told_at_the_very_same_dram():
         ([(0.2, 0.5), (0.6, 1.5), (0.8, 0.7)], (0.8, 0.7)),  # and in again
         ([(0.9, 0.5), (1.5, 0.6)], (0.9, 0.5)),
         ([(0.2, 3.0), (0.5, 2.0)], (0.5, 1.0)),  # never in sight, but above
+        ([(0.0, 0.5), (0.5, 1.009), (0.6, 1.0105)], (0.5, 1.0)),  # hardly above
+        ([(0.2, 0.5), (0.6, float("nan")), (0.8, float("inf"))], (0.2, 0.5)),
         ([(1.2, 0.5)], None),
         ([], None),
     ],

@@ -283,7 +283,10 @@ def _label_ends(axis: Any, panel: Panel, gap: float) -> None:
     """
     ends = []  # height of the name, point it is of, name, colour
     for line in panel.lines:
-        seen = _last_in_sight([_fraction(axis, *point) for point in line.points]) if line.label else None
+        at = [_fraction(axis, *point) for point in line.points]
+        if not line.style:  # nothing joins its points
+            at = [(x, y) for x, y in at if -0.01 <= y <= 1.01]
+        seen = _last_in_sight(at) if line.label else None
         if seen is not None:
             ends.append((seen[1], seen, line.label, colour_of(line.method)))
     for reference in panel.references:
@@ -310,7 +313,7 @@ def _label_ends(axis: Any, panel: Panel, gap: float) -> None:
 
 def _last_in_sight(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
     """Where a line ends within the axes, or leaves them upwards or downwards; points: in shares of the axes."""
-    points = sorted(points)
+    points = sorted(p for p in points if all(map(math.isfinite, p)))
     inside = [i for i, (x, y) in enumerate(points) if -0.01 <= x <= 1.01 and -0.01 <= y <= 1.01]
     if not inside:
         shown = [p for p in points if -0.01 <= p[0] <= 1.01]
@@ -322,7 +325,7 @@ def _last_in_sight(points: Sequence[tuple[float, float]]) -> tuple[float, float]
     edge = min(max(y1, 0.0), 1.0)
     if edge == y1:  # it leaves to the right
         return x, y
-    return x + (x1 - x) * (edge - y) / (y1 - y), edge
+    return x + (x1 - x) * min(max((edge - y) / (y1 - y), 0.0), 1.0), edge
 
 
 def _fraction(axis: Any, x: float, y: float) -> tuple[float, float]:

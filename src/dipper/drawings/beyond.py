@@ -27,6 +27,7 @@ from dipper.sheets import (
     rule,
     table,
     told,
+    way,
     with_error,
 )
 
@@ -215,16 +216,13 @@ def _bench_tables(sheet: Sheet) -> list[Table]:
             name: head for name, head in _BENCH_COLUMNS.items() if any(row.get(name) is not None for row in rows)
         }
         shown = [[_bench_value(name, row) for name in columns] for row in rows]
-        if all("r" in row for row in rows):
-            columns = {"way": "way to run", **columns}
-            shown = [[bench_way(row), *values] for row, values in zip(rows, shown, strict=True)]
-        tables.append(table(title, list(columns.values()), shown))
+        rows_told = [[_bench_setting(row), *values] for row, values in zip(rows, shown, strict=True)]
+        tables.append(table(title, ["way to run", *columns.values()], rows_told))
     return [*tables, *([table(f"{sheet.marked}: on a disk", ["benchmark", "result"], missing)] if missing else [])]
 
 
 # What the rows of benchmarks have, in the order in which it is told.
 _BENCH_COLUMNS = {
-    "setting": "setting",
     "r": "tok/s over dense streaming, same budget",
     "relative": "perplexity above dense",
     "token_ms": "ms a token",
@@ -233,13 +231,26 @@ _BENCH_COLUMNS = {
     "error": "error",
     "r_max": "tok/s at most: all resident",
     "bits": "bits held per MLP weight",
+    "mb": "MB read, a token",
+    "reads": "reads, a token",
+    "hits": "hits",
     "flash_bytes_per_token": "read, a token",
     "useful_bytes_per_token": "of it wanted",
-    "reads_per_token": "reads a token",
+    "reads_per_token": "reads, a token",
     "read_gbps": "GB/s drawn",
     "hit_rate": "hits",
     "whole": "whole layers",
 }
+
+
+def _bench_setting(row: Mapping[str, Any]) -> str:
+    """Of a row of `bench_planes.py` or `bench_simulator.py`."""
+    if "budget" in row:
+        return bench_way(row)
+    words = [way(row)]
+    words += [] if row.get("density") is None else [f"density {row['density']:g}"]
+    words += [] if row.get("mlp_dram") is None else [f"{row['mlp_dram']} of the MLP"]
+    return ", ".join(words)
 
 
 def _bench_value(name: str, row: Mapping[str, Any]) -> str:
@@ -254,7 +265,7 @@ def _bench_value(name: str, row: Mapping[str, Any]) -> str:
         return f"{value / 1e6:.4g} MB"
     if name in ("r", "r_max"):
         return f"{value:.2f} ×"
-    if name in ("error", "hit_rate"):
+    if name in ("error", "hit_rate", "hits"):
         return percent(value, 1, signed=name == "error")
     return number(value, "{:.4g}") if isinstance(value, float) else str(value)
 
