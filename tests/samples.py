@@ -325,6 +325,7 @@ def compensation(options, model):
             "dip@0.5": cell("dip", 0.5, 30.0, first=27.0),
             "dip@0.5 + lora": cell("dip", 0.5, 24.0, 0.6),
             "gate@0.5 + lora": cell("gate", 0.5, 26.4, 0.5),
+            "planes@0.65 + lora": cell("planes", 0.65, 22.0, 0.6),
             "dip-ca@0.5": cell("dip-ca", 0.5, 33.0, n=2),
             "dip-ca@0.5 + lora of dip, more steps": cell("dip-ca", 0.5, 30.0, 0.2, n=2),
             "dip-ca@0.5 + lora of the closed loop": cell("dip-ca", 0.5, 27.0, 0.3, n=2),

@@ -132,7 +132,7 @@ def test_what_is_held_beside_the_model_is_all_told(book):
     assert table["columns"][5] == "held beside the model"
     assert held == {
         "dense": "–", "dip@0.5": "–", "dip@0.5 + lora": "–", "gate@0.5 + lora": "–", "resident: rescale": "200 KB",
-        "resident: lora, apart": "3 MB",
+        "planes@0.65 + lora": "3 MB", "resident: lora, apart": "3 MB",  # an adapter of planes is not merged
     }  # fmt: skip
 
 
@@ -175,6 +175,18 @@ def test_every_row_of_a_benchmark_says_what_it_is_of(book):
         assert table["columns"][0] == "way to run"
         ways = [row[0] for row in table["rows"]]
         assert len(set(ways)) == len(ways), table["title"]
+
+
+def test_a_benchmark_that_is_not_known_is_shown_as_it_is(tmp_path):
+    folder = write_samples(tmp_path / "e")
+    path = folder / "results" / "beyond-small.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cell = next(cell for cell in content["cells"] if cell["kind"] == "benchmark")
+    cell["result"]["results"] = [{"engine": "a", "idle_mb": 2.5, "ok": True, "warm": False}, {"engine": "b"}]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    (table,) = [t for t in shown(Book.open(folder), "beyond").tables if t["columns"][0] == "engine"]
+    assert table["columns"] == ["engine", "idle mb", "warm"]
+    assert table["rows"] == [["a", "2.5", "no"], ["b", "–", "–"]]
 
 
 def test_dense_streaming_is_told_at_the_very_same_dram():

@@ -144,6 +144,27 @@ def test_the_headline_says_what_cannot_be_had(tmp_path):
     )
 
 
+def test_the_headline_tells_what_reads_that_cost_leave(tmp_path, monkeypatch):
+    book = Book.open(write_samples(tmp_path / "e"))
+    flat = savings(book.sheets("headline"), book)
+    costly = [
+        replace(s, place=s.place._replace(cost_per_read_us=8), gains={gb: gain - 0.5 for gb, gain in s.gains.items()})
+        for s in flat
+    ]
+    monkeypatch.setattr(abstract, "savings", lambda sheets, book: [*flat, *costly])
+    rows = headline_table(book)["rows"]
+    assert [row[0] for row in rows][2] == "throughput, at equal memory, with 8 µs a read"
+    assert [row for row in rows if row is not rows[2]] == headline_rows(book, flat, monkeypatch)
+    assert rows[2][1:3] != rows[1][1:3]
+    small = rows[2][3].replace("\u00a0", " ")
+    assert small == "Model small: −59 % (−72 to −46 %), dip lfu, density 0.8, which loses +2.0 ± 0.0 %"
+
+
+def headline_rows(book, found, monkeypatch):
+    monkeypatch.setattr(abstract, "savings", lambda sheets, book: found)
+    return headline_table(book)["rows"]
+
+
 def change_results(folder, name, change):
     path = results_path(folder, name, "small")
     content = json.loads(path.read_text(encoding="utf-8"))

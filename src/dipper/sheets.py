@@ -180,9 +180,7 @@ class Book:
         dense = self.dense(sheet, cell)
         if cell.result is None or dense is None or dense.result is None or dense is cell:
             return None
-        change = paired_change(cell.result["window_nll"], dense.result["window_nll"], cell.result["window_tokens"])
-        relative = change["relative"]
-        return None if relative is None else (relative, change["relative_stderr"])
+        return loss_against(cell.result, dense.result)
 
     def loss_of(
         self, model: str, method: str, density: float | None, gamma: float | None, **options: Any
@@ -236,6 +234,13 @@ def _plain(cell: Measured) -> dict[str, Any] | None:
     return {"density": density_of(cell), "gamma": None, "deferred": False, "read_cost": None, **method}
 
 
+def loss_against(scored: Mapping[str, Any], other: Mapping[str, Any]) -> Loss | None:
+    """How much higher one perplexity is than another on the same windows: of results with `window_nll`."""
+    change = paired_change(scored["window_nll"], other["window_nll"], scored["window_tokens"])
+    relative = change["relative"]
+    return None if relative is None else (relative, change["relative_stderr"])
+
+
 def close(a: Any, b: Any) -> bool:
     """Whether two options agree: shares to half a hundredth."""
     if isinstance(a, (int, float)) and isinstance(b, (int, float)) and max(a, b) <= 1:
@@ -264,6 +269,11 @@ def percent(value: float | None, digits: int = 0, *, signed: bool = True) -> str
     if value > RUINED:
         return "ruined"
     return number(100 * value, f"{{:{'+' if signed else ''}.{digits}f}}\u00a0%")
+
+
+def span(least: float, most: float) -> str:
+    """Shares from the least to the most as per cent; one where they are the same."""
+    return percent(most) if least == most else f"{number(100 * least, '{:+.0f}')} to {percent(most)}"
 
 
 def with_error(loss: Loss | None, measured: bool = True) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from dipper.drawings.beyond import at_equal_dram, bench_way, benchmarks
 from dipper.drawings.headline import gain_told
 from dipper.savings import LOSSES, PAPER, Saving, at_loss, least_loss, savings
-from dipper.sheets import DENSE, NOT_MEASURED, Book, Measured, Table, percent, table, with_error
+from dipper.sheets import DENSE, NOT_MEASURED, Book, Measured, Table, number, percent, span, table, with_error
 
 __all__ = ["NOTES", "headline_table"]
 
@@ -35,19 +35,21 @@ def headline_table(book: Book) -> Table:
             _best(real, _told_gain), _gains(measured),
         ],
         [
-            f"throughput, at equal memory, with {costs}", "not given", _each(paper_costly, gain_told, _gain),
-            _best(real_costly, lambda s: f"{_told_gain(s)}, which loses {with_error(s.loss)}"),
-            "a disk has its own: above",
-        ],
-        [
             "perplexity lost", "less than 0.1", _lost_elsewhere(paper, real),
             _best(real, lambda s: with_error(s.loss)), _losses(measured),
         ],
     ]  # fmt: skip
+    if costs:
+        costly = [
+            f"throughput, at equal memory, with {costs}", "not given", _each(paper_costly, gain_told, _gain),
+            _best(real_costly, lambda s: f"{_told_gain(s)}, which loses {with_error(s.loss)}"),
+            "a disk has its own: above",
+        ]  # fmt: skip
+        rows.insert(2, costly)
     return table(
         "The headline: pruned against a dense model streamed from flash" + (" (of stale results)" if stale else ""),
         ["", "published", "Phi-3-medium, simulated", "small models, simulated", "small models, measured"],
-        rows if costs else [row for row in rows if row[1] != "not given"],
+        rows,
     )
 
 
@@ -72,8 +74,8 @@ NOTES = (
     "Small models, measured: the engine on a disk, of every budget (bits of DRAM per weight of the MLP) the "
     "fastest setting of DIP, which drops columns, and of planes, which refines them (the shares of input and GLU "
     "units that a token fetches); dense streaming at the very same DRAM, its time in proportion to what it then "
-    "streams. One run each, on a machine with other guests: a setting that was run again came out up to a fifth "
-    "otherwise (docs/log.md, 2026-11-28). The loss is that of the very same setting, on whichever disk it was "
+    "streams. One run each: how far runs of one setting lie apart is in "
+    "docs/log.md. The loss is that of the very same setting, on whichever disk it was "
     "scored, beside the dense model on the same tokens.",
 )
 
@@ -92,10 +94,9 @@ def _gain(saving: Saving) -> float | None:
 def _each(found: Sequence[Saving], tell: Callable[[Saving], str], value: Callable[[Saving], float | None]) -> str:
     """Of each density the setting of the highest value of every method; one line where methods come to the same."""
     best: dict[tuple[float, str], Saving] = {}
-    for s in found:
-        at = -(s.density or 0), s.method
-        if value(s) is not None and (at not in best or (value(s) or 0) > (value(best[at]) or 0)):
-            best[at] = s
+    known = [s for s in found if value(s) is not None]
+    for s in sorted(known, key=lambda s: -(value(s) or 0)):
+        best.setdefault((-(s.density or 0), s.method), s)
     lines: dict[tuple[float, str], str] = {}
     for density, method in sorted(best):
         one = best[density, method]
@@ -105,18 +106,15 @@ def _each(found: Sequence[Saving], tell: Callable[[Saving], str], value: Callabl
 
 def _lost_elsewhere(paper: Sequence[Saving], real: Sequence[Saving]) -> str:
     """Of the published model no loss is known: what each setting loses on the models that have weights here."""
-    parts = ["cannot be had: needs the weights. The small models lose with"]
-    rules = sorted({(-(s.density or 0), s.method, s.gamma or 0, s.rule) for s in paper})
-    for density, method, gamma, name in rules:
-        losses = sorted(
-            s.loss[0]
-            for s in real
-            if s.loss is not None and (s.method, s.gamma or 0, s.density or 0) == (method, gamma, -density)
-        )
+    parts = []
+    order = sorted(paper, key=lambda s: (-(s.density or 0), s.method, s.gamma or 0))
+    for density, method, gamma, name in dict.fromkeys((s.density, s.method, s.gamma, s.rule) for s in order):
+        same = [s for s in real if (s.density, s.method, s.gamma) == (density, method, gamma)]
+        losses = [s.loss[0] for s in same if s.loss is not None]
         if losses:
-            most = f" to {percent(losses[-1])}" if len(losses) > 1 else ""
-            parts.append(f"{name}, density {-density:g}: {percent(losses[0])}{most}")
-    return "; ".join(parts) if len(parts) > 1 else "cannot be had: needs the weights"
+            parts.append(f"{name}, density {number(density, '{:g}')}: {span(min(losses), max(losses))}")
+    unknown = "cannot be had: needs the weights"
+    return "; ".join([f"{unknown}. The small models lose with", *parts]) if parts else unknown
 
 
 def _best(found: Sequence[Saving], tell: Callable[[Saving], str]) -> str:

@@ -31,7 +31,7 @@ from dipper.sheets import (
     with_error,
 )
 
-__all__ = ["bench_way", "benchmarks", "beyond"]
+__all__ = ["at_equal_dram", "bench_way", "benchmarks", "beyond"]
 
 
 def beyond(sheets: Sequence[Sheet], book: Book) -> View:
@@ -212,21 +212,29 @@ def _bench_tables(sheet: Sheet) -> list[Table]:
         if cell.result is None:
             missing.append([script, NOT_MEASURED])
             continue
-        columns = {
-            name: head for name, head in _BENCH_COLUMNS.items() if any(row.get(name) is not None for row in rows)
-        }
-        shown = [[_bench_value(name, row) for name in columns] for row in rows]
-        rows_told = [[_bench_setting(row), *values] for row, values in zip(rows, shown, strict=True)]
-        tables.append(table(title, ["way to run", *columns.values()], rows_told))
+        held = dict.fromkeys(name for row in rows for name in row if row[name] not in (None, ""))
+        known = [name for name in _BENCH_COLUMNS if name in held]
+        names = known + [name for name in held if name not in (*known, *_SETTING, *_HIDDEN)]
+        heads = [_BENCH_COLUMNS.get(name, name.replace("_", " ")) for name in names]
+        told_rows = [[_bench_value(name, row) for name in names] for row in rows]
+        if all("method" in row for row in rows):
+            heads = ["way to run", *heads]
+            told_rows = [[_bench_setting(row), *told_row] for row, told_row in zip(rows, told_rows, strict=True)]
+        tables.append(table(title, heads, told_rows))
     return [*tables, *([table(f"{sheet.marked}: on a disk", ["benchmark", "result"], missing)] if missing else [])]
 
 
-# What the rows of benchmarks have, in the order in which it is told.
+# What `_bench_setting` tells, and what is no table's.
+_SETTING = ("method", "budget", "density", "gamma", "cache", "fetch", "fetch_glu", "read_cost", "mlp_dram")
+_HIDDEN = ("model", "ok", "relative_stderr", "ledger_ms", "predicted_ms", "sustained_ms", "profiles")
+# What rows of benchmarks have, in the order in which it is told; other columns of a script come after them.
 _BENCH_COLUMNS = {
     "r": "tok/s over dense streaming, same budget",
     "relative": "perplexity above dense",
     "token_ms": "ms a token",
     "measured": "measured, tok/s",
+    "p20": "20th percentile",
+    "p80": "80th percentile",
     "predicted": "simulated, tok/s",
     "error": "error",
     "r_max": "tok/s at most: all resident",
@@ -239,6 +247,7 @@ _BENCH_COLUMNS = {
     "reads_per_token": "reads, a token",
     "read_gbps": "GB/s drawn",
     "hit_rate": "hits",
+    "base": "base bits",
     "whole": "whole layers",
 }
 
@@ -257,10 +266,13 @@ def _bench_value(name: str, row: Mapping[str, Any]) -> str:
     value = row.get(name)
     if value is None or value == "":
         return NONE
-    if name == "useful_bytes_per_token" and row["method"] in DENSE:
+    dense = row.get("method") in DENSE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "useful_bytes_per_token" and dense:
         return "all"
     if name == "relative":
-        return NONE if row["method"] in DENSE else with_error((value, row.get("relative_stderr")))
+        return NONE if dense else with_error((value, row.get("relative_stderr")))
     if name.endswith("bytes_per_token"):
         return f"{value / 1e6:.4g} MB"
     if name in ("r", "r_max"):

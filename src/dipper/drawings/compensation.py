@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dipper.drawings.view import View, mean_answers, missing_rows, n_columns, right_answers
-from dipper.evaluate import paired_change, recovered
+from dipper.evaluate import recovered
 from dipper.figures import Line, Panel, Reference
-from dipper.sheets import NONE, RUINED, Book, Sheet, Table, memory, table, with_error
+from dipper.sheets import NONE, RUINED, Book, Sheet, Table, loss_against, memory, table, with_error
 
 __all__ = ["compensation"]
 
@@ -79,7 +79,10 @@ def _compensation_tables(sheet: Sheet, cells: Mapping[str, Any]) -> Iterator[Tab
     yield table(f"{sheet.marked}: perplexity, and the share of the loss that came back", _COLUMNS, rows)
     if cached:
         yield _cached_table(sheet, cached, whole)
-    changes = [[name, other, *_changes(scored[name], scored[other])] for name, other in _pairs(scored)]
+    changes = [
+        [name, other, *(with_error(loss_against(scored[name][t], scored[other][t])) for t in _TEXTS)]
+        for name, other in _pairs(scored)
+    ]
     if changes:
         title = f"{sheet.marked}: how much higher a perplexity is than another's, on the same windows"
         yield table(title, ("setting", "against", "WikiText-2", "C4"), changes)
@@ -122,16 +125,6 @@ def _pairs(scored: Mapping[str, Any]) -> list[tuple[str, str]]:
     loop, more = " + lora of the closed loop", " + lora of dip, more steps"
     pairs += [(name, name.removesuffix(loop) + more) for name in scored if name.endswith(loop)]
     return [(name, other) for name, other in pairs if other in scored]
-
-
-def _changes(cell: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    found = []
-    for text in _TEXTS:
-        a, b = cell[text], other[text]
-        change = paired_change(a["window_nll"], b["window_nll"], a["window_tokens"])
-        value = change["relative"]
-        found.append(with_error(None if value is None else (value, change["relative_stderr"])))
-    return found
 
 
 def _answers_table(sheet: Sheet, answered: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -27,6 +27,7 @@ from dipper.sheets import (
     memory,
     number,
     percent,
+    span,
     table,
     way,
     with_error,
@@ -47,7 +48,7 @@ def headline(sheets: Sequence[Sheet], book: Book) -> View:
             traded = _trade_lines([s for s in found if s.model == sheet.model and s.place == place])
             lines, axes = by_dram(here)
             about = f", {place.cost}" if place.cost else ""
-            # A cost per read is in the table: figures have the published setting.
+            # Where losses are known, figures have the published setting alone: a cost per read is in the table.
             if traded and not place.cost_per_read_us:
                 trades.append(_trade_panel(f"{sheet.marked}\n{kind_of_masks(here)}{about}", traded))
             elif lines and not traded:
@@ -106,10 +107,9 @@ def _trade_lines(found: Sequence[Saving]) -> list[Line]:
 
 def gain_told(saving: Saving) -> str:
     """Median over DRAM, least and most."""
-    least, most = min(saving.gains.values()), max(saving.gains.values())
     if len(saving.gains) == 1:
         return percent(saving.gain)
-    return f"{percent(saving.gain)} ({number(100 * least, '{:+.0f}')} to {percent(most)})"
+    return f"{percent(saving.gain)} ({span(min(saving.gains.values()), max(saving.gains.values()))})"
 
 
 def _at_losses(found: Sequence[Saving]) -> Table:
